@@ -1,0 +1,345 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The network: a CT becomes a survival map, one time and one weight for every patch of the lung."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["SurvivalMapNet"]
+
+
+class PatchEmbed(nn.Module):
+    """Overlapping 3-D patches of the lung become tokens; HU and texture both survive the embedding.
+
+    Every patch is described by its voxels, the same voxels standardised within the patch, their mean and the log of
+    their standard deviation. No normalisation comes before the first linear layer: it would blow up the noise of an
+    empty patch until it looks like a lesion. Voxels outside the lung carry no evidence: they are replaced by the mean
+    of the patch's lung voxels. An unfold and a Linear do the work of a convolution, because a `Conv3d` with one input
+    channel has a very slow backward on CPUs.
+
+    Args:
+        patch_size: patch side in voxels.
+        stride: distance between patches in voxels, at most `patch_size`.
+        dim: length of a token.
+    """
+
+    def __init__(self, patch_size: int, stride: int, dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.stride = stride
+        # A standard deviation of 1/30 of the HU window (40 HU in the default window) has log 0.
+        self.contrast = 30.0
+        self.layers = nn.Sequential(nn.Linear(2 * patch_size**3 + 2, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+
+    def unfold(self, volume: Tensor, index: Tensor, replicate: bool) -> Tensor:
+        """Patches (M, patch_size**3) of `volume` (B, 1, D, H, W) at the grid cells `index` (M, 4) = (b, z, y, x)."""
+        p, s = self.patch_size, self.stride
+        before = (p - s) // 2
+        after = p - s - before
+        if p > s:
+            pad = [before, after, before, after, before, after]
+            volume = F.pad(volume, pad, mode="replicate") if replicate else F.pad(volume, pad)
+        patches = volume[:, 0].unfold(1, p, s).unfold(2, p, s).unfold(3, p, s)
+        return patches[index[:, 0], index[:, 1], index[:, 2], index[:, 3]].reshape(index.shape[0], p * p * p)
+
+    def forward(self, image: Tensor, lung: Tensor | None, index: Tensor) -> Tensor:
+        x = self.unfold(image, index, True)
+        if lung is None:
+            mean = x.mean(1, keepdim=True)
+            centred = x - mean
+            variance = centred.square().mean(1, keepdim=True)
+        else:
+            inside = self.unfold(lung, index, False)
+            count = inside.sum(1, keepdim=True).clamp_min(1.0)
+            mean = (x * inside).sum(1, keepdim=True) / count
+            centred = (x - mean) * inside
+            variance = centred.square().sum(1, keepdim=True) / count
+        tiny = 1e-3 / self.contrast
+        std = (variance + tiny * tiny).sqrt()  # the square root has a gradient in a constant patch, too
+        features = [
+            2.0 * (centred + mean) - 1.0,
+            0.3 * centred / std,
+            2.0 * mean - 1.0,
+            torch.log(self.contrast * std + 1e-2),
+        ]
+        return self.layers(torch.cat(features, 1))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the tokens that are there, within windows or within a whole scan.
+
+    The output projection starts at zero, so that every token first learns what it can say by itself.
+
+    Args:
+        dim: length of a token.
+        num_heads: number of heads.
+        window: window side in tokens; 0 lets every token of a scan see every other one.
+    """
+
+    def __init__(self, dim: int, num_heads: int, window: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.window = window
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        nn.init.zeros_(self.out.weight)
+
+    def attend(self, qkv: Tensor, mask: Tensor | None) -> Tensor:
+        """(groups, N, 3*dim) and the keys that exist, (groups, 1, 1, N) or None for all -> (groups, N, dim)."""
+        groups, tokens, width = qkv.shape
+        split = qkv.view(groups, tokens, 3, self.num_heads, width // (3 * self.num_heads)).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(split[0], split[1], split[2], attn_mask=mask)
+        return x.transpose(1, 2).reshape(groups, tokens, -1)
+
+    def forward(self, x: Tensor, slots: Tensor, mask: Tensor | None, counts: list[int]) -> Tensor:
+        """
+        Args:
+            x: the tokens of all scans, packed, (M, dim).
+            slots: place of each token in the windows, (M,); see :func:`window_slots`.
+            mask: which places of the windows hold a token, (windows, 1, 1, window**3), or None if all do.
+            counts: number of tokens of each scan.
+        """
+        qkv = self.qkv(x)
+        if self.window == 0:
+            return self.out(torch.cat([self.attend(scan.unsqueeze(0), None)[0] for scan in qkv.split(counts)]))
+        places = self.window * self.window * self.window
+        rows = qkv.shape[0] if mask is None else mask.shape[0] * places
+        windows = torch.zeros(rows, qkv.shape[1], dtype=qkv.dtype, device=qkv.device).index_copy(0, slots, qkv)
+        attended = self.attend(windows.view(-1, places, qkv.shape[1]), mask)
+        return self.out(attended.reshape(rows, -1)[slots])
+
+
+def window_slots(index: Tensor, window: int) -> tuple[Tensor, Tensor | None]:
+    """Place of each token in a list of windows of `window` tokens a side, of which empty ones are left out.
+
+    Args:
+        index: grid cell of each token, (M, 4) = (scan, z, y, x).
+        window: window side in tokens.
+
+    Returns:
+        the places, (M,), and the mask of places that hold a token, (windows, 1, 1, window**3), None if all do.
+    """
+    cell = index[:, 1:] // window
+    extent = cell.amax(0) + 1
+    ident = ((index[:, 0] * extent[0] + cell[:, 0]) * extent[1] + cell[:, 1]) * extent[2] + cell[:, 2]
+    within = index[:, 1:] % window
+    place = (within[:, 0] * window + within[:, 1]) * window + within[:, 2]
+    idents, row = torch.unique(ident, return_inverse=True)
+    places = window * window * window
+    slots = row * places + place
+    num_slots = idents.shape[0] * places
+    if num_slots == slots.shape[0]:
+        return slots, None
+    mask = torch.zeros(num_slots, dtype=torch.bool, device=index.device)
+    mask[slots] = True
+    return slots, mask.view(-1, 1, 1, places)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with FiLM at its end (Perez et al., AAAI 2018): x * (1 + tanh(scale)) + shift.
+
+    Scale and shift come from one context vector a scan; they start at zero, which makes FiLM the identity.
+    """
+
+    def __init__(self, dim: int, num_heads: int, window: int, mlp_ratio: float, context_dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attention = Attention(dim, num_heads, window)
+        self.norm2 = nn.LayerNorm(dim)
+        hidden = int(dim * mlp_ratio)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.film = nn.Linear(context_dim, 2 * dim) if context_dim > 0 else None
+        if self.film is not None:
+            nn.init.zeros_(self.film.weight)
+            nn.init.zeros_(self.film.bias)
+
+    def forward(
+        self, x: Tensor, slots: Tensor, mask: Tensor | None, counts: list[int], context: Tensor, scan: Tensor
+    ) -> Tensor:
+        x = x + self.attention(self.norm1(x), slots, mask, counts)
+        x = x + self.mlp(self.norm2(x))
+        if self.film is not None:
+            scale, shift = self.film(context).chunk(2, 1)
+            x = x * (1.0 + torch.tanh(scale))[scan] + shift[scan]
+        return x
+
+
+class SurvivalMapNet(nn.Module):
+    """CT -> survival map: for every patch of the lung a location in months and a weight.
+
+    The location of a patient is the weighted sum of the map's locations, whatever the head:
+
+    - ``softmin``: weights ``softmin(beta * (loc_i - median))``. The readout is a mixture of the patches'
+      distributions, or the distribution at the weighted mean location.
+    - ``lse`` (default): the same weights, and locations moved together by one number a scan,
+      ``KL(weights || uniform) / beta``, so that their weighted sum is the log-mean-exp softmin
+      ``-1/beta * (logsumexp(-beta * loc_i) - log N)``. It counts lesions: twice the diseased patches, shorter life.
+
+    What a patch may say comes from a bounded neighbourhood (`window` patches a side); anything from further away only
+    modulates it through FiLM. Global attention (``window=0``) is there to compare with.
+
+    Args:
+        patch_size: patch side in voxels.
+        overlap: share of its side that a patch has in common with the next one, in [0, 1).
+        dim: length of a token.
+        depth: number of transformer blocks.
+        num_heads: number of attention heads.
+        window: attention window side in patches; 0 for global attention.
+        mlp_ratio: hidden width of the blocks' MLP over `dim`.
+        clinical_dim: length of the clinical vector that enters FiLM; 0 for none.
+        film_context: let the mean of a scan's tokens enter FiLM as well.
+        head: ``"lse"`` or ``"softmin"``.
+        head_layers: hidden layers of the head, 1 or 2.
+        loc_bias: location in months that an untrained network gives every patch; learnt.
+        loc_scale: months per unit of the head's output.
+        beta: steepness of the softmin per month.
+        learn_beta: learn beta, starting there.
+        min_lung: smallest share of lung in a patch that makes it a token.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Shape:
+        image (B, 1, D, H, W), HU window scaled to [0, 1]; lung (B, 1, D, H, W) in {0, 1}, None for no mask; clinical
+        (B, clinical_dim). Output (B, 2, d, h, w): location in months and weight, d = ceil(D / stride) and so on.
+        Weights sum to 1 over a scan; outside the lung weight and location are 0.
+
+    Example::
+
+        >>> net = SurvivalMapNet(patch_size=4)
+        >>> survival_map = net(torch.rand(2, 1, 32, 32, 32))
+        >>> survival_map.shape, survival_map[:, 1].sum((1, 2, 3))
+        (torch.Size([2, 2, 8, 8, 8]), tensor([1., 1.]))
+    """
+
+    def __init__(
+        self,
+        patch_size: int = 4,
+        overlap: float = 0.0,
+        dim: int = 64,
+        depth: int = 2,
+        num_heads: int = 4,
+        window: int = 2,
+        mlp_ratio: float = 2.0,
+        clinical_dim: int = 0,
+        film_context: bool = False,
+        head: str = "lse",
+        head_layers: int = 1,
+        loc_bias: float = 60.0,
+        loc_scale: float = 30.0,
+        beta: float = 1 / 15,
+        learn_beta: bool = True,
+        min_lung: float = 0.25,
+    ) -> None:
+        super().__init__()
+        if patch_size < 1:
+            raise ValueError(f"patch_size must be at least 1 voxel, got {patch_size}.")
+        if not 0 <= overlap < 1:
+            raise ValueError(f"overlap must be in [0, 1), got {overlap}.")
+        if dim % num_heads:
+            raise ValueError(f"dim ({dim}) must be a multiple of num_heads ({num_heads}).")
+        if depth < 0 or window < 0 or clinical_dim < 0:
+            raise ValueError(f"depth, window and clinical_dim can't be negative: {depth}, {window}, {clinical_dim}.")
+        if head not in ("lse", "softmin"):
+            raise ValueError(f'head must be "lse" or "softmin", got "{head}".')
+        if head_layers not in (1, 2):
+            raise ValueError(f"head_layers must be 1 or 2, got {head_layers}.")
+        if beta <= 0:
+            raise ValueError(f"beta must be positive (per month), got {beta}.")
+        if not 0 < min_lung <= 1:
+            raise ValueError(f"min_lung must be in (0, 1], got {min_lung}.")
+        self.patch_size = patch_size
+        self.stride = max(1, round(patch_size * (1 - overlap)))
+        self.window = window
+        self.clinical_dim = clinical_dim
+        self.film_context = film_context
+        self.head = head
+        self.loc_scale = loc_scale
+        self.min_lung = min_lung
+        self.embed = PatchEmbed(patch_size, self.stride, dim)
+        self.frequencies = [math.pi / 2, math.pi, 2 * math.pi, 4 * math.pi]
+        self.position = nn.Linear(3 + 6 * len(self.frequencies), dim)
+        context_dim = clinical_dim + (dim if film_context else 0)
+        self.blocks = nn.ModuleList([Block(dim, num_heads, window, mlp_ratio, context_dim) for _ in range(depth)])
+        layers: list[nn.Module] = [nn.LayerNorm(dim)]
+        for _ in range(head_layers):
+            layers += [nn.Linear(dim, dim, bias=False), nn.GELU()]
+        last = nn.Linear(dim, 1, bias=False)
+        nn.init.normal_(last.weight, std=0.01)
+        self.to_location = nn.Sequential(*layers, last)
+        self.loc_bias = nn.Parameter(torch.tensor(float(loc_bias)))
+        self.log_beta = nn.Parameter(torch.tensor(math.log(beta)), requires_grad=learn_beta)
+        # A schedule multiplies beta with this factor; part of the state, because the map depends on it.
+        self.register_buffer("beta_factor", torch.tensor(1.0))
+
+    def set_beta_factor(self, factor: float) -> None:
+        """Multiply beta by `factor`: below 1 the softmin is nearer to the mean, so that every patch learns."""
+        self.beta_factor.fill_(factor)
+
+    def locate(self, index: Tensor, extent: Tensor) -> Tensor:
+        """Fourier features of the patch centres (M, 27), from -1 to 1 over the image, so valid for any grid."""
+        centre = (2.0 * index[:, 1:] + 1.0) / extent - 1.0
+        features = [centre]
+        for frequency in self.frequencies:
+            features += [torch.sin(frequency * centre), torch.cos(frequency * centre)]
+        return torch.cat(features, 1)
+
+    def forward(self, image: Tensor, lung: Tensor | None = None, clinical: Tensor | None = None) -> Tensor:
+        if image.dim() != 5 or image.shape[1] != 1:
+            raise ValueError(f"image must be (B, 1, D, H, W), got {list(image.shape)}.")
+        if (clinical is None) != (self.clinical_dim == 0):
+            raise ValueError(f"this network takes a clinical vector of length {self.clinical_dim} for each scan.")
+        s = self.stride
+        pad = [0, -image.shape[4] % s, 0, -image.shape[3] % s, 0, -image.shape[2] % s]
+        if max(pad) > 0:
+            image = F.pad(image, pad, mode="replicate")
+        if lung is not None:
+            if lung.shape[2:] != image.shape[2:]:
+                lung = F.pad(lung, pad)
+            lung = None if bool((lung > 0).all()) else lung.to(image.dtype)
+        scans = image.shape[0]
+        grid = [image.shape[2] // s, image.shape[3] // s, image.shape[4] // s]
+        if lung is None:
+            keep = torch.ones([scans] + grid, dtype=torch.bool, device=image.device)
+        else:
+            share = F.avg_pool3d(lung, s)[:, 0]
+            # A lung thinner than a patch still gets its best patches.
+            keep = share >= share.flatten(1).amax(1).clamp(1e-6, self.min_lung).view(-1, 1, 1, 1)
+        index = keep.nonzero()
+        scan = index[:, 0]
+        counts: list[int] = keep.flatten(1).sum(1).tolist()
+
+        x = self.embed(image, lung, index)
+        x = x + self.position(self.locate(index, torch.tensor(grid, dtype=x.dtype, device=x.device)))
+        context = torch.zeros(scans, 0, dtype=x.dtype, device=x.device)
+        if clinical is not None:
+            context = clinical.to(x.dtype)
+        if self.film_context:
+            context = torch.cat([context, torch.stack([tokens.mean(0) for tokens in x.split(counts)])], 1)
+        slots = scan
+        mask: Tensor | None = None
+        if self.window > 0:
+            slots, mask = window_slots(index, self.window)
+        for block in self.blocks:
+            x = block(x, slots, mask, counts, context, scan)
+
+        tokens = self.loc_scale * self.to_location(x)[:, 0] + self.loc_bias
+        location = torch.zeros(keep.shape, dtype=x.dtype, device=x.device)
+        location[keep] = tokens
+        location, keep = location.flatten(1), keep.flatten(1)
+        beta = self.log_beta.exp() * self.beta_factor
+        # Centring leaves the softmin as it is and keeps its exponents small.
+        median = torch.stack([scan_tokens.detach().median() for scan_tokens in tokens.split(counts)]).unsqueeze(1)
+        log_weight = F.log_softmax((-beta * (location - median)).masked_fill(~keep, -1e9), 1)
+        weight = log_weight.exp() * keep
+        if self.head == "lse":
+            number = keep.sum(1, keepdim=True).to(x.dtype)
+            divergence = (weight * log_weight).sum(1, keepdim=True) + number.log()
+            location = (location + divergence / beta) * keep
+        return torch.stack([location, weight], 1).view([scans, 2] + grid)
