@@ -4,5 +4,6 @@
 
 from .grid_shift import GridShiftInferer
 from .heat import patch_heat, to_voxels
+from .maps import HeatToScand, MapToHeatd, to_scan_space
 
-__all__ = ["GridShiftInferer", "patch_heat", "to_voxels"]
+__all__ = ["GridShiftInferer", "HeatToScand", "MapToHeatd", "patch_heat", "to_scan_space", "to_voxels"]

@@ -91,54 +91,66 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def attend(self, qkv: Tensor, mask: Tensor | None) -> Tensor:
-        """(groups, N, 3*dim) and the keys that exist, (groups, 1, 1, N) or None for all -> (groups, N, dim)."""
+        """(groups, N, 3*dim) and the keys that exist, (groups, N) or None for all -> (groups, N, dim)."""
         groups, tokens, width = qkv.shape
-        split = qkv.view(groups, tokens, 3, self.num_heads, width // (3 * self.num_heads)).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(split[0], split[1], split[2], attn_mask=mask)
-        return x.transpose(1, 2).reshape(groups, tokens, -1)
+        q, k, v = qkv.view(groups, tokens, 3, self.num_heads, width // (3 * self.num_heads)).unbind(2)
+        if 0 < self.window <= 3:
+            # scaled_dot_product_attention takes twice as long on a CPU for thousands of groups of a few tokens.
+            score = torch.einsum("gnhd,gmhd->gnmh", q, k) * q.shape[3] ** -0.5
+            if mask is not None:
+                score = score.masked_fill(~mask[:, None, :, None], -math.inf)
+            x = torch.einsum("gnmh,gmhd->gnhd", score.softmax(2), v)
+        else:
+            if mask is not None:
+                mask = mask[:, None, None, :]
+            x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+            x = x.transpose(1, 2)
+        return x.reshape(groups, tokens, width // 3)
 
     def forward(self, x: Tensor, slots: Tensor, mask: Tensor | None, counts: list[int]) -> Tensor:
         """
         Args:
-            x: the tokens of all scans, packed, (M, dim).
-            slots: place of each token in the windows, (M,); see :func:`window_slots`.
-            mask: which places of the windows hold a token, (windows, 1, 1, window**3), or None if all do.
+            x: the tokens of all scans, packed in the order of :func:`group_in_windows`, (M, dim).
+            slots: place of each token in the windows, (M,).
+            mask: which places of the windows hold a token, (windows, window**3), or None if all do.
             counts: number of tokens of each scan.
         """
         qkv = self.qkv(x)
         if self.window == 0:
             return self.out(torch.cat([self.attend(scan.unsqueeze(0), None)[0] for scan in qkv.split(counts)]))
         places = self.window * self.window * self.window
-        rows = qkv.shape[0] if mask is None else mask.shape[0] * places
-        windows = torch.zeros(rows, qkv.shape[1], dtype=qkv.dtype, device=qkv.device).index_copy(0, slots, qkv)
+        if mask is None:
+            return self.out(self.attend(qkv.view(-1, places, qkv.shape[1]), None).reshape(qkv.shape[0], -1))
+        windows = torch.zeros(mask.numel(), qkv.shape[1], dtype=qkv.dtype, device=qkv.device).index_copy(0, slots, qkv)
         attended = self.attend(windows.view(-1, places, qkv.shape[1]), mask)
-        return self.out(attended.reshape(rows, -1)[slots])
+        return self.out(attended.reshape(mask.numel(), -1).index_select(0, slots))
 
 
-def window_slots(index: Tensor, window: int) -> tuple[Tensor, Tensor | None]:
-    """Place of each token in a list of windows of `window` tokens a side, of which empty ones are left out.
+def group_in_windows(index: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sort tokens by window, and find the place of each in a list of windows without the empty ones.
 
     Args:
         index: grid cell of each token, (M, 4) = (scan, z, y, x).
         window: window side in tokens.
 
     Returns:
-        the places, (M,), and the mask of places that hold a token, (windows, 1, 1, window**3), None if all do.
+        the sorted index, still scan by scan; the places, (M,), ascending; and the mask of places that hold a token,
+        (windows, window**3), None if all do.
     """
-    cell = index[:, 1:] // window
+    cell = torch.div(index[:, 1:], window, rounding_mode="floor")
     extent = cell.amax(0) + 1
     ident = ((index[:, 0] * extent[0] + cell[:, 0]) * extent[1] + cell[:, 1]) * extent[2] + cell[:, 2]
-    within = index[:, 1:] % window
+    within = index[:, 1:] - cell * window
     place = (within[:, 0] * window + within[:, 1]) * window + within[:, 2]
-    idents, row = torch.unique(ident, return_inverse=True)
     places = window * window * window
-    slots = row * places + place
-    num_slots = idents.shape[0] * places
-    if num_slots == slots.shape[0]:
-        return slots, None
-    mask = torch.zeros(num_slots, dtype=torch.bool, device=index.device)
+    order = (ident * places + place).argsort()
+    idents, row = torch.unique_consecutive(ident[order], return_inverse=True)
+    slots = row * places + place[order]
+    if idents.shape[0] * places == slots.shape[0]:
+        return index[order], slots, None
+    mask = torch.zeros(idents.shape[0] * places, dtype=torch.bool, device=index.device)
     mask[slots] = True
-    return slots, mask.view(-1, 1, 1, places)
+    return index[order], slots, mask.view(-1, places)
 
 
 class Block(nn.Module):
@@ -166,7 +178,7 @@ class Block(nn.Module):
         x = x + self.mlp(self.norm2(x))
         if self.film is not None:
             scale, shift = self.film(context).chunk(2, 1)
-            x = x * (1.0 + torch.tanh(scale))[scan] + shift[scan]
+            x = x * (1.0 + torch.tanh(scale)).index_select(0, scan) + shift.index_select(0, scan)
         return x
 
 
@@ -203,7 +215,7 @@ class SurvivalMapNet(nn.Module):
         min_lung: smallest share of lung in a patch that makes it a token.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range; in `forward`, an input has another shape, or a scan has no lung.
 
     Shape:
         image (B, 1, D, H, W), HU window scaled to [0, 1]; lung (B, 1, D, H, W) in {0, 1}, None for no mask; clinical
@@ -237,7 +249,9 @@ class SurvivalMapNet(nn.Module):
         learn_beta: bool = True,
         min_lung: float = 0.25,
     ) -> None:
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
+        self.arguments = arguments
         if patch_size < 1:
             raise ValueError(f"patch_size must be at least 1 voxel, got {patch_size}.")
         if not 0 <= overlap < 1:
@@ -282,9 +296,16 @@ class SurvivalMapNet(nn.Module):
         """Multiply beta by `factor`: below 1 the softmin is nearer to the mean, so that every patch learns."""
         self.beta_factor.fill_(factor)
 
-    def locate(self, index: Tensor, extent: Tensor) -> Tensor:
-        """Fourier features of the patch centres (M, 27), from -1 to 1 over the image, so valid for any grid."""
-        centre = (2.0 * index[:, 1:] + 1.0) / extent - 1.0
+    def locate(self, index: Tensor, counts: list[int]) -> Tensor:
+        """Fourier features of the patch centres (M, 27), from -1 to 1 over the box around the tokens of each scan.
+
+        So they hold for any grid, and padding a scan to the size of others in its batch doesn't move its patches.
+        """
+        boxes: list[Tensor] = []
+        for cell in index[:, 1:].split(counts):
+            first = cell.amin(0)
+            boxes.append((2 * (cell - first) + 1) / (cell.amax(0) - first + 1) - 1)
+        centre = torch.cat(boxes)
         features = [centre]
         for frequency in self.frequencies:
             features += [torch.sin(frequency * centre), torch.cos(frequency * centre)]
@@ -293,15 +314,17 @@ class SurvivalMapNet(nn.Module):
     def forward(self, image: Tensor, lung: Tensor | None = None, clinical: Tensor | None = None) -> Tensor:
         if image.dim() != 5 or image.shape[1] != 1:
             raise ValueError(f"image must be (B, 1, D, H, W), got {list(image.shape)}.")
-        if (clinical is None) != (self.clinical_dim == 0):
-            raise ValueError(f"this network takes a clinical vector of length {self.clinical_dim} for each scan.")
+        if lung is not None and lung.shape != image.shape:
+            raise ValueError(f"lung must have the shape of the image, {list(image.shape)}, got {list(lung.shape)}.")
+        clinical_dim = 0 if clinical is None else clinical.shape[1]
+        if clinical_dim != self.clinical_dim:
+            raise ValueError(f"clinical must be a vector of length {self.clinical_dim} a scan, got {clinical_dim}.")
         s = self.stride
         pad = [0, -image.shape[4] % s, 0, -image.shape[3] % s, 0, -image.shape[2] % s]
         if max(pad) > 0:
             image = F.pad(image, pad, mode="replicate")
         if lung is not None:
-            if lung.shape[2:] != image.shape[2:]:
-                lung = F.pad(lung, pad)
+            lung = F.pad(lung, pad)
             lung = None if bool((lung > 0).all()) else lung.to(image.dtype)
         scans = image.shape[0]
         grid = [image.shape[2] // s, image.shape[3] // s, image.shape[4] // s]
@@ -312,26 +335,28 @@ class SurvivalMapNet(nn.Module):
             # A lung thinner than a patch still gets its best patches.
             keep = share >= share.flatten(1).amax(1).clamp(1e-6, self.min_lung).view(-1, 1, 1, 1)
         index = keep.nonzero()
-        scan = index[:, 0]
         counts: list[int] = keep.flatten(1).sum(1).tolist()
+        if min(counts) == 0:
+            raise ValueError(f"scan {counts.index(0)} of the batch has no lung voxel.")
+        slots = index[:, 0]
+        mask: Tensor | None = None
+        if self.window > 0:
+            index, slots, mask = group_in_windows(index, self.window)
+        scan = index[:, 0]
 
         x = self.embed(image, lung, index)
-        x = x + self.position(self.locate(index, torch.tensor(grid, dtype=x.dtype, device=x.device)))
+        x = x + self.position(self.locate(index, counts).to(x.dtype))
         context = torch.zeros(scans, 0, dtype=x.dtype, device=x.device)
         if clinical is not None:
             context = clinical.to(x.dtype)
         if self.film_context:
             context = torch.cat([context, torch.stack([tokens.mean(0) for tokens in x.split(counts)])], 1)
-        slots = scan
-        mask: Tensor | None = None
-        if self.window > 0:
-            slots, mask = window_slots(index, self.window)
         for block in self.blocks:
             x = block(x, slots, mask, counts, context, scan)
 
         tokens = self.loc_scale * self.to_location(x)[:, 0] + self.loc_bias
         location = torch.zeros(keep.shape, dtype=x.dtype, device=x.device)
-        location[keep] = tokens
+        location[index[:, 0], index[:, 1], index[:, 2], index[:, 3]] = tokens
         location, keep = location.flatten(1), keep.flatten(1)
         beta = self.log_beta.exp() * self.beta_factor
         # Centring leaves the softmin as it is and keeps its exponents small.

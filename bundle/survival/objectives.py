@@ -57,6 +57,7 @@ class CenTime(nn.Module):
         self, tmax: int = 100, variance: float = 36.0, alpha_censored: float = 1.0, mixture: bool = False
     ) -> None:
         super().__init__()
+        self.arguments = dict(tmax=tmax, variance=variance, alpha_censored=alpha_censored, mixture=mixture)
         if tmax < 2 or variance <= 0 or alpha_censored < 0:
             raise ValueError(f"need tmax > 1, variance > 0, alpha_censored >= 0: {tmax}, {variance}, {alpha_censored}.")
         self.tmax = tmax

@@ -1,0 +1,318 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Read a cohort CSV, check it whole, and divide it into training, validation and test scans."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bundle.errors import InputError
+
+__all__ = ["IMAGE_SUFFIXES", "read_cohort", "single_scan", "split_cohort"]
+
+IMAGE_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
+MASK_COLUMNS = ("lung_mask", "gt_mask", "confounder_mask")
+SPLITS = ("train", "val", "test")
+ON_FAULT = ("fail", "skip", "row")
+
+_CONTRACT = ("patient_id", "image", "time", "event", *MASK_COLUMNS, "split", "fold")
+_HEADER_LINE = 1
+_log = logging.getLogger(__name__)
+
+
+def read_cohort(
+    path: str | os.PathLike,
+    *,
+    need_outcome: bool = True,
+    clinical: Sequence[str] = (),
+    tmax: float | None = None,
+    check_files: bool = True,
+    on_fault: str = "fail",
+) -> list[dict]:
+    """Read the cohort and check every row, so that all there is to mend is said at once.
+
+    Args:
+        path: CSV in UTF-8, one row a scan. Columns `patient_id`, `image`; `time` (months) and `event` (1 died,
+            0 censored); optional `lung_mask`, `gt_mask`, `confounder_mask`, `split` (train, val or test), `fold`
+            (integer). Paths are absolute or relative to the CSV. Any other column is clinical.
+        need_outcome: whether `time`, `event` and at least one event must be there (not so in inference).
+        clinical: clinical columns to take, numeric, in this order.
+        tmax: last month of the model; every time must be below it. None: not checked.
+        check_files: whether images and masks must exist and have a suffix that can be read.
+        on_fault: what to do about a scan whose files are at fault: "fail" (raise), "skip" (leave it out with a
+            warning) or "row" (keep it, with the sentence in `record["fault"]`). Faults of the table always raise.
+
+    Returns:
+        For each scan a dict with `patient_id`, `image` and, where given, masks (absolute paths), `time` (float),
+        `event` (int), `split`, `fold` (int), and `clinical` (floats, NaN where empty) if columns are named.
+
+    Raises:
+        InputError: listing each fault as ``row N, column X: what (expected ...)``; N is the line in the file, the
+            header being line 1.
+    """
+    if on_fault not in ON_FAULT:
+        raise InputError(f"on_fault is '{on_fault}' (expected one of {', '.join(ON_FAULT)})")
+    path = Path(path)
+    header, rows = _read_table(path)
+    faults = _header_faults(header, need_outcome, clinical)
+    if not rows:
+        faults.append(f"row {_HEADER_LINE + 1}: the table has no rows (expected one row a scan)")
+
+    records: list[dict] = []
+    scan_faults: list[str] = []
+    first_line: dict[str, int] = {}
+    for line, values in rows:
+        if len(values) != len(header):
+            faults.append(f"row {line}: {len(values)} values (expected {len(header)}, as in the header)")
+            continue
+        row = dict(zip(header, (value.strip() for value in values)))
+        record, wrong = _check_row(row, need_outcome, clinical, tmax)
+        patient = row.get("patient_id")
+        if patient and first_line.setdefault(patient, line) != line:
+            wrong.append(f"column patient_id: {patient!r} is in row {first_line[patient]} too (expected one row each)")
+        faults += [f"row {line}, {what}" for what in wrong]
+
+        for column in ("image", *MASK_COLUMNS):
+            if row.get(column):
+                record[column] = os.path.abspath(path.parent / Path(row[column]).expanduser())
+        if check_files:
+            of_files = [
+                f"row {line}, column {column}: {what}"
+                for column in ("image", *MASK_COLUMNS)
+                if column in record and (what := _file_fault(record[column], folder=column == "image"))
+            ]
+            scan_faults += of_files
+            if of_files:
+                record["fault"] = "; ".join(of_files)
+        records.append(record)
+
+    if need_outcome and not faults and not any(record["event"] for record in records):
+        faults.append("column event: no row has event 1 (expected at least one death)")
+    if on_fault == "fail":
+        faults += scan_faults
+    if faults:
+        count = "a fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise InputError(f"{path} has {count}:\n" + "\n".join(f"  {fault}" for fault in faults))
+
+    if on_fault == "skip":
+        for record in records:
+            if "fault" in record:
+                _log.warning("patient %s is left out: %s", record["patient_id"], record["fault"])
+        records = [record for record in records if "fault" not in record]
+        if not records or (need_outcome and not any(record["event"] for record in records)):
+            raise InputError(f"{path}: no {'deaths' if records else 'scans'} remain once scans at fault are left out")
+    return records
+
+
+def single_scan(image: str | os.PathLike) -> list[dict]:
+    """A cohort of one scan without an outcome: an image file or a DICOM folder, named after itself.
+
+    Raises:
+        InputError: the image is missing or has a suffix that can't be read.
+    """
+    path = os.path.abspath(Path(image).expanduser())
+    if fault := _file_fault(path, folder=True):
+        raise InputError(f"image: {fault}")
+    name = Path(path).name
+    suffix = next((s for s in sorted(IMAGE_SUFFIXES, key=len, reverse=True) if name.lower().endswith(s)), "")
+    stem = name if os.path.isdir(path) or not suffix else name[: -len(suffix)]
+    patient = re.sub(r"[^A-Za-z0-9_-]+", "_", stem).strip("_")
+    return [{"patient_id": patient or "scan", "image": path}]
+
+
+def split_cohort(
+    records: Sequence[dict],
+    *,
+    fold: int | None = None,
+    seed: int = 0,
+    fractions: Sequence[float] = (0.7, 0.15, 0.15),
+) -> dict[str, list[dict]]:
+    """Divide a cohort into train, val and test.
+
+    By the `split` column if there is one; else, for a given `fold`, the rows of that fold are val and all others
+    train; else at random, the same for the same patients and seed whatever the order of the rows, with the same
+    share of deaths in each part (at least one, if three or more died).
+
+    Args:
+        records: from :func:`read_cohort`.
+        fold: which fold to validate on.
+        seed: of the random split.
+        fractions: of train, val and test in the random split; sum 1.
+
+    Returns:
+        {"train": [...], "val": [...], "test": [...]}; test may be empty.
+
+    Raises:
+        InputError: no such fold, a fold asked of a cohort with a `split` column, fractions that do not sum to 1,
+            or nothing left to train or to validate on.
+    """
+    parts: dict[str, list[dict]] = {name: [] for name in SPLITS}
+    if all("split" in record for record in records):
+        if fold is not None:
+            raise InputError(f"fold is {fold}, but the cohort's column split already says what each scan is for")
+        for record in records:
+            parts[record["split"]].append(record)
+    elif fold is not None:
+        folds = sorted({record["fold"] for record in records if "fold" in record})
+        if fold not in folds:
+            raise InputError(f"fold {fold} does not exist (expected one of column fold: {folds or 'there is none'})")
+        for record in records:
+            parts["val" if record["fold"] == fold else "train"].append(record)
+    else:
+        if len(fractions) != len(SPLITS) or min(fractions) < 0 or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
+            raise InputError(f"split fractions are {list(fractions)} (expected three numbers >= 0 with sum 1)")
+        rng = np.random.default_rng(seed)
+        ordered = sorted(records, key=lambda record: record["patient_id"])
+        for event in (1, 0):
+            stratum = [record for record in ordered if record["event"] == event]
+            ends = np.cumsum(_shares(len(stratum), fractions))
+            shuffled = [stratum[i] for i in rng.permutation(len(stratum))]
+            for name, start, end in zip(SPLITS, (0, *ends), ends):
+                parts[name] += shuffled[start:end]
+    for name in ("train", "val"):
+        if not parts[name]:
+            sizes = ", ".join(f"{key} {len(part)}" for key, part in parts.items())
+            raise InputError(f"{len(records)} scans leave none for {name}: {sizes} (expected at least 1)")
+    return parts
+
+
+def _read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Header and (line in the file, values) of each row that is not blank."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            lines = [(reader.line_num, values) for values in reader]
+    except OSError as error:
+        raise InputError(f"cohort {path}: {error.strerror or error} (expected a CSV file)") from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"cohort {path}: not a CSV in UTF-8 ({error})") from error
+    lines = [(line, values) for line, values in lines if any(value.strip() for value in values)]
+    if not lines:
+        raise InputError(f"cohort {path}: the file is empty (expected a header with patient_id, image, time, event)")
+    return [name.strip() for name in lines[0][1]], lines[1:]
+
+
+def _header_faults(header: list[str], need_outcome: bool, clinical: Sequence[str]) -> list[str]:
+    where = f"row {_HEADER_LINE}, column"
+    count = Counter(header)
+    faults = [f"{where} {name!r}: there are {count[name]} (expected 1)" for name in count if count[name] > 1]
+    needed = ["patient_id", "image"] + (["time", "event"] if need_outcome else [])
+    faults += [f"{where} {name}: missing (found: {', '.join(header)})" for name in needed if name not in header]
+    if not need_outcome and ("time" in header) != ("event" in header):
+        faults.append(f"{where} time, event: only one is there (expected both or neither)")
+    for name in clinical:
+        if name in _CONTRACT:
+            faults.append(f"{where} {name}: not a clinical column (expected another one than {', '.join(_CONTRACT)})")
+        elif name not in header:
+            others = ", ".join(column for column in header if column not in _CONTRACT) or "none"
+            faults.append(f"{where} {name}: named as clinical but missing (expected one of the table's: {others})")
+    return faults
+
+
+def _check_row(
+    row: dict[str, str], need_outcome: bool, clinical: Sequence[str], tmax: float | None
+) -> tuple[dict, list[str]]:
+    """The record of a row, and what is wrong in it, each starting with its column."""
+    record: dict = {}
+    wrong: list[str] = []
+
+    def parse(column: str, convert: Callable[[str], object], expected: str) -> object:
+        try:
+            return convert(row[column])
+        except ValueError:
+            wrong.append(f"column {column}: {repr(row[column]) if row[column] else 'empty'} (expected {expected})")
+            return None
+
+    if "patient_id" in row:
+        expected = "a name without / \\ .. or control characters, as files are named after it"
+        record["patient_id"] = parse("patient_id", _patient_id, expected)
+    if row.get("image") == "":
+        wrong.append("column image: empty (expected a file or a DICOM folder)")
+    if "time" in row and "event" in row and (need_outcome or row["time"] or row["event"]):
+        record["time"] = parse("time", _months, "months as a number > 0")
+        record["event"] = parse("event", _zero_or_one, "1 died or 0 censored")
+        if tmax is not None and record["time"] is not None and record["time"] >= tmax:
+            wrong.append(f"column time: {row['time']} (expected less than tmax, which is {tmax:g})")
+    if "split" in row:
+        record["split"] = parse("split", _split, "train, val or test")
+    if "fold" in row:
+        record["fold"] = parse("fold", _integer, "an integer")
+    if clinical:
+        record["clinical"] = [
+            parse(column, _number_or_missing, "a number, or nothing if missing") for column in clinical if column in row
+        ]
+    return record, wrong
+
+
+def _patient_id(text: str) -> str:
+    if not text or ".." in text or text == "." or any(c in "/\\" or not c.isprintable() for c in text):
+        raise ValueError
+    return text
+
+
+def _months(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError
+    return value
+
+
+def _zero_or_one(text: str) -> int:
+    value = float(text)
+    if value not in (0, 1):
+        raise ValueError
+    return int(value)
+
+
+def _split(text: str) -> str:
+    if text not in SPLITS:
+        raise ValueError
+    return text
+
+
+def _integer(text: str) -> int:
+    value = float(text)
+    if not value.is_integer():
+        raise ValueError
+    return int(value)
+
+
+def _number_or_missing(text: str) -> float:
+    value = float(text or "nan")
+    if math.isinf(value):
+        raise ValueError
+    return value
+
+
+def _file_fault(path: str, folder: bool) -> str | None:
+    """What is wrong with a path, before reading it; `folder`: it may be a DICOM folder."""
+    expected = f"one of {' '.join(IMAGE_SUFFIXES)}{' or a DICOM folder' if folder else ''}"
+    if os.path.isdir(path):
+        return None if folder else f"{path} is a folder (expected {expected})"
+    if not os.path.exists(path):
+        return f"{path} does not exist (expected {expected})"
+    if not path.lower().endswith(IMAGE_SUFFIXES):
+        return f"{path} cannot be read (expected {expected})"
+    return None
+
+
+def _shares(count: int, fractions: Sequence[float]) -> np.ndarray:
+    """Whole numbers with sum `count`, as near to the fractions as can be, none of them 0 where `count` allows."""
+    exact = count * np.asarray(fractions, dtype=float)
+    shares = np.floor(exact + 1e-9).astype(int)
+    for i in np.argsort(shares - exact, kind="stable")[: count - shares.sum()]:
+        shares[i] += 1
+    for i in range(len(shares)):
+        if shares[i] == 0 and fractions[i] > 0 and shares.max() > 1:
+            shares[shares.argmax()] -= 1
+            shares[i] += 1
+    return shares

@@ -1,0 +1,146 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What inference leaves: heat maps in the scans' own space, predictions, survival curves and a report."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import torch
+from ignite.engine import Engine, Events
+
+from bundle.data.datasets import ScanStream
+from bundle.errors import InputError
+from bundle.report import failed_section, patient_section, write_report
+from bundle.survival.readout import death_by, mean_months, quantile_months, survival_curve
+
+__all__ = ["PredictionWriter", "prediction_row", "write_heat"]
+
+logger = logging.getLogger(__name__)
+
+DEATH_BY = (12, 24, 36, 60)
+
+
+def prediction_row(patient_id: str, pmf: torch.Tensor) -> dict:
+    """One row of `predictions.csv` from P(T = 1..tmax months), (tmax,); `risk` grows with danger."""
+    pmf = pmf[None]
+    row = {"patient_id": patient_id, "status": "ok", "message": "", "median_months": quantile_months(pmf, 0.5)}
+    row["mean_months"] = mean_months(pmf)
+    row["lower_months"], row["upper_months"] = quantile_months(pmf, 0.025), quantile_months(pmf, 0.975)
+    row["risk"] = -row["mean_months"]
+    for horizon in DEATH_BY:
+        row[f"death_{horizon}m"] = death_by(pmf, horizon)
+    return {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in row.items()}
+
+
+def failed_row(patient_id: str, message: str) -> dict:
+    """One row of `predictions.csv` for a scan without a prediction."""
+    return {"patient_id": patient_id, "status": "failed", "message": message}
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write` with a temporary name of the same suffix beside `path`, then rename."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"could not write {path}: {e.strerror}.") from e
+
+
+def write_heat(path: Path, heat: torch.Tensor, affine: torch.Tensor) -> None:
+    """Write heat (1, D, H, W) as NIfTI with the scan's affine (RAS, mm)."""
+    image = nib.Nifti1Image(np.asarray(heat[0], dtype=np.float32), np.asarray(affine, dtype=np.float64))
+    image.header.set_xyzt_units("mm")
+    write_atomically(path, image.to_filename)
+
+
+class PredictionWriter:
+    """Write the files of an inference run as its scans come; a bad scan becomes a row that says why.
+
+    Expects the output of :class:`~bundle.explain.maps.MapToHeatd` and :class:`~bundle.explain.maps.HeatToScand`, and
+    in the batch ``patient_id``, ``image`` (HU scaled to [0, 1]), ``lung`` and ``lung_mask_source``.
+
+    Args:
+        output_dir: folder for `predictions.csv`, `survival_curves.csv`, `maps/` and `report.html`.
+        stream: the dataset, which knows the scans that failed.
+        settings: of the weights, shown in the report.
+        horizon: of the heat, months.
+        hu_window: HU that are 0 and 1 in the image.
+    """
+
+    def __init__(
+        self, output_dir: str, stream: ScanStream, settings: dict, horizon: int, hu_window: tuple[float, float]
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.stream = stream
+        self.settings = settings
+        self.horizon = horizon
+        self.hu_window = hu_window
+        self.rows: dict[str, dict] = {}
+        self.curves: dict[str, np.ndarray] = {}
+        self.sections: dict[str, str] = {}
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.add)
+        engine.add_event_handler(Events.COMPLETED, self.finish)
+
+    def start(self, engine: Engine) -> None:
+        (self.output_dir / "maps").mkdir(parents=True, exist_ok=True)
+
+    def add(self, engine: Engine) -> None:
+        for scan, output in zip(engine.state.batch, engine.state.output):
+            patient_id, pmf = scan["patient_id"], output["pmf"].cpu()
+            row = prediction_row(patient_id, pmf)
+            heat = output["scan_heat"].cpu()
+            write_heat(self.output_dir / "maps" / f"{patient_id}_heat.nii.gz", heat, heat.affine)
+            self.rows[patient_id] = row
+            self.curves[patient_id] = survival_curve(pmf).numpy()
+            low, high = self.hu_window
+            lung = np.asarray(scan["lung"][0])
+            self.sections[patient_id] = patient_section(
+                {
+                    "patient_id": patient_id,
+                    "image": np.asarray(scan["image"][0]) * (high - low) + low,
+                    "heat": np.asarray(output["heat"].cpu()[0]),
+                    "lung": None if lung.all() else lung,
+                    "spacing": [float(mm) for mm in scan["image"].pixdim],
+                    "pmf": pmf.numpy(),
+                    "horizon": self.horizon,
+                    "row": row,
+                    "lung_mask_source": scan["lung_mask_source"],
+                    "contour": None,
+                }
+            )
+            logger.info(
+                f"{patient_id}: median {row['median_months']:.1f} months, "
+                f"P(death by {self.horizon} months) {float(heat.sum()):.2f}, lung mask: {scan['lung_mask_source']}."
+            )
+
+    def finish(self, engine: Engine) -> None:
+        for patient_id, message in self.stream.faults:
+            self.rows[patient_id] = failed_row(patient_id, message)
+            self.sections[patient_id] = failed_section(patient_id, message)
+        order = [r["patient_id"] for r in self.stream.data]
+        rows = [self.rows[p] for p in order]
+        columns = list(prediction_row("", torch.ones(2) / 2))
+        table = pd.DataFrame(rows, columns=columns)
+        months = next((len(c) for c in self.curves.values()), 0)
+        curves = pd.DataFrame(
+            [[p, *self.curves[p]] for p in order if p in self.curves],
+            columns=["patient_id", *(f"survival_{t}m" for t in range(1, months + 1))],
+        )
+        write_atomically(self.output_dir / "predictions.csv", lambda p: table.to_csv(p, index=False, float_format="%.5g"))
+        write_atomically(
+            self.output_dir / "survival_curves.csv", lambda p: curves.to_csv(p, index=False, float_format="%.5g")
+        )
+        write_report(self.output_dir / "report.html", [self.sections[p] for p in order], rows, self.settings)
+        logger.info(f"report: {self.output_dir / 'report.html'}")

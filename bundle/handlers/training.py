@@ -1,0 +1,173 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Handlers of a training run: reproducible epochs, gradient clipping, checkpoints that survive a kill."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from pathlib import Path
+
+import torch
+from ignite.engine import Engine, Events
+from monai.engines import IterationEvents
+from monai.transforms import Randomizable
+from monai.utils import set_determinism
+
+from bundle.errors import InputError
+from bundle.settings import differences, file_sha256, settings_file, write_json
+
+__all__ = ["EpochSeed", "GradientClip", "RunCheckpoint"]
+
+logger = logging.getLogger(__name__)
+
+
+def save_atomically(content: dict, path: Path) -> None:
+    """`torch.save` to a temporary name beside `path`, flush to disk, rename: a kill leaves the old or the new file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"could not write {path} ({e.strerror}); free space or choose another --ckpt_dir.") from e
+
+
+class EpochSeed:
+    """Seed torch, numpy, python and the random transforms from (seed, epoch) as each epoch starts.
+
+    Every epoch is then the same whether the run was resumed before it or not.
+
+    Args:
+        seed: of the run.
+        transform: the training dataset's transform.
+    """
+
+    def __init__(self, seed: int, transform: Randomizable) -> None:
+        self.seed = seed
+        self.transform = transform
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        seed = (self.seed * 1_000_003 + engine.state.epoch) % 2**32
+        set_determinism(seed)
+        self.transform.set_random_state(seed)
+
+
+class GradientClip:
+    """Clip the norm of all gradients before each optimizer step; stop on a loss that is no number.
+
+    Args:
+        network: whose gradients to clip.
+        max_norm: largest norm of all gradients together.
+    """
+
+    def __init__(self, network: torch.nn.Module, max_norm: float) -> None:
+        self.network = network
+        self.max_norm = max_norm
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
+        if not torch.isfinite(norm):
+            patients = ", ".join(engine.state.batch["patient_id"])
+            raise InputError(
+                f"the loss or its gradient is not finite in epoch {engine.state.epoch} for the patients {patients}; "
+                "the last good weights are kept in last.pt. A smaller learning rate, or a look at these scans, may help."
+            )
+
+
+class RunCheckpoint:
+    """Keep the best weights and all that is needed to go on; resume a run that was stopped.
+
+    After every epoch `last.pt` holds network, optimizer, scheduler, epoch and best metric; whenever the validation
+    metric is at its best `model.pt` holds the network's plain state dict and `settings.json` its settings with the
+    SHA-256 of the weights. Every file is written under another name and renamed. MONAI's `CheckpointSaver` writes in
+    place, which a kill in the wrong moment turns into a torn file.
+
+    Args:
+        ckpt_dir: folder of the run.
+        settings: of the run; see :func:`bundle.settings.training_settings`.
+        network, optimizer, lr_scheduler: what has a state.
+        validator: the evaluator that `ValidationHandler` runs, earlier in the list of handlers.
+        metric: its metric that is largest for the best weights.
+        val_interval: epochs between two validations.
+        patience: stop after so many epochs without a better validation; None to go through all epochs.
+        resume: go on with an unfinished run of the same settings; if false, start anew.
+    """
+
+    def __init__(
+        self,
+        ckpt_dir: str,
+        settings: dict,
+        network: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
+        validator: Engine,
+        metric: str,
+        val_interval: int,
+        patience: int | None = None,
+        resume: bool = True,
+    ) -> None:
+        self.ckpt_dir = Path(ckpt_dir)
+        self.settings = settings
+        self.objects = {"network": network, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
+        self.validator = validator
+        self.metric = metric
+        self.val_interval = val_interval
+        self.patience = patience
+        self.resume = resume
+        self.best: float | None = None
+        self.best_epoch = 0
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.load)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+
+    def load(self, engine: Engine) -> None:
+        """Prepare the folder, and go on where a run of the same settings stopped."""
+        last = self.ckpt_dir / "last.pt"
+        if not (self.resume and last.is_file()):
+            last.unlink(missing_ok=True)
+            return
+        state = torch.load(last, map_location="cpu", weights_only=True)
+        changed = differences(state["settings"], self.settings)
+        if changed:
+            raise InputError(
+                f"{self.ckpt_dir} holds a run with other settings ({'; '.join(changed)}); "
+                "repeat them, choose another --ckpt_dir, or start anew with --resume false."
+            )
+        for name, target in self.objects.items():
+            target.load_state_dict(state[name])
+        engine.state.epoch, engine.state.iteration = state["epoch"], state["iteration"]
+        self.best, self.best_epoch = state["best"], state["best_epoch"]
+        done = state["epoch"] >= engine.state.max_epochs
+        logger.info(
+            f"{self.ckpt_dir} is a finished run of {state['epoch']} epochs: nothing to do."
+            if done
+            else f"going on with the run in {self.ckpt_dir} after epoch {state['epoch']} of {engine.state.max_epochs}."
+        )
+
+    def save(self, engine: Engine) -> None:
+        epoch = engine.state.epoch
+        value = self.validator.state.metrics[self.metric] if epoch % self.val_interval == 0 else -math.inf
+        if value > (-math.inf if self.best is None else self.best):
+            self.best, self.best_epoch = float(value), epoch
+            model = self.ckpt_dir / "model.pt"
+            save_atomically(self.objects["network"].state_dict(), model)
+            write_json(settings_file(model), {**self.settings, "weights_sha256": file_sha256(model)})
+        state = {name: target.state_dict() for name, target in self.objects.items()}
+        state.update(settings=self.settings, epoch=epoch, iteration=engine.state.iteration)
+        state.update(best=self.best, best_epoch=self.best_epoch)
+        save_atomically(state, self.ckpt_dir / "last.pt")
+        if self.patience is not None and epoch - self.best_epoch >= self.patience:
+            logger.info(f"no better validation since epoch {self.best_epoch}: stopping early.")
+            engine.terminate()

@@ -1,0 +1,331 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""How right are the predicted survival times? Metrics of a cohort's predicted distributions against what happened.
+
+All times are months; `event` is 1 for a death, 0 for a censored patient. Predictions are P(T = 1..tmax months). The
+risk that ranks patients is minus the mean of that distribution; the point prediction whose error is measured is its
+median. A metric is None where the cohort can't tell: the docstrings say when.
+
+Metrics that weight by the probability of not being censored (IPCW) estimate it by Kaplan-Meier on `training`, a pair
+(time, event), or on the scored patients themselves if that is None. They use what lies within its follow-up only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.metrics.metric import CumulativeIterationMetric
+from scipy.stats import chi2
+from torch import Tensor
+from torchsurv.metrics.auc import Auc
+from torchsurv.metrics.brier_score import BrierScore
+from torchsurv.metrics.cindex import ConcordanceIndex
+from torchsurv.stats.ipcw import get_ipcw
+
+from ..errors import InputError
+from ..survival import mean_months, quantile_months, survival_curve
+from .bootstrap import with_interval
+from .patient_ids import decode_ids, encode_ids, unique_scans
+
+__all__ = [
+    "SurvivalMetric",
+    "c_index",
+    "c_index_ipcw",
+    "correlation",
+    "cumulative_auc",
+    "d_calibration",
+    "integrated_brier",
+    "mae_censored",
+    "mae_events",
+    "mean_time_censored",
+    "rae_events",
+]
+
+HORIZONS = (12, 24, 36, 60)
+Outcome = tuple[Tensor, Tensor]
+
+
+def _number(value: Tensor) -> float | None:
+    """A tensor's number, None for 0 / 0."""
+    return float(value) if math.isfinite(value) else None
+
+
+def _mean(values: Tensor) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+def _censoring_weight(at: Tensor, time: Tensor, event: Tensor, training: Outcome | None) -> Tensor:
+    """1 / P(not censored by `at`), and 0 where that probability is 0."""
+    known_time, known_event = training or (time, event)
+    return get_ipcw(known_event == 1, known_time, at.to(known_time))
+
+
+def _follow_up(time: Tensor, training: Outcome | None) -> float:
+    """Last time of the cohort or of `training`, whichever comes first."""
+    return float(min(time.max(), training[0].max()) if training else time.max())
+
+
+def _concordance(risk: Tensor, time: Tensor, event: Tensor, weight: Tensor | None, end: Tensor | None) -> float | None:
+    died = event == 1
+    first = time[died].min() if died.any() else torch.inf
+    if not ((time > first) | ((time == first) & ~died)).any():
+        return None
+    # Times in double make torchsurv sum the weighted pairs in double.
+    return _number(ConcordanceIndex()(risk, died, time.double(), weight=weight, tmax=end, instate=False))
+
+
+def c_index(risk: Tensor, time: Tensor, event: Tensor) -> float | None:
+    """Harrell's concordance: of the pairs whose order of deaths is known, the share in which the first had more risk.
+
+    Equal risks count half; all risks equal give 0.5. A death and a censoring at the same time are comparable, two
+    deaths are not. Computed by torchsurv; Harrell et al., Statistics in Medicine 1996.
+
+    Args:
+        risk: grows with danger, (N,).
+        time: months, (N,).
+        event: 1 died, 0 censored, (N,).
+
+    Returns:
+        None without comparable pairs: no deaths, one patient, or no one left after the first death.
+    """
+    return _concordance(risk, time, event, None, None)
+
+
+def c_index_ipcw(risk: Tensor, time: Tensor, event: Tensor, training: Outcome | None = None) -> float | None:
+    """Uno's concordance: :func:`c_index` with pairs weighted by 1 / P(not censored by the first death)^2.
+
+    Deaths at or after the last time of `training` are not counted as first deaths. Computed by torchsurv;
+    Uno et al., Statistics in Medicine 2011. Shapes as in :func:`c_index`.
+
+    Returns:
+        None without comparable pairs of non-zero weight.
+    """
+    if not (event == 1).any():
+        return None
+    weight = _censoring_weight(time, time, event, training).double()
+    return _concordance(risk, time, event, weight, training[0].max() if training else None)
+
+
+def integrated_brier(pmf: Tensor, time: Tensor, event: Tensor, training: Outcome | None = None) -> float | None:
+    """Brier score of S(t), weighted for censoring, averaged over the follow-up by the trapezoidal rule; 0 is best.
+
+    Over the whole months from the first time of the cohort to just before its last, and no further than `tmax` or the
+    follow-up of `training`. Computed by torchsurv; Graf et al., Statistics in Medicine 1999.
+
+    Args:
+        pmf: P(T = 1..tmax), (N, tmax).
+        time, event: as in :func:`c_index`.
+
+    Returns:
+        None without deaths, or if the follow-up holds fewer than two whole months.
+    """
+    start, end = math.ceil(time.min()), min(math.ceil(_follow_up(time, training)), pmf.shape[1] + 1)
+    if end - start < 2 or not (event == 1).any():
+        return None
+    grid = torch.arange(start, end)
+    at_time, at_grid = (_censoring_weight(at, time, event, training) for at in (time, grid))
+    brier = BrierScore()
+    brier(survival_curve(pmf)[:, grid - 1], event == 1, time, grid.to(time), at_time, at_grid)
+    return _number(brier.integral())
+
+
+def cumulative_auc(
+    risk: Tensor, time: Tensor, event: Tensor, horizon: float, training: Outcome | None = None
+) -> float | None:
+    """Cumulative/dynamic AUC: does risk tell those dead by the horizon from those alive after it? 0.5 is chance.
+
+    The dead are weighted by 1 / P(not censored by their death), ties count half. Computed by torchsurv; Uno et al.,
+    JASA 2007. Shapes as in :func:`c_index`.
+
+    Args:
+        horizon: months.
+
+    Returns:
+        None with no death by the horizon, no one followed beyond it, or a horizon beyond the follow-up of `training`.
+    """
+    died = event == 1
+    if not (died & (time <= horizon)).any() or horizon >= _follow_up(time, training):
+        return None
+    at, weight = time.new_tensor([horizon]), _censoring_weight(time, time, event, training)
+    # torchsurv asks for weights at the horizon, but this kind of AUC doesn't use them.
+    auc = Auc()(risk, died, time, new_time=at, weight=weight, weight_new_time=torch.ones_like(at), instate=False)
+    return _number(auc.squeeze())
+
+
+def d_calibration(pmf: Tensor, time: Tensor, event: Tensor, bins: int = 10) -> float | None:
+    """p-value of D-calibration: small if predicted probabilities of living to the actual time aren't uniform.
+
+    S_i(t_i) is uniform on 0..1 if the distributions are right. A death counts in the bin of its S_i(t_i); a patient
+    censored at S_i(c_i) = s is spread evenly over 0..s. Chi-square test of the counts against N / bins with bins - 1
+    degrees of freedom; rough below about 5 patients a bin. Bin t of the distribution is spread evenly over the month
+    that ends half a month after t, so whole-month times aren't biased to one side. Haider et al., JMLR 2020.
+
+    Shapes as in :func:`integrated_brier`. None only for no patients.
+    """
+    if not len(time):
+        return None
+    pmf, time = pmf.double(), time.double()
+    # Whole months up to time + 1/2, and the part of the next one.
+    within = (time.unsqueeze(1) + 0.5 - torch.arange(1, pmf.shape[1] + 1)).clamp(0, 1)
+    alive = (1 - (pmf * within).sum(1)).clamp(0, 1).unsqueeze(1)
+    lower = torch.arange(bins, dtype=torch.float64) / bins
+    death = torch.nn.functional.one_hot((alive[:, 0] * bins).long().clamp_max(bins - 1), bins)
+    # Share of 0..s in each bin; for s = 0 all of it is in the first.
+    alive = alive.clamp_min(1e-12)
+    spread = (alive - lower).clamp(0, 1 / bins) / alive
+    count = torch.where(event.unsqueeze(1) == 1, death, spread).sum(0)
+    expected = len(time) / bins
+    return float(chi2.sf(float((count - expected).square().sum()) / expected, bins - 1))
+
+
+def mae_events(predicted: Tensor, time: Tensor, event: Tensor) -> float | None:
+    """Mean |predicted - time| of those who died, months. `predicted`: months, (N,). None without deaths."""
+    died = event == 1
+    return _mean((predicted - time)[died].abs())
+
+
+def rae_events(predicted: Tensor, time: Tensor, event: Tensor) -> float | None:
+    """Mean |predicted - time| / time of those who died. None without deaths."""
+    died = event == 1
+    return _mean((predicted - time)[died].abs() / time[died])
+
+
+def mae_censored(predicted: Tensor, time: Tensor, event: Tensor) -> float | None:
+    """Mean of max(0, time - predicted) of the censored, months: a hinge. None without censored.
+
+    Only a death predicted before the patient was last seen alive is an error; all censored count in the mean.
+    """
+    return _mean((time - predicted)[event != 1].clamp_min(0))
+
+
+def correlation(predicted: Tensor, time: Tensor, event: Tensor) -> float | None:
+    """Pearson correlation of predicted and actual time of those who died.
+
+    None with fewer than three deaths (two always give 1 or -1), or if all predictions or all times are equal.
+    """
+    pair = torch.stack([predicted, time])[:, event == 1].double()
+    if pair.shape[1] < 3 or (pair.amax(1) == pair.amin(1)).any():
+        return None
+    return _number(torch.corrcoef(pair)[0, 1])
+
+
+def mean_time_censored(predicted: Tensor, event: Tensor) -> float | None:
+    """Mean predicted time of the censored, months. None without censored."""
+    return _mean(predicted[event != 1])
+
+
+class SurvivalMetric(CumulativeIterationMetric):
+    """Survival metrics of a cohort with bootstrap intervals over patients.
+
+    `SurvivalMetric()(y_pred=pmf, y=outcome)` is all that MONAI's `IgniteMetricHandler` needs; `patient_id` adds names
+    to the table, and patients that come twice (from a distributed sampler) are scored once.
+
+    Args:
+        training: (time, event) of the training cohort, each (M,), for the censoring distribution; None: the scored
+            patients' own.
+        num_resamples: of the bootstrap; 0 for no intervals, which is what a metric in every epoch wants.
+        seed: of the bootstrap.
+
+    Raises:
+        InputError: `training` without a death or with times that aren't above 0.
+    """
+
+    def __init__(self, training: Outcome | None = None, num_resamples: int = 200, seed: int = 0) -> None:
+        super().__init__()
+        if training is not None:
+            time, event = (torch.as_tensor(values, dtype=torch.float32) for values in training)
+            _check_outcome(torch.stack([time, event], 1))
+            if not (event == 1).any():
+                raise InputError("The training cohort has no death (event 1); the censoring weights need one.")
+            training = time, event
+        self.training = training
+        self.num_resamples = num_resamples
+        self.seed = seed
+
+    def __call__(
+        self,
+        y_pred: Tensor | Sequence[Tensor],
+        y: Tensor | Sequence[Tensor] | None = None,
+        patient_id: Sequence[str] | None = None,
+    ) -> list[Tensor]:
+        """Keep a batch's predictions and outcomes.
+
+        Args:
+            y_pred: P(T = 1..tmax months), (B, tmax) or a list of (tmax,).
+            y: (time in months, event), (B, 2) or a list of (2,).
+            patient_id: (B,).
+
+        Raises:
+            InputError: shapes differ, probabilities that don't sum to 1, time not above 0, event not 0 or 1.
+        """
+        return super().__call__(y_pred, y, patient_id=patient_id)
+
+    def _compute_list(self, y_pred: Any, y: Any = None, **kwargs: Any) -> list[Tensor]:
+        pmf, outcome = (torch.stack([torch.as_tensor(item) for item in batch]) for batch in (y_pred, y))
+        return self._compute_tensor(pmf, outcome, **kwargs)
+
+    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, patient_id: Any = None) -> list[Tensor]:
+        pmf, outcome = (torch.as_tensor(t).detach().float() for t in (y_pred, y))
+        if pmf.ndim != 2 or outcome.shape != (len(pmf), 2):
+            raise InputError(
+                f"expected probabilities (B, tmax) and outcomes (B, 2), got {tuple(pmf.shape)}, {tuple(outcome.shape)}."
+            )
+        # Not >, so that NaN fails too.
+        if not bool((pmf >= 0).all() and ((pmf.sum(1) - 1).abs() < 1e-3).all()):
+            raise InputError("predicted probabilities P(T = 1..tmax) must be >= 0 and sum to 1 for each patient.")
+        _check_outcome(outcome)
+        return [pmf, outcome, encode_ids(patient_id, len(pmf))]
+
+    def _table(self) -> tuple[Tensor, Tensor, Tensor, list[str | None]]:
+        """pmf (N, tmax), time, event (N,) and patient ids of all processes' scans, on the CPU."""
+        buffers = self.get_buffer()
+        if buffers is None:
+            return torch.zeros(0, 1), torch.zeros(0), torch.zeros(0), []
+        keep = unique_scans(buffers[2])
+        pmf, outcome, ids = (buffer.cpu()[keep] for buffer in buffers)
+        return pmf, outcome[:, 0], outcome[:, 1], decode_ids(ids)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict a patient: `patient_id` (None if not given), `time`, `event`, `median_months`, `mean_months`."""
+        pmf, time, event, ids = self._table()
+        table = zip(ids, time.tolist(), event.tolist(), quantile_months(pmf, 0.5).tolist(), mean_months(pmf).tolist())
+        return [dict(zip(("patient_id", "time", "event", "median_months", "mean_months"), row)) for row in table]
+
+    def aggregate(self) -> dict[str, Any]:
+        """Each metric as ``{"value", "lower", "upper", "num_scans"}``, then the counts `num_scans`, `num_events`."""
+        pmf, time, event, _ = self._table()
+        median, mean, training = quantile_months(pmf, 0.5), mean_months(pmf), self.training
+        total, deaths = len(time), int((event == 1).sum())
+        statistics = {
+            "c_index": (lambda i: c_index(-mean[i], time[i], event[i]), total),
+            "c_index_ipcw": (lambda i: c_index_ipcw(-mean[i], time[i], event[i], training), total),
+            "integrated_brier": (lambda i: integrated_brier(pmf[i], time[i], event[i], training), total),
+            **{
+                f"auc_{h}m": (lambda i, h=h: cumulative_auc(-mean[i], time[i], event[i], h, training), total)
+                for h in HORIZONS
+            },
+            "d_calibration_p": (lambda i: d_calibration(pmf[i], time[i], event[i]), total),
+            "mae_events": (lambda i: mae_events(median[i], time[i], event[i]), deaths),
+            "rae_events": (lambda i: rae_events(median[i], time[i], event[i]), deaths),
+            "mae_censored": (lambda i: mae_censored(median[i], time[i], event[i]), total - deaths),
+            "correlation": (lambda i: correlation(mean[i], time[i], event[i]), deaths),
+            "mean_time_censored": (lambda i: mean_time_censored(mean[i], event[i]), total - deaths),
+        }
+        result: dict[str, Any] = {
+            name: with_interval(total, statistic, count, self.num_resamples, self.seed)
+            for name, (statistic, count) in statistics.items()
+        }
+        return result | {"num_scans": total, "num_events": deaths}
+
+
+def _check_outcome(outcome: Tensor) -> None:
+    """Raise an InputError unless `outcome` (N, 2) holds times above 0 and events 0 or 1."""
+    time, event = outcome.unbind(1)
+    if not bool((time.isfinite() & (time > 0)).all()):
+        raise InputError(f"times must be above 0 months, got {time[~(time.isfinite() & (time > 0))][0].item()}.")
+    if not bool(((event == 0) | (event == 1)).all()):
+        raise InputError(f"event must be 1 (died) or 0 (censored), got {event[(event != 0) & (event != 1)][0].item()}.")

@@ -1,0 +1,148 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""`settings.json`, which travels beside the weights: all that training fixed and inference must not contradict."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from bundle.errors import InputError
+
+__all__ = [
+    "differences",
+    "file_sha256",
+    "patient_digest",
+    "read_settings",
+    "reconcile",
+    "settings_file",
+    "training_settings",
+    "write_json",
+]
+
+FORMAT = 1
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def patient_digest(patient_id: str) -> str:
+    """Short digest under which `settings.json` remembers a training patient without naming them."""
+    return hashlib.sha256(patient_id.encode()).hexdigest()[:16]
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON to a temporary name beside `path`, then rename."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def training_settings(
+    *,
+    network: dict,
+    objective: dict,
+    preprocessing: dict,
+    training: dict,
+    horizon: int,
+    clinical: list[str],
+    cohort: dict[str, list[dict]],
+) -> dict:
+    """What a training run is, as plain JSON: equal for two runs exactly when the second may go on with the first.
+
+    Args:
+        network, objective: constructor arguments.
+        preprocessing: spacing (mm), hu_window (HU), lung_mask (method), margin (mm).
+        training: seed, max_epochs, batch_size and what else shapes the weights.
+        horizon: of the heat, months.
+        clinical: columns of the cohort that enter the network.
+        cohort: records by part, from :func:`bundle.data.split_cohort`.
+    """
+    outcomes = [[part, r["patient_id"], r["time"], r["event"]] for part in ("train", "val") for r in cohort[part]]
+    seen = sorted(patient_digest(r["patient_id"]) for part in ("train", "val") for r in cohort[part])
+    settings = {
+        "format": FORMAT,
+        "network": network,
+        "objective": objective,
+        "preprocessing": preprocessing,
+        "horizon": horizon,
+        "clinical": clinical,
+        "training": {**training, "cohort_sha256": hashlib.sha256(json.dumps(outcomes).encode()).hexdigest()},
+        "trained_on": seen,
+    }
+    return json.loads(json.dumps(settings))  # tuples become lists, as they will be when read back
+
+
+def differences(old: Any, new: Any, key: str = "") -> list[str]:
+    """The keys in which two settings differ, each as ``key: old -> new``."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for k in sorted(old.keys() | new.keys()):
+            found += differences(old.get(k), new.get(k), f"{key}.{k}" if key else k)
+        return found
+    if old == new:
+        return []
+    short = [text if len(text := json.dumps(value)) <= 60 else "(long)" for value in (old, new)]
+    return [f"{key}: {short[0]} -> {short[1]}"]
+
+
+def settings_file(ckpt: str | Path) -> Path:
+    """Where the settings of a weights file are: `settings.json` in the same folder."""
+    return Path(ckpt).parent / "settings.json"
+
+
+def read_settings(ckpt: str | Path) -> dict:
+    """Read and check the settings beside the weights file `ckpt`.
+
+    Raises:
+        InputError: weights or settings are missing or unreadable, or the settings belong to other weights.
+    """
+    path = settings_file(ckpt)
+    if not Path(ckpt).is_file():
+        raise InputError(f"there is no weights file {ckpt}; expected the model.pt that training leaves in --ckpt_dir.")
+    if not path.is_file():
+        raise InputError(f"{ckpt} has no settings.json beside it; training writes both, keep them together.")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        sha256, version = settings["weights_sha256"], settings["format"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise InputError(f"{path} is not a settings file of this bundle: {e}.") from e
+    if version != FORMAT:
+        raise InputError(f"{path} has format {version}; this version reads format {FORMAT}.")
+    if sha256 != file_sha256(ckpt):
+        raise InputError(f"{path} belongs to other weights than {ckpt}: their SHA-256 differ.")
+    return settings
+
+
+def reconcile(settings: dict, ckpt: str | Path, **overrides: Any) -> dict:
+    """The preprocessing that training fixed, after checking that no override contradicts it.
+
+    Args:
+        settings: from :func:`read_settings`.
+        ckpt: the weights file, for the message.
+        overrides: spacing, hu_window, margin or lung_mask given for this run; None for as in training. The method
+            of lung masking may change among those that mask, because the network saw a mask from either.
+
+    Raises:
+        InputError: an override contradicts the settings.
+    """
+    fixed = dict(settings["preprocessing"])
+    for key, value in overrides.items():
+        if value is None:
+            continue
+        value = json.loads(json.dumps(value))
+        same = value == fixed[key] or (key == "lung_mask" and "none" not in (value, fixed[key]))
+        if not same:
+            raise InputError(
+                f"--{key} {json.dumps(value)} contradicts {json.dumps(fixed[key])}, with which {ckpt} was trained; "
+                "leave it out, or train anew."
+            )
+        fixed[key] = value
+    return fixed

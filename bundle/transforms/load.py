@@ -1,0 +1,185 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Load a CT and its masks, and refuse what is not a volume in HU with a known place in space."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Hashable, Mapping
+
+import itk
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import ITKReader, MetaTensor, NibabelReader
+from monai.transforms import MapTransform
+from monai.utils import SpaceKeys, convert_to_tensor
+from torch import Tensor
+
+from bundle.errors import InputError
+
+__all__ = ["LoadCTd", "check_hu"]
+
+_log = logging.getLogger(__name__)
+
+_AIR_HU = -1024.0  # padding outside the field of view (-2048, -3024) becomes air
+_SPACING_MM = (0.1, 20.0)
+_HU_RANGE = (-4000.0, 32000.0)
+_SAMPLE = 1_000_000  # voxels that the histogram checks look at
+
+
+class LoadCTd(MapTransform):
+    """Read scans (NIfTI, NRRD, MHA, DICOM folder) and their masks with MONAI's readers, and check them.
+
+    An image becomes a float32 MetaTensor (1, D, H, W) in HU, at least -1024, with its affine in RAS; a mask becomes
+    0/1 (1 where the file is > 0) on the same grid. `original_affine` and `spatial_shape` in the image's metadata say
+    what grid the heat map must come back to.
+
+    Args:
+        keys: images; the masks must be on the grid of the first.
+        mask_keys: masks; those which a record lacks are passed over.
+
+    Raises:
+        InputError: naming the patient and the file, for a file that is missing, damaged, 2-D, 4-D, thinner than 3
+            voxels, holds NaN or infinity, has no valid affine or lacks slices; for an image that is not in HU; for a
+            mask of another shape or affine than the image.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection = ("image",),
+        mask_keys: KeysCollection = ("lung_mask", "gt_mask", "confounder_mask"),
+    ) -> None:
+        super().__init__(keys)
+        self.mask_keys = (mask_keys,) if isinstance(mask_keys, str) else tuple(mask_keys)
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+        out = dict(data)
+        patient = out.get("patient_id", "?")
+        for key in self.keys:
+            where = f"patient {patient}, {key} {out[key]}"
+            image = _read(out[key], where)
+            if fault := check_hu(image):
+                raise InputError(f"{where}: {fault}")
+            out[key] = image.clamp_min(_AIR_HU)
+        for key in self.mask_keys:
+            if key not in out:
+                continue
+            where = f"patient {patient}, {key} {out[key]}"
+            image, mask = out[self.keys[0]], _read(out[key], where)
+            if mask.shape != image.shape:
+                shapes = f"{_by(mask.shape[1:])} voxels, the image {_by(image.shape[1:])}"
+                raise InputError(f"{where}: the mask has {shapes} (expected the same)")
+            if not np.allclose(mask.affine, image.affine, rtol=1e-3, atol=1e-3):
+                affines = f"{_rows(mask.affine)}, the image's is {_rows(image.affine)}"
+                raise InputError(f"{where}: the mask's affine is {affines} (expected the same)")
+            out[key] = (mask > 0).float()
+        return out
+
+
+def check_hu(image: Tensor) -> str | None:
+    """What shows that an image is not a CT in Hounsfield units; None if nothing does.
+
+    A chest CT has air near -1000 HU (at least one voxel in a thousand from -1500 to -700 HU), stays within
+    -4000..32000, and has hardly anything but constant padding below -1500. An 8-bit picture, stored values
+    without the rescale intercept, and a slope or intercept applied twice or wrongly break one of these.
+
+    Args:
+        image: finite values of any shape.
+    """
+    values = convert_to_tensor(image, track_meta=False).flatten()
+    low, high = float(values.min()), float(values.max())
+    values = values[:: max(1, values.numel() // _SAMPLE)].float()
+
+    def share(start: float, end: float) -> float:
+        return float(((values >= start) & (values <= end)).float().mean())
+
+    span = f"values run from {low:g} to {high:g}"
+    expected = "(expected HU: air near -1000, water 0)"
+    if low > -300 and high - low <= 256:
+        return f"{span} and look like an 8-bit picture or scaled intensities {expected}"
+    if low < _HU_RANGE[0] or high > _HU_RANGE[1]:
+        return f"{span}, beyond {_HU_RANGE[0]:g}..{_HU_RANGE[1]:g} {expected}"
+    too_low = values[values < -1500]
+    if len(too_low):
+        padding = too_low == too_low.mode().values
+        if float((~padding).sum()) > 0.02 * len(values):
+            return f"{span}, much of it below -1500: slope or intercept look wrong or applied twice {expected}"
+    if share(-1500, -700) < 1e-3:
+        if share(-100, 324) >= 1e-3 and share(900, 1224) >= 1e-2:
+            return f"{span} and look like HU + 1024: the rescale intercept was not applied {expected}"
+        return f"{span} with no air in them {expected}"
+    return None
+
+
+def _read(path: str, where: str) -> MetaTensor:
+    """One volume as (1, D, H, W) float32 with its affine in RAS."""
+    if not os.path.exists(path):
+        raise InputError(f"{where}: does not exist (expected a scan)")
+    is_nifti = str(path).lower().endswith((".nii", ".nii.gz"))
+    reader = NibabelReader() if is_nifti else ITKReader(series_name=_largest_series(path, where))
+    try:
+        image = reader.read(path)
+        array, meta = reader.get_data(image)
+        array = np.asarray(array, dtype=np.float32)
+    except Exception as error:  # each reader has its own kinds
+        raise InputError(f"{where}: cannot be read, truncated or damaged (expected a whole scan)") from error
+
+    while array.ndim > 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim != 3:
+        what = "is 2-D" if array.ndim < 3 else "holds several volumes or channels"
+        raise InputError(f"{where}: {what}, {_by(array.shape)} (expected one 3-D volume)")
+    if min(array.shape) < 3:
+        raise InputError(f"{where}: has {_by(array.shape)} voxels (expected at least 3 slices)")
+    if not np.isfinite(array).all():
+        raise InputError(f"{where}: {(~np.isfinite(array)).sum()} voxels are NaN or infinite (expected finite numbers)")
+
+    affine = np.asarray(meta["affine"], dtype=float)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if affine.shape != (4, 4) or not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
+        raise InputError(f"{where}: its affine is {_rows(affine)} (expected finite and invertible)")
+    if not (spacing.min() >= _SPACING_MM[0] and spacing.max() <= _SPACING_MM[1]):
+        expected = f"{_SPACING_MM[0]:g} to {_SPACING_MM[1]:g}"
+        raise InputError(f"{where}: its spacing is {_by(spacing)} mm (expected {expected} mm)")
+    if os.path.isdir(path):
+        _check_slices(image, where)
+
+    affine = torch.as_tensor(affine)
+    meta = {"filename_or_obj": str(path), "space": SpaceKeys.RAS, "spatial_shape": np.asarray(array.shape)}
+    meta["original_affine"] = affine.clone()
+    return MetaTensor(torch.from_numpy(np.ascontiguousarray(array))[None], affine=affine, meta=meta)
+
+
+def _largest_series(folder: str, where: str) -> str:
+    """UID of the DICOM series with most slices; "" for a file."""
+    if not os.path.isdir(folder):
+        return ""
+    names = itk.GDCMSeriesFileNames.New()
+    # The same settings as MONAI's ITKReader has, so that the series have the same names.
+    names.SetUseSeriesDetails(True)
+    names.AddSeriesRestriction("0008|0021")
+    names.SetDirectory(str(folder))
+    slices = {uid: len(names.GetFileNames(uid)) for uid in names.GetSeriesUIDs()}
+    if not slices:
+        raise InputError(f"{where}: the folder holds no DICOM series (expected the slices of one scan)")
+    largest = max(slices, key=slices.get)
+    if len(slices) > 1:
+        _log.warning("%s: %d DICOM series; the one of %d slices is taken", where, len(slices), slices[largest])
+    return largest
+
+
+def _check_slices(image, where: str) -> None:
+    """Refuse a DICOM series with a gap: ITK would spread its slices evenly and misplace all of them."""
+    meta, key = image.GetMetaDataDictionary(), "ITK_non_uniform_sampling_deviation"
+    if meta.HasKey(key) and meta[key] > 0.1 * image.GetSpacing()[2]:
+        raise InputError(f"{where}: slices are up to {meta[key]:.1f} mm off an even spacing (expected none missing)")
+
+
+def _by(sizes) -> str:
+    return " x ".join(f"{float(size):g}" for size in sizes)
+
+
+def _rows(affine) -> str:
+    return str(np.round(np.asarray(affine), 4).tolist())

@@ -1,0 +1,152 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The few steps of a job that JSON can't say well: start, read the cohort, feed the network, end."""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.utils import set_determinism
+from tqdm import tqdm
+
+from bundle.data.cohort import read_cohort, single_scan, split_cohort
+from bundle.data.datasets import ScanCache
+from bundle.errors import InputError, plain_errors
+from bundle.settings import patient_digest
+
+__all__ = [
+    "begin",
+    "fill_caches",
+    "flag",
+    "make_folder",
+    "margin_voxels",
+    "prepare_batch",
+    "require",
+    "scans_to_evaluate",
+    "scans_to_infer",
+    "training_cohort",
+]
+
+logger = logging.getLogger(__name__)
+
+
+def begin(seed: int = 0) -> None:
+    """First step of every config: plain error messages, fast arithmetic on tiny numbers, a seed."""
+    plain_errors()
+    torch.set_flush_denormal(True)  # the tails of a softmin are denormal, and denormals are slow
+    set_determinism(seed)
+
+
+def flag(value: Any) -> bool:
+    """A switch as people write it on a command line: true/false, yes/no, 1/0."""
+    text = str(value).strip().lower()
+    if text in ("true", "yes", "1"):
+        return True
+    if text in ("false", "no", "0"):
+        return False
+    raise InputError(f"expected true or false, got {value}.")
+
+
+def require(value: Any, option: str, what: str) -> None:
+    """Raise an :class:`InputError` if an option that has no default was not given."""
+    if value is None:
+        raise InputError(f"{option} is missing: give {what}.")
+
+
+def make_folder(path: str) -> str:
+    """Create an output folder now, so that a fault in it shows before any work is done; returns the path."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        probe = Path(path) / f".write_test.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise InputError(f"can't write to the folder {path}: {e.strerror}.") from e
+    return path
+
+
+def margin_voxels(preprocessing: dict) -> list[int]:
+    """Voxels an axis around the lung that cropping keeps, from ``margin`` (mm) and ``spacing`` (mm)."""
+    return [round(preprocessing["margin"] / mm) for mm in preprocessing["spacing"]]
+
+
+def training_cohort(
+    cohort: str | None, *, fold: int | None, seed: int, clinical: list[str], tmax: int, on_fault: str
+) -> dict[str, list[dict]]:
+    """Records by part (train, val, test) of a checked cohort; all empty while no cohort is named."""
+    if cohort is None:
+        return {"train": [], "val": [], "test": []}
+    records = read_cohort(cohort, clinical=clinical, tmax=tmax, on_fault=on_fault)
+    parts = split_cohort(records, fold=fold, seed=seed)
+    logger.info("cohort: " + ", ".join(f"{len(rows)} {part}" for part, rows in parts.items()) + " scans.")
+    return parts
+
+
+def fill_caches(*datasets: ScanCache) -> None:
+    """Preprocess all scans that are not in the cache yet, with a progress bar; a bad scan shows before training."""
+    for dataset in datasets:
+        dataset.fill(partial(tqdm, desc="preprocessing", unit="scan"))
+
+
+def scans_to_evaluate(cohort: str | None, settings: dict | None, split: str | None, on_fault: str) -> list[dict]:
+    """The scans of a cohort to evaluate: those of `split`, without any that the weights were trained on.
+
+    Args:
+        cohort: CSV file; None gives an empty list.
+        settings: of the weights; None (maps of another tool) leaves no scan out.
+        split: value of the column ``split`` to keep; None for ``test`` where the cohort has it, else all.
+        on_fault: ``fail`` or ``skip``.
+    """
+    if cohort is None:
+        return []
+    records = read_cohort(cohort, tmax=settings["objective"]["tmax"] if settings else None, on_fault=on_fault)
+    splits = {r.get("split") for r in records}
+    if split is None and "test" in splits:
+        split = "test"
+    if split is not None:
+        if split not in splits:
+            raise InputError(f'{cohort} has no scan with split "{split}".')
+        records = [r for r in records if r.get("split") == split]
+    seen = set(settings["trained_on"]) if settings else set()
+    unseen = [r for r in records if patient_digest(r["patient_id"]) not in seen]
+    if len(unseen) < len(records):
+        logger.info(f"evaluating {len(unseen)} of {len(records)} scans; the weights were trained on the others.")
+    if not unseen:
+        raise InputError(f"the weights were trained on every one of the {len(records)} scans to evaluate in {cohort}.")
+    return unseen
+
+
+def scans_to_infer(image: str | None, cohort: str | None, clinical: list[str]) -> list[dict]:
+    """The scans to predict: one image (file or DICOM folder) or the rows of a cohort; empty while none is named."""
+    if image is not None and cohort is not None:
+        raise InputError("give --image or --cohort, not both.")
+    if image is not None:
+        return single_scan(image)
+    if cohort is not None:
+        return read_cohort(cohort, need_outcome=False, clinical=clinical, on_fault="row")
+    return []
+
+
+def prepare_batch(
+    batch: dict, device: torch.device | None = None, non_blocking: bool = False, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor | None, tuple, dict]:
+    """A collated batch as MONAI's engines take it: image, outcome (B, 2) = (time, event), and what else forward takes.
+
+    Without time and event (inference) the outcome is None.
+    """
+
+    def plain(x: Any) -> torch.Tensor:
+        return torch.as_tensor(x).as_subclass(torch.Tensor).to(device, non_blocking=non_blocking)
+
+    extra = {"lung": plain(batch["lung"])}
+    if len(batch.get("clinical", [])):
+        extra["clinical"] = torch.stack([plain(column) for column in batch["clinical"]], 1).float()
+    outcome = None
+    if "time" in batch:
+        outcome = torch.stack([plain(batch["time"]), plain(batch["event"])], 1).float()
+    return plain(batch["image"]), outcome, (), extra

@@ -1,0 +1,214 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import logging
+import math
+import random
+
+import pytest
+
+from bundle.data import read_cohort, single_scan, split_cohort
+from bundle.errors import InputError
+
+HEADER = "patient_id,image,time,event"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a cohort whose scans a.nii.gz, b.nii.gz, c.nii.gz and mask m.nii.gz are there."""
+    for name in "abcm":
+        (tmp_path / f"{name}.nii.gz").touch()
+
+    def cohort(*lines: str, encoding: str = "utf-8"):
+        path = tmp_path / "cohort.csv"
+        path.write_text("\n".join(lines) + "\n", encoding=encoding)
+        return path
+
+    return cohort
+
+
+def fault_of(path, **options) -> str:
+    with pytest.raises(InputError) as caught:
+        read_cohort(path, **options)
+    return str(caught.value)
+
+
+def test_reads_the_contract(write, tmp_path):
+    path = write(
+        "patient_id,image,time,event,lung_mask,gt_mask,split,fold,age,sex,dose",
+        f"A,a.nii.gz,12.5,1,m.nii.gz,,train,0,61,f,",
+        "",
+        f"B b,{tmp_path}/b.nii.gz,99,0,,m.nii.gz,val,1,70.5,m,3",
+        encoding="utf-8-sig",
+    )
+    first, second = read_cohort(path, clinical=("dose", "age"), tmax=100)
+    assert math.isnan(first["clinical"].pop(0)) and first["clinical"] == [61.0]
+    del first["clinical"]
+    assert first == {
+        "patient_id": "A",
+        "image": str(tmp_path / "a.nii.gz"),
+        "lung_mask": str(tmp_path / "m.nii.gz"),
+        "time": 12.5,
+        "event": 1,
+        "split": "train",
+        "fold": 0,
+    }
+    assert second["patient_id"] == "B b" and second["clinical"] == [3.0, 70.5] and second["image"].endswith("b.nii.gz")
+    assert "lung_mask" not in second and "gt_mask" in second
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ("A,a.nii.gz,0,1", "row 3, column time: '0' (expected months as a number > 0)"),
+        ("A,a.nii.gz,-3,1", "row 3, column time: '-3'"),
+        ("A,a.nii.gz,,1", "row 3, column time: empty"),
+        ("A,a.nii.gz,soon,1", "row 3, column time: 'soon'"),
+        ("A,a.nii.gz,inf,1", "row 3, column time: 'inf'"),
+        ("A,a.nii.gz,nan,1", "row 3, column time: 'nan'"),
+        ("A,a.nii.gz,5,2", "row 3, column event: '2' (expected 1 died or 0 censored)"),
+        ("A,a.nii.gz,5,yes", "row 3, column event: 'yes'"),
+        ("A,a.nii.gz,5,", "row 3, column event: empty"),
+        ("A,a.nii.gz,60,1", "row 3, column time: 60 (expected less than tmax, which is 60)"),
+        ("first,a.nii.gz,5,1", "row 3, column patient_id: 'first' is in row 2 too"),
+        (",a.nii.gz,5,1", "row 3, column patient_id: empty"),
+        ("../A,a.nii.gz,5,1", "row 3, column patient_id: '../A'"),
+        ("A\\B,a.nii.gz,5,1", "row 3, column patient_id: 'A\\\\B'"),
+        ("A\x07,a.nii.gz,5,1", "row 3, column patient_id: 'A\\x07'"),
+        ("A,,5,1", "row 3, column image: empty"),
+        ("A,a.nii.gz,5", "row 3: 3 values (expected 4, as in the header)"),
+        ("A,lost.nii.gz,5,1", "row 3, column image: "),
+        ("A,cohort.csv,5,1", "cannot be read (expected one of .nii .nii.gz"),
+    ],
+)
+def test_a_fault_names_row_column_and_what_was_expected(write, row, says):
+    message = fault_of(write(HEADER, "first,a.nii.gz,5,1", row), tmax=60)
+    assert says in message and "has a fault:" in message
+
+
+def test_all_faults_of_all_rows_come_at_once(write):
+    message = fault_of(write(HEADER, "A,a.nii.gz,0,7", "B,b.nii.gz,5,1", "C,lost.nii.gz,text,1"))
+    assert "4 faults" in message
+    for says in ("row 2, column time", "row 2, column event", "row 4, column time", "row 4, column image"):
+        assert says in message
+    assert "row 3" not in message
+
+
+def test_faults_of_the_table(write, tmp_path):
+    assert "the file is empty" in fault_of(write(""))
+    assert "no rows" in fault_of(write(HEADER))
+    assert "no row has event 1" in fault_of(write(HEADER, "A,a.nii.gz,5,0"))
+    assert "row 1, column image: missing (found: patient_id, time, event)" in fault_of(
+        write("patient_id,time,event", "A,5,1")
+    )
+    assert "row 1, column 'time': there are 2" in fault_of(write(HEADER + ",time", "A,a.nii.gz,5,1,5"))
+    assert "column smoker: named as clinical but missing (expected one of the table's: age)" in fault_of(
+        write(HEADER + ",age", "A,a.nii.gz,5,1,60"), clinical=("smoker",)
+    )
+    assert "column time: not a clinical column" in fault_of(write(HEADER, "A,a.nii.gz,5,1"), clinical=("time",))
+    assert "row 2, column sex: 'f' (expected a number" in fault_of(
+        write(HEADER + ",sex", "A,a.nii.gz,5,1,f"), clinical=("sex",)
+    )
+    assert "row 2, column split: 'valid' (expected train, val or test)" in fault_of(
+        write(HEADER + ",split", "A,a.nii.gz,5,1,valid")
+    )
+    assert "row 2, column fold: '1.5' (expected an integer)" in fault_of(write(HEADER + ",fold", "A,a.nii.gz,5,1,1.5"))
+    assert "No such file" in fault_of(tmp_path / "lost.csv")
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00\x01")
+    assert "not a CSV in UTF-8" in fault_of(tmp_path / "binary.csv")
+
+
+def test_a_scan_at_fault_can_be_skipped_or_marked_but_the_table_cannot(write, caplog):
+    lines = [HEADER + ",gt_mask", "A,a.nii.gz,5,1,", "B,lost.nii.gz,6,1,", "C,c.nii.gz,7,0,lost.nii.gz"]
+    with caplog.at_level(logging.WARNING):
+        kept = read_cohort(write(*lines), on_fault="skip")
+    assert [record["patient_id"] for record in kept] == ["A"]
+    assert len(caplog.records) == 2 and "patient B" in caplog.text and "row 4, column gt_mask" in caplog.text
+
+    marked = read_cohort(write(*lines), on_fault="row", need_outcome=False)
+    assert ["fault" in record for record in marked] == [False, True, True]
+    assert "row 3, column image" in marked[1]["fault"] and "does not exist" in marked[1]["fault"]
+
+    for on_fault in ("skip", "row"):
+        assert "row 2, column time" in fault_of(write(HEADER, "A,a.nii.gz,0,1"), on_fault=on_fault)
+    assert "no scans remain" in fault_of(write(HEADER, "A,lost.nii.gz,5,1"), on_fault="skip")
+    assert "on_fault is 'ignore'" in fault_of(write(HEADER), on_fault="ignore")
+    assert len(read_cohort(write(HEADER, "A,lost.nii.gz,5,1"), check_files=False)) == 1
+
+
+def test_inference_needs_no_outcome_but_not_half_of_one(write):
+    assert read_cohort(write("patient_id,image", "A,a.nii.gz"), need_outcome=False)[0].keys() == {"patient_id", "image"}
+    assert "time" not in read_cohort(write(HEADER, "A,a.nii.gz,,"), need_outcome=False)[0]
+    assert "row 2, column event: empty" in fault_of(write(HEADER, "A,a.nii.gz,5,"), need_outcome=False)
+    assert "only one is there" in fault_of(write("patient_id,image,time", "A,a.nii.gz,5"), need_outcome=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "patient"),
+    [("scan 1.nii.gz", "scan_1"), ("x.MHA", "x"), ("dicom.2 ü", "dicom_2"), ("...nrrd", "scan")],
+)
+def test_single_scan_is_named_after_its_file(tmp_path, name, patient):
+    path = tmp_path / name
+    path.mkdir() if "dicom" in name else path.touch()
+    assert single_scan(path) == [{"patient_id": patient, "image": str(path)}]
+
+
+def test_single_scan_must_be_there(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        single_scan(tmp_path / "lost.nii.gz")
+
+
+def people(deaths: int, censored: int, **columns) -> list[dict]:
+    events = [1] * deaths + [0] * censored
+    return [{"patient_id": f"p{i:03}", "event": event, **columns} for i, event in enumerate(events)]
+
+
+def ids(part: list[dict]) -> list[str]:
+    return sorted(record["patient_id"] for record in part)
+
+
+def test_seeded_split_is_stratified_and_does_not_depend_on_row_order():
+    cohort = people(40, 60)
+    parts = split_cohort(cohort, seed=3)
+    assert {name: len(part) for name, part in parts.items()} == {"train": 70, "val": 15, "test": 15}
+    assert {name: sum(r["event"] for r in part) for name, part in parts.items()} == {"train": 28, "val": 6, "test": 6}
+    assert ids(parts["train"] + parts["val"] + parts["test"]) == ids(cohort)
+
+    shuffled = random.Random(1).sample(cohort, len(cohort))
+    assert split_cohort(shuffled, seed=3) == parts
+    assert ids(split_cohort(cohort, seed=4)["val"]) != ids(parts["val"])
+
+
+@pytest.mark.parametrize(("deaths", "censored"), [(3, 0), (3, 1), (4, 9), (5, 2), (6, 50)])
+def test_three_deaths_are_enough_for_one_in_each_part(deaths, censored):
+    parts = split_cohort(people(deaths, censored))
+    assert all(any(record["event"] for record in part) for part in parts.values())
+    assert sum(map(len, parts.values())) == deaths + censored
+
+
+def test_split_and_fold_columns_are_obeyed():
+    cohort = people(2, 1)
+    for record, part in zip(cohort, ("val", "train", "test")):
+        record["split"] = part
+    parts = split_cohort(cohort)
+    assert {name: ids(part) for name, part in parts.items()} == {"val": ["p000"], "train": ["p001"], "test": ["p002"]}
+    with pytest.raises(InputError, match="column split"):
+        split_cohort(cohort, fold=0)
+
+    folds = [{**record, "fold": i % 3} for i, record in enumerate(people(3, 3))]
+    parts = split_cohort(folds, fold=1)
+    assert ids(parts["val"]) == ["p001", "p004"] and len(parts["train"]) == 4 and parts["test"] == []
+    with pytest.raises(InputError, match=r"fold 7 does not exist .*\[0, 1, 2\]"):
+        split_cohort(folds, fold=7)
+    with pytest.raises(InputError, match="there is none"):
+        split_cohort(people(3, 3), fold=0)
+
+
+def test_nothing_to_train_or_validate_on_is_refused():
+    with pytest.raises(InputError, match="leave none for val"):
+        split_cohort(people(1, 0))
+    with pytest.raises(InputError, match="leave none for train"):
+        split_cohort(people(2, 2, split="val"))
+    with pytest.raises(InputError, match="sum 1"):
+        split_cohort(people(5, 5), fractions=(0.5, 0.2, 0.2))

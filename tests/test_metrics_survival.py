@@ -1,0 +1,271 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Engine
+from lifelines.utils import concordance_index
+from monai.handlers import IgniteMetricHandler, from_engine
+from scipy.stats import chisquare
+from sksurv import metrics as sksurv
+from sksurv.util import Surv
+
+from bundle.errors import InputError
+from bundle.metrics import SurvivalMetric
+from bundle.metrics.survival import (
+    c_index,
+    c_index_ipcw,
+    correlation,
+    cumulative_auc,
+    d_calibration,
+    integrated_brier,
+    mae_censored,
+    mae_events,
+    mean_time_censored,
+    rae_events,
+)
+
+TMAX = 120
+
+
+def cohort(seed: int, num: int = 80, whole: bool = True) -> tuple[torch.Tensor, ...]:
+    """risk (rounded, so that it ties), time (whole months tie too), event and pmf of `num` patients."""
+    rng = np.random.default_rng(seed)
+    death, censoring = rng.exponential(35, num).clip(0.1, 110), rng.uniform(5, 100, num)
+    time = np.minimum(death, censoring)
+    time = np.ceil(time) if whole else time
+    location = np.round(death + rng.normal(0, 20, num), -1)
+    month = np.arange(1, TMAX + 1)
+    pmf = np.exp(-((month - location[:, None]) ** 2) / 400)
+    pmf /= pmf.sum(1, keepdims=True)
+    return (
+        torch.tensor(-location).float(),
+        torch.tensor(time).float(),
+        torch.tensor(death <= censoring).float(),
+        torch.tensor(pmf).float(),
+    )
+
+
+def structured(time: torch.Tensor, event: torch.Tensor) -> np.ndarray:
+    return Surv.from_arrays(event.numpy() == 1, time.numpy())
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("num", [12, 80, 400])
+def test_equal_to_scikit_survival_with_ties(num, whole):
+    for seed in range(3):
+        risk, time, event, pmf = cohort(seed, num, whole)
+        here = structured(time, event)
+        expected = sksurv.concordance_index_censored(event.numpy() == 1, time.numpy(), risk.numpy())[0]
+        assert c_index(risk, time, event) == pytest.approx(expected, abs=1e-6)
+        # Truncated at the last time, because scikit-survival has no weight for a death there.
+        expected = sksurv.concordance_index_ipcw(here, here, risk.numpy(), tau=float(time.max()))[0]
+        assert c_index_ipcw(risk, time, event) == pytest.approx(expected, abs=1e-6)
+        months = np.arange(np.ceil(time.min().item()), np.ceil(time.max().item()))
+        survival = 1 - pmf.double().cumsum(1).numpy()[:, months.astype(int) - 1]
+        expected = sksurv.integrated_brier_score(here, here, survival, months)
+        assert integrated_brier(pmf, time, event) == pytest.approx(expected, abs=1e-6)
+        for horizon in (12, 24, 36, 60):
+            dead = bool(((time <= horizon) & (event == 1)).any())
+            if not dead or horizon >= time.max():
+                assert cumulative_auc(risk, time, event, horizon) is None
+                continue
+            expected = sksurv.cumulative_dynamic_auc(here, here, risk.numpy(), [horizon])[0][0]
+            assert cumulative_auc(risk, time, event, horizon) == pytest.approx(expected, abs=1e-6)
+
+
+def test_equal_to_scikit_survival_with_the_training_cohorts_censoring():
+    risk, time, event, pmf = cohort(0)
+    risk, time, event, pmf = (values[time < 95] for values in (risk, time, event, pmf))
+    training = cohort(7, 200)[1:3]
+    assert training[0].max() > time.max() > 70
+    for cut in (100.0, 70.0):
+        training = tuple(values[training[0] <= cut] for values in training)
+        end = float(training[0].max())
+        training[1][training[0] == end] = 1  # so that the weights beyond the end would not be 0 anyway
+        there, here = structured(*training), structured(time, event)
+        expected = sksurv.concordance_index_ipcw(there, here, risk.numpy(), tau=end)[0]
+        assert c_index_ipcw(risk, time, event, training) == pytest.approx(expected, abs=1e-6)
+        # scikit-survival refuses test times beyond the training follow-up: give them the largest it takes.
+        inside = structured(time.clamp_max(end), torch.where(time > end, 0, event))
+        months = np.arange(np.ceil(time.min().item()), min(np.ceil(time.max().item()), np.ceil(end)))
+        survival = 1 - pmf.double().cumsum(1).numpy()[:, months.astype(int) - 1]
+        expected = sksurv.integrated_brier_score(there, inside, survival, months)
+        assert integrated_brier(pmf, time, event, training) == pytest.approx(expected, abs=1e-6)
+        expected = sksurv.cumulative_dynamic_auc(there, inside, risk.numpy(), [36])[0][0]
+        assert cumulative_auc(risk, time, event, 36, training) == pytest.approx(expected, abs=1e-6)
+    assert cumulative_auc(risk, time, event, 70, training) is None
+
+
+def test_c_index_equals_lifelines_and_a_loop_over_pairs():
+    risk, time, event, _ = cohort(3, 60)
+    pairs = [
+        1.0 if risk[i] > risk[j] else 0.5 if risk[i] == risk[j] else 0.0
+        for i in range(60)
+        for j in range(60)
+        if event[i] == 1 and (time[j] > time[i] or (time[j] == time[i] and event[j] == 0))
+    ]
+    assert c_index(risk, time, event) == pytest.approx(np.mean(pairs), abs=1e-6)
+    assert c_index(risk, time, event) == pytest.approx(concordance_index(time, -risk, event), abs=1e-6)
+    assert c_index(-time, time, torch.ones(60)) == 1 and c_index(time, time, torch.ones(60)) == 0
+
+
+def test_what_a_cohort_cannot_tell_is_none():
+    risk, time, event, pmf = cohort(0, 30)
+    alive = torch.zeros(30)
+    for score in (c_index, c_index_ipcw):
+        assert score(risk, time, alive) is None
+        assert score(risk[:1], time[:1], torch.ones(1)) is None
+        assert score(risk, torch.full((30,), 9.0), torch.ones(30)) is None  # all die together
+        assert score(risk * 0, time, event) == 0.5
+    assert cumulative_auc(risk * 0, time, event, 24) == 0.5
+    assert cumulative_auc(risk, time, alive, 24) is None
+    assert cumulative_auc(risk, time, event, 200) is None
+    assert integrated_brier(pmf, time, alive) is None
+    assert integrated_brier(pmf[:1], time[:1], torch.ones(1)) is None
+    for score in (mae_events, rae_events, correlation):
+        assert score(time, time, alive) is None
+    assert mae_censored(time, time, alive + 1) is None and mean_time_censored(time, alive + 1) is None
+    assert correlation(time * 0, time, alive + 1) is None
+    assert correlation(time[:2] + 1, time[:2], alive[:2] + 1) is None
+    assert d_calibration(pmf[:0], time[:0], event[:0]) is None
+
+
+def test_errors_by_hand():
+    predicted, time = torch.tensor([10.0, 30.0, 20.0, 50.0]), torch.tensor([20.0, 25.0, 30.0, 40.0])
+    event = torch.tensor([1.0, 1.0, 0.0, 0.0])
+    assert mae_events(predicted, time, event) == 7.5
+    assert rae_events(predicted, time, event) == pytest.approx((10 / 20 + 5 / 25) / 2)
+    assert mae_censored(predicted, time, event) == 5  # 10 months too early, and 10 months later than seen: no error
+    assert mean_time_censored(predicted, event) == 35
+    assert correlation(predicted, time, event * 0 + 1) == pytest.approx(np.corrcoef(predicted, time)[0, 1])
+
+
+def test_d_calibration_bins_by_a_loop_over_patients():
+    _, time, event, pmf = cohort(2, 50, whole=False)
+    counts = np.zeros(10)
+    edges = np.arange(TMAX + 1) + 0.5
+    for t, died, p in zip(time.tolist(), event.tolist(), pmf.double().numpy()):
+        s = 1 - np.interp(t, edges, np.concatenate([[0], p.cumsum()]))
+        if died:
+            counts[min(int(s * 10), 9)] += 1
+        else:
+            for k in range(10):
+                counts[k] += max(0, min(s, (k + 1) / 10) - k / 10) / s
+    assert counts.sum() == pytest.approx(50)
+    assert d_calibration(pmf, time, event) == pytest.approx(chisquare(counts).pvalue, rel=1e-6)
+
+
+def test_d_calibration_accepts_the_true_distribution_and_rejects_a_wrong_one():
+    rng = np.random.default_rng(0)
+    pmf = torch.softmax(-(((torch.arange(1, TMAX + 1) - 55.0) / 30) ** 2), 0).expand(300, TMAX)
+    accepted = 0
+    for _ in range(40):
+        death = rng.choice(np.arange(1, TMAX + 1), 300, p=pmf[0].double().numpy() / pmf[0].double().sum().item())
+        censoring = rng.uniform(1, 150, 300)
+        time, event = torch.tensor(np.minimum(death, censoring)), torch.tensor(death <= censoring).float()
+        accepted += d_calibration(pmf, time, event) > 0.05
+        assert d_calibration(pmf.roll(20, 1), time, event) < 1e-3
+    assert accepted >= 33
+    assert d_calibration(pmf[:1], torch.tensor([500.0]), torch.zeros(1)) >= 0  # censored beyond tmax: S = 0
+
+
+def test_metric_has_every_key_with_an_interval_around_the_value():
+    _, time, event, pmf = cohort(1)
+    metric = SurvivalMetric(num_resamples=30)
+    metric(pmf, torch.stack([time, event], 1))
+    result = metric.aggregate()
+    assert result.pop("num_scans") == 80
+    deaths = result.pop("num_events")
+    assert deaths == int(event.sum())
+    assert list(result) == [
+        *("c_index", "c_index_ipcw", "integrated_brier", "auc_12m", "auc_24m", "auc_36m", "auc_60m", "d_calibration_p"),
+        *("mae_events", "rae_events", "mae_censored", "correlation", "mean_time_censored"),
+    ]
+    for name, entry in result.items():
+        assert list(entry) == ["value", "lower", "upper", "num_scans"]
+        if name != "d_calibration_p":  # repeated patients make a resample look worse calibrated
+            assert entry["lower"] < entry["value"] < entry["upper"]
+    assert result["mae_events"]["num_scans"] == deaths and result["mae_censored"]["num_scans"] == 80 - deaths
+    mean = (pmf * torch.arange(1, TMAX + 1)).sum(1)
+    assert result["c_index"]["value"] == pytest.approx(concordance_index(time, mean, event), abs=1e-6)
+    median = torch.tensor([row["median_months"] for row in metric.rows()])
+    assert result["mae_events"]["value"] == pytest.approx(mae_events(median, time, event))
+    assert [row["time"] for row in metric.rows()] == time.tolist()
+    assert torch.tensor([row["mean_months"] for row in metric.rows()]).allclose(mean)
+
+
+def test_order_batches_and_repeated_patients_change_nothing():
+    _, time, event, pmf = cohort(1, 20)
+    outcome, names = torch.stack([time, event], 1), [f"p{i:02}" for i in range(20)]
+    one, many = SurvivalMetric(num_resamples=10), SurvivalMetric(num_resamples=10)
+    one(pmf, outcome, patient_id=names)
+    for i in (*range(11, 20), 3, *range(11)):
+        many([pmf[i]], [outcome[i]], patient_id=[names[i]])
+    assert one.aggregate() == many.aggregate() and one.rows() == many.rows()
+
+
+def test_degenerate_cohorts_have_no_nan():
+    for num, died in ((0, 0.0), (1, 1.0), (1, 0.0), (5, 0.0)):
+        metric = SurvivalMetric(num_resamples=5)
+        if num:
+            _, time, _, pmf = cohort(0, num)
+            metric(pmf, torch.stack([time, torch.full((num,), died)], 1))
+        result = metric.aggregate()
+        assert result.pop("num_scans") == num == len(metric.rows())
+        assert result.pop("num_events") == num * died
+        assert result["c_index"] == {"value": None, "lower": None, "upper": None, "num_scans": 0}
+        for entry in result.values():
+            assert all(entry[k] is None or np.isfinite(entry[k]) for k in entry)
+
+
+def test_training_cohort_reaches_the_weights():
+    _, time, event, pmf = cohort(1)
+    training = cohort(7, 200)[1:3]
+    metric = SurvivalMetric(training, num_resamples=0)
+    metric(pmf, torch.stack([time, event], 1))
+    mean = (pmf * torch.arange(1, TMAX + 1)).sum(1)
+    entry = metric.aggregate()["c_index_ipcw"]
+    assert entry["value"] == pytest.approx(c_index_ipcw(-mean, time, event, training))
+    assert entry["value"] != c_index_ipcw(-mean, time, event) and entry["lower"] is None
+    with pytest.raises(InputError, match="no death"):
+        SurvivalMetric((time, event * 0))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda pmf, outcome: pmf.mul_(2), "sum to 1"),
+        (lambda pmf, outcome: pmf[0].fill_(torch.nan), "sum to 1"),
+        (lambda pmf, outcome: outcome[0, 0].fill_(0), "above 0 months, got 0.0"),
+        (lambda pmf, outcome: outcome[0, 0].fill_(torch.nan), "above 0 months, got nan"),
+        (lambda pmf, outcome: outcome[0, 1].fill_(2), "event must be 1 .* got 2.0"),
+        (lambda pmf, outcome: outcome.resize_(3, 2), "got .*10, 120.*3, 2"),
+    ],
+)
+def test_bad_predictions_and_outcomes_are_refused(change, message):
+    _, time, event, pmf = cohort(0, 10)
+    outcome = torch.stack([time, event], 1)
+    change(pmf, outcome)
+    with pytest.raises(InputError, match=message):
+        SurvivalMetric()(pmf, outcome)
+
+
+def test_monais_ignite_handler_drives_it():
+    _, time, event, pmf = cohort(1, 24)
+    outcome = torch.stack([time, event], 1)
+
+    def step(engine, index):  # decollated, as MONAI's evaluators leave it
+        return [{"pmf": pmf[i], "outcome": outcome[i]} for i in range(index, index + 4)]
+
+    engine = Engine(step)
+    metric = SurvivalMetric(num_resamples=0)
+    handler = IgniteMetricHandler(metric_fn=metric, output_transform=from_engine(["pmf", "outcome"]))
+    handler.attach(engine, "survival")
+    for _ in range(2):  # the second epoch starts afresh
+        engine.run(range(0, 24, 4), max_epochs=1)
+        assert engine.state.metrics["survival"]["num_scans"] == 24
+    mean = (pmf * torch.arange(1, TMAX + 1)).sum(1)
+    assert engine.state.metrics["survival"]["c_index"]["value"] == c_index(-mean, time, event)
