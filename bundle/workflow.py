@@ -140,13 +140,13 @@ def prepare_batch(
     Without time and event (inference) the outcome is None.
     """
 
-    def plain(x: Any) -> torch.Tensor:
-        return torch.as_tensor(x).as_subclass(torch.Tensor).to(device, non_blocking=non_blocking)
+    def move(x: Any) -> torch.Tensor:
+        return torch.as_tensor(x).to(device, non_blocking=non_blocking)
 
-    extra = {"lung": plain(batch["lung"])}
+    extra = {"lung": move(batch["lung"])}
     if len(batch.get("clinical", [])):
-        extra["clinical"] = torch.stack([plain(column) for column in batch["clinical"]], 1).float()
+        extra["clinical"] = torch.stack([move(column) for column in batch["clinical"]], 1).float()
     outcome = None
     if "time" in batch:
-        outcome = torch.stack([plain(batch["time"]), plain(batch["event"])], 1).float()
-    return plain(batch["image"]), outcome, (), extra
+        outcome = torch.stack([move(batch["time"]), move(batch["event"])], 1).float()
+    return move(batch["image"]), outcome, (), extra

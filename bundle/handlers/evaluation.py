@@ -86,7 +86,7 @@ def score_maps(records: list[dict], maps_dir: str, localisation: LocalisationMet
         InputError: every map that is missing, unreadable or on another grid than its mask, in one message.
     """
     faults = []
-    load = LoadCTd(keys=("heat",), mask_keys=("gt_mask", "confounder_mask"), check_hu=False)
+    load = LoadCTd(keys=("heat",), mask_keys=("gt_mask", "confounder_mask"), hounsfield=False)
     for record in tqdm(records, desc="scoring maps", unit="scan"):
         heat = Path(maps_dir) / f"{record['patient_id']}_heat.nii.gz"
         if not heat.is_file():

@@ -41,7 +41,7 @@ class Progress:
     def step(self, engine: Engine) -> None:
         output = engine.state.output
         if isinstance(output, dict) and "loss" in output:
-            self.bar.set_postfix(epoch=engine.state.epoch, loss=f"{float(output['loss']):.3f}", refresh=False)
+            self.bar.set_postfix(epoch=engine.state.epoch, loss=f"{output['loss'].item():.3f}", refresh=False)
         self.bar.n = engine.state.iteration
         self.bar.update(0)
 
@@ -79,7 +79,7 @@ class WandbHandler:
 
     def log_loss(self, engine: Engine) -> None:
         if "loss" in engine.state.output:
-            wandb.log({"train_loss": float(engine.state.output["loss"]), "epoch": engine.state.epoch})
+            wandb.log({"train_loss": engine.state.output["loss"].item(), "epoch": engine.state.epoch})
 
     def log_metrics(self, engine: Engine) -> None:
         if engine.state.metrics:

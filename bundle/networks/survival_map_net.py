@@ -319,6 +319,10 @@ class SurvivalMapNet(nn.Module):
         clinical_dim = 0 if clinical is None else clinical.shape[1]
         if clinical_dim != self.clinical_dim:
             raise ValueError(f"clinical must be a vector of length {self.clinical_dim} a scan, got {clinical_dim}.")
+        if not torch.jit.is_scripting():
+            # MONAI's MetaTensor would drag its metadata through every operation.
+            image = image.as_subclass(Tensor)
+            lung = lung if lung is None else lung.as_subclass(Tensor)
         s = self.stride
         pad = [0, -image.shape[4] % s, 0, -image.shape[3] % s, 0, -image.shape[2] % s]
         if max(pad) > 0:

@@ -39,6 +39,7 @@ class LoadCTd(MapTransform):
     Args:
         keys: images; the masks must be on the grid of the first.
         mask_keys: masks; those which a record lacks are passed over.
+        hounsfield: whether the images are CT; false for heat maps, which are read as they are.
 
     Raises:
         InputError: naming the patient and the file, for a file that is missing, damaged, 2-D, 4-D, thinner than 3
@@ -50,8 +51,10 @@ class LoadCTd(MapTransform):
         self,
         keys: KeysCollection = ("image",),
         mask_keys: KeysCollection = ("lung_mask", "gt_mask", "confounder_mask"),
+        hounsfield: bool = True,
     ) -> None:
         super().__init__(keys)
+        self.hounsfield = hounsfield
         self.mask_keys = (mask_keys,) if isinstance(mask_keys, str) else tuple(mask_keys)
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
@@ -60,9 +63,11 @@ class LoadCTd(MapTransform):
         for key in self.keys:
             where = f"patient {patient}, {key} {out[key]}"
             image = _read(out[key], where)
-            if fault := check_hu(image):
-                raise InputError(f"{where}: {fault}")
-            out[key] = image.clamp_min(_AIR_HU)
+            if self.hounsfield:
+                if fault := check_hu(image):
+                    raise InputError(f"{where}: {fault}")
+                image = image.clamp_min(_AIR_HU)
+            out[key] = image
         for key in self.mask_keys:
             if key not in out:
                 continue
