@@ -10,11 +10,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bundle.errors import InputError
 
 __all__ = [
     "differences",
     "file_sha256",
+    "load_weights",
     "patient_digest",
     "read_settings",
     "reconcile",
@@ -119,6 +122,23 @@ def read_settings(ckpt: str | Path) -> dict:
     if sha256 != file_sha256(ckpt):
         raise InputError(f"{path} belongs to other weights than {ckpt}: their SHA-256 differ.")
     return settings
+
+
+def load_weights(network: torch.nn.Module, ckpt: str | Path) -> torch.nn.Module:
+    """Load a plain state dict into `network` and return it; nothing but tensors is unpickled.
+
+    Raises:
+        InputError: the file holds no state dict, or that of another architecture.
+    """
+    try:
+        state = torch.load(ckpt, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises many kinds for a file that is no checkpoint
+        raise InputError(f"{ckpt} can't be read as weights: {str(e).splitlines()[0]}") from e
+    try:
+        network.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as e:
+        raise InputError(f"{ckpt} holds weights of another architecture than settings.json says.") from e
+    return network
 
 
 def reconcile(settings: dict, ckpt: str | Path, **overrides: Any) -> dict:

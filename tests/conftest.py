@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 
@@ -29,3 +31,31 @@ def shared_data() -> Path:
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+def write_scan(path: Path, hu: np.ndarray, affine: np.ndarray | None = None) -> None:
+    """Write an int16 NIfTI, by default with 3 mm voxels."""
+    nib.save(nib.Nifti1Image(hu.astype(np.int16), np.diag([3.0, 3, 3, 1]) if affine is None else affine), path)
+
+
+@pytest.fixture(scope="session")
+def tiny_cohort(tmp_path_factory) -> Path:
+    """Cohort CSV of 16 scans of 16^3: in those who die a bright block, and a larger one means a shorter life."""
+    folder = tmp_path_factory.mktemp("tiny")
+    rng = np.random.default_rng(0)
+    rows = ["patient_id,image,time,event,gt_mask,confounder_mask,age"]
+    for i in range(16):
+        v = rng.normal(0, 0.2, (16, 16, 16))
+        mask = np.zeros(v.shape)
+        time, event = 99, 0
+        if i % 2 == 0:
+            size = 4 + 2 * (i % 3)
+            start = rng.integers(0, 16 - size, 3)
+            mask[tuple(slice(s, s + size) for s in start)] = 1
+            time, event = 40 - 4 * size, 1
+        write_scan(folder / f"p{i}.nii.gz", -800 + 40 * np.where(mask > 0, 20, v))
+        write_scan(folder / f"p{i}_gt.nii.gz", mask)
+        write_scan(folder / f"p{i}_confounder.nii.gz", np.zeros(v.shape))
+        rows.append(f"p{i},p{i}.nii.gz,{time},{event},p{i}_gt.nii.gz,p{i}_confounder.nii.gz,{50 + i}")
+    (folder / "cohort.csv").write_text("\n".join(rows) + "\n")
+    return folder / "cohort.csv"

@@ -84,6 +84,18 @@ def test_threshold_on_one_lung_fused_lungs_and_none():
         assert not threshold_lung_mask(empty, (4, 4, 4)).any()
 
 
+def test_trachea_is_left_out_where_it_opens_into_a_lung_or_lies_against_it():
+    hu, parts = chest()
+    x, y, z = np.meshgrid(*(4 * np.arange(n) for n in hu.shape[1:]), indexing="ij")
+    trachea = (np.hypot(x - 142, y - 110) < 9) & (z > 120)  # a wall of one voxel between it and the right lung
+    bronchus = (np.hypot(y - 110, z - 120) < 9) & (x > 120) & (x < 150)
+    hu[0][torch.from_numpy(parts["trachea"] & (z > 60))] = 40
+    hu[0][torch.from_numpy(trachea | bronchus)] = -990
+    found = threshold_lung_mask(hu, (4, 4, 4))[0].numpy() > 0
+    assert not found[trachea & (z > 130)].any()
+    assert dice(found, parts["lungs"]) > 0.97
+
+
 def test_threshold_survives_a_narrow_field_of_view():
     hu, parts = chest()
     cut = slice(13, None)  # the border just cuts both lungs, in some slices along 2 cm

@@ -149,12 +149,11 @@ class RunCheckpoint:
             target.load_state_dict(state[name])
         engine.state.epoch, engine.state.iteration = state["epoch"], state["iteration"]
         self.best, self.best_epoch = state["best"], state["best_epoch"]
-        done = state["epoch"] >= engine.state.max_epochs
-        logger.info(
-            f"{self.ckpt_dir} is a finished run of {state['epoch']} epochs: nothing to do."
-            if done
-            else f"going on with the run in {self.ckpt_dir} after epoch {state['epoch']} of {engine.state.max_epochs}."
-        )
+        if state["finished"]:
+            logger.info(f"{self.ckpt_dir} is a finished run of {state['epoch']} epochs: nothing to do.")
+            engine.terminate()
+        else:
+            logger.info(f"going on after epoch {state['epoch']} of {engine.state.max_epochs} in {self.ckpt_dir}.")
 
     def save(self, engine: Engine) -> None:
         epoch = engine.state.epoch
@@ -164,10 +163,12 @@ class RunCheckpoint:
             model = self.ckpt_dir / "model.pt"
             save_atomically(self.objects["network"].state_dict(), model)
             write_json(settings_file(model), {**self.settings, "weights_sha256": file_sha256(model)})
+        impatient = self.patience is not None and epoch - self.best_epoch >= self.patience
         state = {name: target.state_dict() for name, target in self.objects.items()}
         state.update(settings=self.settings, epoch=epoch, iteration=engine.state.iteration)
         state.update(best=self.best, best_epoch=self.best_epoch)
+        state.update(finished=impatient or epoch >= engine.state.max_epochs)
         save_atomically(state, self.ckpt_dir / "last.pt")
-        if self.patience is not None and epoch - self.best_epoch >= self.patience:
+        if impatient:
             logger.info(f"no better validation since epoch {self.best_epoch}: stopping early.")
             engine.terminate()

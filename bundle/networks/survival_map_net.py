@@ -256,7 +256,7 @@ class SurvivalMapNet(nn.Module):
             raise ValueError(f"patch_size must be at least 1 voxel, got {patch_size}.")
         if not 0 <= overlap < 1:
             raise ValueError(f"overlap must be in [0, 1), got {overlap}.")
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise ValueError(f"dim ({dim}) must be a multiple of num_heads ({num_heads}).")
         if depth < 0 or window < 0 or clinical_dim < 0:
             raise ValueError(f"depth, window and clinical_dim can't be negative: {depth}, {window}, {clinical_dim}.")

@@ -1,0 +1,305 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The bundle as its users run it: `monai.bundle run` with the shipped configs, resuming, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import monai.bundle
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from monai.bundle import ConfigParser, ConfigWorkflow
+
+from bundle.errors import InputError, input_error_of
+from bundle.networks import SurvivalMapNet
+from bundle.settings import file_sha256
+
+from .conftest import write_scan
+
+TRAIN = ["configs/train.json", "configs/cohort/phantom.json"]
+SMALL = {"network_def#dim": 16, "network_def#num_heads": 2, "batch_size": 4, "max_epochs": 4, "val_interval": 1}
+
+
+@pytest.fixture(autouse=True)
+def _in_root(root, monkeypatch):
+    monkeypatch.chdir(root)
+
+
+def run(config, **override) -> None:
+    """`monai.bundle run` in this process; an :class:`InputError` comes out unwrapped."""
+    hook = sys.excepthook
+    try:
+        monai.bundle.run(config_file=config, **override)
+    except Exception as e:
+        raise input_error_of(e) or e
+    finally:
+        sys.excepthook = hook
+
+
+def train(cohort, folder, config=TRAIN, **override) -> Path:
+    run(config, cohort=str(cohort), ckpt_dir=str(folder), output_dir=str(folder), **{**SMALL, **override})
+    return Path(folder) / "model.pt"
+
+
+def command_line(*args: str) -> subprocess.CompletedProcess:
+    """The same as a user types it, in a process of its own."""
+    command = [sys.executable, "-m", "monai.bundle", "run", *args]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_cohort, tmp_path_factory, root) -> Path:
+    """Weights of a short training run on the tiny cohort."""
+    before = os.getcwd()
+    os.chdir(root)
+    try:
+        return train(tiny_cohort, tmp_path_factory.mktemp("trained"))
+    finally:
+        os.chdir(before)
+
+
+def test_train_leaves_weights_settings_and_what_resuming_needs(trained):
+    folder = trained.parent
+    state = torch.load(trained, weights_only=True)
+    settings = json.loads((folder / "settings.json").read_text())
+    network = SurvivalMapNet(**settings["network"])
+    network.load_state_dict(state)
+    assert settings["weights_sha256"] == file_sha256(trained)
+    assert settings["network"]["dim"] == 16 and settings["preprocessing"]["lung_mask"] == "none"
+    assert settings["objective"]["tmax"] == 100
+    assert torch.load(folder / "last.pt", weights_only=True)["epoch"] == 4
+    assert not list(folder.glob(".*tmp"))
+    assert not any("p3" == digest for digest in settings["trained_on"])
+
+
+def test_a_stopped_run_goes_on_to_the_very_same_weights(tiny_cohort, tmp_path, trained, monkeypatch):
+    from bundle.handlers import RunCheckpoint
+
+    save = RunCheckpoint.save
+
+    def save_then_die(self, engine):
+        save(self, engine)
+        if engine.state.epoch == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunCheckpoint, "save", save_then_die)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_cohort, tmp_path)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["epoch"] == 2
+    train(tiny_cohort, tmp_path)
+    once, twice = (torch.load(folder / "last.pt", weights_only=True) for folder in (trained.parent, tmp_path))
+    for name, value in once["network"].items():
+        assert torch.equal(value, twice["network"][name]), name
+    assert once["best"] == twice["best"]
+
+
+def test_a_finished_run_is_left_alone_and_other_settings_are_refused(tiny_cohort, trained):
+    digest = file_sha256(trained)
+    train(tiny_cohort, trained.parent)
+    assert file_sha256(trained) == digest
+    with pytest.raises(InputError, match=r"learning_rate: 0.002 -> 0.001.*--resume false"):
+        train(tiny_cohort, trained.parent, learning_rate=0.001)
+
+
+def test_resume_false_starts_anew(tiny_cohort, tmp_path, trained):
+    folder = tmp_path / "copy"
+    shutil.copytree(trained.parent, folder)
+    train(tiny_cohort, folder, learning_rate=0.001, resume="false", max_epochs=1)
+    assert torch.load(folder / "last.pt", weights_only=True)["epoch"] == 1
+
+
+def test_patience_stops_early_and_stays_stopped(tiny_cohort, tmp_path):
+    train(tiny_cohort, tmp_path, patience=1, learning_rate=1e-12, max_epochs=9)
+    epoch = torch.load(tmp_path / "last.pt", weights_only=True)["epoch"]
+    assert epoch < 9
+    train(tiny_cohort, tmp_path, patience=1, learning_rate=1e-12, max_epochs=9)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["epoch"] == epoch
+
+
+def test_folds_leave_their_own_scans_out(tiny_cohort, tmp_path):
+    table = pd.read_csv(tiny_cohort)
+    table["fold"] = [i // 2 % 4 for i in range(len(table))]
+    for column in ("image", "gt_mask", "confounder_mask"):
+        table[column] = [str(tiny_cohort.parent / name) for name in table[column]]
+    table.to_csv(tmp_path / "folds.csv", index=False)
+    model = train(tmp_path / "folds.csv", tmp_path / "run", fold=1, max_epochs=1)
+    assert len(json.loads((model.parent / "settings.json").read_text())["trained_on"]) == 16
+    with pytest.raises(InputError, match="0, 1, 2, 3"):
+        train(tmp_path / "folds.csv", tmp_path / "run7", fold=7)
+
+
+def test_inference_writes_all_files_on_the_scans_own_grid(tiny_cohort, tmp_path, trained):
+    run("configs/inference.json", cohort=str(tiny_cohort), ckpt=str(trained), output_dir=str(tmp_path))
+    table = pd.read_csv(tmp_path / "predictions.csv")
+    assert len(table) == 16 and (table.status == "ok").all()
+    expected = "patient_id status message median_months mean_months lower_months upper_months risk"
+    assert list(table) == expected.split() + [f"death_{t}m" for t in (12, 24, 36, 60)]
+    assert (table.lower_months < table.median_months).all() and (table.median_months < table.upper_months).all()
+    curves = pd.read_csv(tmp_path / "survival_curves.csv").set_index("patient_id")
+    assert (np.diff(curves.to_numpy(), axis=1) <= 1e-6).all()
+    for _, row in table.iterrows():
+        heat = nib.load(tmp_path / "maps" / f"{row.patient_id}_heat.nii.gz")
+        image = nib.load(tiny_cohort.parent / f"{row.patient_id}.nii.gz")
+        assert heat.shape == image.shape and np.allclose(heat.affine, image.affine)
+        assert np.isclose(heat.get_fdata().sum(), row.death_60m, rtol=1e-3, atol=1e-6)
+        assert np.isclose(1 - curves.loc[row.patient_id, "survival_24m"], row.death_24m, atol=1e-4)
+    assert (tmp_path / "report.html").stat().st_size > 1000
+
+
+def test_one_bad_scan_fails_its_row_alone(tiny_cohort, tmp_path, trained):
+    for name in ("p0", "p1"):
+        shutil.copy(tiny_cohort.parent / f"{name}.nii.gz", tmp_path)
+    (tmp_path / "torn.nii.gz").write_bytes((tiny_cohort.parent / "p2.nii.gz").read_bytes()[:500])
+    (tmp_path / "c.csv").write_text("patient_id,image\na,p0.nii.gz\nb,torn.nii.gz\nc,gone.nii.gz\nd,p1.nii.gz\n")
+    args = ("--config_file", "configs/inference.json", "--cohort", str(tmp_path / "c.csv"))
+    done = command_line(*args, "--ckpt", str(trained), "--output_dir", str(tmp_path / "out"))
+    assert done.returncode == 1
+    assert "2 of 4 scans failed" in done.stderr and "Traceback" not in done.stderr
+    table = pd.read_csv(tmp_path / "out" / "predictions.csv").set_index("patient_id")
+    assert list(table.index) == ["a", "b", "c", "d"]
+    assert list(table.status) == ["ok", "failed", "failed", "ok"]
+    assert "torn.nii.gz" in table.message["b"] and "gone.nii.gz" in table.message["c"]
+    assert sorted(p.name for p in (tmp_path / "out" / "maps").iterdir()) == ["a_heat.nii.gz", "d_heat.nii.gz"]
+
+
+def test_one_image_by_path(tiny_cohort, tmp_path, trained):
+    image = tiny_cohort.parent / "p4.nii.gz"
+    run("configs/inference.json", image=str(image), ckpt=str(trained), output_dir=str(tmp_path))
+    assert pd.read_csv(tmp_path / "predictions.csv").patient_id.tolist() == ["p4"]
+
+
+def test_evaluation_scores_unseen_scans_and_the_maps_of_other_tools(tiny_cohort, tmp_path, trained):
+    run("configs/evaluate.json", cohort=str(tiny_cohort), ckpt=str(trained), output_dir=str(tmp_path / "own"))
+    metrics = json.loads((tmp_path / "own" / "metrics.json").read_text())
+    rows = pd.read_csv(tmp_path / "own" / "metrics_per_scan.csv")
+    trained_on = json.loads((trained.parent / "settings.json").read_text())["trained_on"]
+    assert len(rows) == 16 - len(trained_on) > 0
+    assert {"c_index", "integrated_brier", "mae_events"} <= metrics["survival"].keys()
+    assert {"value", "lower", "upper", "num_scans"} <= metrics["localisation"]["average_precision"].keys()
+    # Maps that are the masks themselves score 1; every scan counts, because nobody trained on them.
+    maps = tmp_path / "maps"
+    maps.mkdir()
+    for i in range(16):
+        shutil.copy(tiny_cohort.parent / f"p{i}_gt.nii.gz", maps / f"p{i}_heat.nii.gz")
+    run("configs/evaluate.json", cohort=str(tiny_cohort), maps_dir=str(maps), output_dir=str(tmp_path / "other"))
+    found = json.loads((tmp_path / "other" / "metrics.json").read_text())["localisation"]
+    assert found["pointing_game"]["value"] == found["average_precision"]["value"] == 1
+    assert found["mass_accuracy"]["num_scans"] == 8 and found["num_empty_mask"] == 8
+    (maps / "p5_heat.nii.gz").unlink()
+    with pytest.raises(InputError, match="p5"):
+        run("configs/evaluate.json", cohort=str(tiny_cohort), maps_dir=str(maps), output_dir=str(tmp_path / "gone"))
+
+
+def test_overrides_that_contradict_training_are_errors(tiny_cohort, tmp_path, trained):
+    image = str(tiny_cohort.parent / "p4.nii.gz")
+    for key, value in {"spacing": [1.0, 1.0, 1.0], "hu_window": [-1024.0, 150.0], "lung_mask": "threshold"}.items():
+        with pytest.raises(InputError, match=f"--{key} .* contradicts"):
+            run("configs/inference.json", image=image, ckpt=str(trained), output_dir=str(tmp_path), **{key: value})
+
+
+def test_weights_of_another_network_or_run_are_refused(tiny_cohort, tmp_path, trained):
+    image = str(tiny_cohort.parent / "p4.nii.gz")
+    for name in ("model.pt", "settings.json"):
+        shutil.copy(trained.parent / name, tmp_path)
+    with open(tmp_path / "model.pt", "ab") as f:
+        f.write(b"x")
+    with pytest.raises(InputError, match="SHA-256"):
+        run("configs/inference.json", image=image, ckpt=str(tmp_path / "model.pt"), output_dir=str(tmp_path / "o"))
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    shutil.copy(trained, tmp_path)
+    settings["network"]["dim"] = 32
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="another architecture"):
+        run("configs/inference.json", image=image, ckpt=str(tmp_path / "model.pt"), output_dir=str(tmp_path / "o"))
+    assert not (tmp_path / "o" / "predictions.csv").exists()
+
+
+def test_missing_options_unwritable_folders_and_full_disks_are_one_sentence(tiny_cohort, tmp_path, monkeypatch):
+    for args, message in {
+        ("--config_file", "configs/train.json"): "--cohort is missing",
+        ("--config_file", "configs/inference.json"): "--image or --cohort is missing",
+    }.items():
+        done = command_line(*args)
+        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="can't write to the folder"):
+        train(tiny_cohort, tmp_path / "file" / "run")
+    real = torch.save
+
+    def full(obj, f, *args, **kwargs):
+        if "settings" in obj:
+            raise OSError(28, "No space left on device")
+        return real(obj, f, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        train(tiny_cohort, tmp_path / "run")
+    assert not list((tmp_path / "run").glob("*last.pt*"))
+
+
+def test_a_bad_scan_stops_training_unless_skipped(tiny_cohort, tmp_path):
+    table = pd.read_csv(tiny_cohort)
+    for column in ("image", "gt_mask", "confounder_mask"):
+        table[column] = [str(tiny_cohort.parent / name) for name in table[column]]
+    write_scan(tmp_path / "picture.nii.gz", np.random.default_rng(0).integers(0, 255, (16, 16, 16)))
+    table.loc[3, "image"] = str(tmp_path / "picture.nii.gz")
+    table["split"] = ["val" if i % 4 == 0 else "train" for i in range(16)]
+    table.to_csv(tmp_path / "c.csv", index=False)
+    with pytest.raises(InputError, match="p3"):
+        train(tmp_path / "c.csv", tmp_path / "run", max_epochs=1)
+    assert not (tmp_path / "run" / "last.pt").exists()
+    train(tmp_path / "c.csv", tmp_path / "run", max_epochs=1, on_fault="skip")
+    assert (tmp_path / "run" / "model.pt").exists()
+
+
+@pytest.mark.parametrize("config, kind", [("train", "train"), ("inference", "infer"), ("evaluate", "infer")])
+def test_bundle_properties(config, kind):
+    workflow = ConfigWorkflow(config_file=f"configs/{config}.json", workflow_type=kind)
+    workflow.initialize()
+    assert workflow.check_properties() == []
+
+
+def test_network_takes_and_gives_what_the_metadata_say():
+    monai.bundle.verify_net_in_out(
+        net_id="network_def", config_file="configs/train.json", meta_file="configs/metadata.json", n=3
+    )
+
+
+def test_metadata_follow_the_model_zoo_schema(tmp_path):
+    shutil.copy(Path("tests") / "metadata_schema.json", tmp_path / "schema.json")
+    monai.bundle.verify_metadata(meta_file="configs/metadata.json", filepath=str(tmp_path / "schema.json"))
+
+
+def test_torchscript_export_equals_the_network(tmp_path, trained):
+    parser = ConfigParser()
+    parser.read_config("configs/inference.json")
+    monai.bundle.ckpt_export(
+        net_id="network_def",
+        filepath=str(tmp_path / "model.ts"),
+        ckpt_file=str(trained),
+        config_file="configs/inference.json",
+        ckpt=str(trained),
+    )
+    exported = torch.jit.load(tmp_path / "model.ts")
+    eager = SurvivalMapNet(**json.loads((trained.parent / "settings.json").read_text())["network"])
+    eager.load_state_dict(torch.load(trained, weights_only=True))
+    image, lung = torch.rand(2, 1, 18, 16, 20), torch.zeros(2, 1, 18, 16, 20)
+    lung[:, :, 3:14, 2:9] = 1
+    eager.eval()
+    for mask in (None, lung):
+        torch.testing.assert_close(exported(image, mask), eager(image, mask))
+
+
+def test_wandb_offline_by_one_override(tiny_cohort, tmp_path):
+    train(tiny_cohort, tmp_path, max_epochs=1, tracking="configs/tracking/wandb.json")
+    assert list((tmp_path / "wandb").glob("offline-run-*"))

@@ -1,0 +1,213 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Heat: nothing of a patient's risk is lost on its way to voxels. Grid shifts: a finer map, still a survival map."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from sklearn.metrics import average_precision_score
+from torch import Tensor
+
+from bundle.explain import GridShiftInferer, patch_heat, to_voxels
+from bundle.networks import SurvivalMapNet
+from bundle.survival import death_by, log_pmf
+
+
+def random_map(*grid: int, batch: int = 2) -> Tensor:
+    location = 60 * torch.rand(batch, *grid)
+    weight = torch.rand(batch, *grid).flatten(1).softmax(1).view(batch, *grid)
+    return torch.stack([location, weight], 1)
+
+
+def random_lung(*shape: int, batch: int = 2) -> Tensor:
+    lung = F.interpolate(torch.rand(batch, 1, 4, 4, 4), shape, mode="trilinear") > 0.5
+    assert 0.05 < lung.float().mean() < 0.95
+    return lung.float()
+
+
+# ---------------------------------------------------------------------------------------------------------- heat
+
+
+def test_patch_heat_sums_to_the_probability_of_death():
+    survival_map = random_map(3, 4, 5)
+    death = death_by(log_pmf(survival_map, 100, 36.0).exp(), 24)
+    heat = patch_heat(survival_map, death)
+    assert heat.shape == (2, 1, 3, 4, 5)
+    torch.testing.assert_close(heat.sum((1, 2, 3, 4)), death)
+    torch.testing.assert_close(heat[:, 0], death.view(2, 1, 1, 1) * survival_map[:, 1])
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("shape", [(16, 16, 16), (13, 15, 9)])
+def test_total_heat_is_the_probability_of_death(shape, masked, sigma):
+    death = torch.tensor([0.8, 0.03])
+    grid = [-(-n // 4) for n in shape]
+    lung = random_lung(*shape) if masked else None
+    heat = to_voxels(patch_heat(random_map(*grid), death), 4, shape, lung, sigma)
+    assert heat.shape == (2, 1, *shape) and bool((heat >= 0).all())
+    torch.testing.assert_close(heat.sum((1, 2, 3, 4)), death)
+    if lung is not None:
+        assert bool((heat[lung == 0] == 0).all()) and bool((heat[lung == 1] > 0).all())
+
+
+def test_without_smoothing_a_patch_is_spread_evenly_over_its_cell():
+    heat = random_map(2, 3, 2)[:, 1:]
+    voxels = to_voxels(heat, 3, (6, 9, 6), None, 0.0)
+    for z in range(6):
+        for y in range(9):
+            for x in range(6):
+                torch.testing.assert_close(voxels[:, 0, z, y, x], heat[:, 0, z // 3, y // 3, x // 3] / 27)
+
+
+def test_without_smoothing_the_cut_cells_of_the_border_take_their_share():
+    """A cell cut by the image's border keeps the density of the others; the sum is right all the same."""
+    voxels = to_voxels(torch.full((1, 1, 2, 1, 1), 0.25), 4, (6, 4, 4), None, 0.0)
+    torch.testing.assert_close(voxels, torch.full((1, 1, 6, 4, 4), 0.5 / 96))
+
+
+def test_smoothing_is_a_gaussian_whose_width_is_in_cells():
+    heat = torch.zeros(1, 1, 13, 1, 1)
+    heat[0, 0, 6] = 1.0
+    cell, sigma = 4, 1.5
+    voxels = to_voxels(heat, cell, (52, 4, 4), None, sigma).sum((0, 1, 3, 4)).double()
+    place = torch.arange(52, dtype=torch.float64)
+    mean = (place * voxels).sum()
+    variance = ((place - mean).square() * voxels).sum()
+    assert float(mean) == pytest.approx(6 * cell + (cell - 1) / 2, abs=1e-3)
+    # A cell of n voxels adds (n^2 - 1)/12; the Gaussian is cut at three sigma, which costs 3 % of its variance.
+    assert float(variance) == pytest.approx((sigma * cell) ** 2 + (cell**2 - 1) / 12, rel=0.05)
+
+
+@pytest.mark.parametrize("axis", [2, 3, 4])
+def test_flipped_heat_gives_flipped_voxels(axis):
+    heat, lung = patch_heat(random_map(3, 4, 2), torch.tensor([0.5, 0.9])), random_lung(12, 16, 8)
+    voxels = to_voxels(heat, 4, (12, 16, 8), lung, 0.5)
+    flipped = to_voxels(heat.flip(axis), 4, (12, 16, 8), lung.flip(axis), 0.5)
+    torch.testing.assert_close(flipped, voxels.flip(axis))
+
+
+def test_a_patient_without_risk_has_no_heat():
+    heat = to_voxels(torch.zeros(1, 1, 2, 2, 2), 4, (8, 8, 8), random_lung(8, 8, 8, batch=1), 0.5)
+    assert bool((heat == 0).all())
+
+
+# --------------------------------------------------------------------------------------------------- grid shifts
+
+
+class Brightness(nn.Module):
+    """The brighter a patch, the shorter its life; patches without lung have no weight. As plain as a network gets."""
+
+    def __init__(self, patch: int, beta: float) -> None:
+        super().__init__()
+        self.patch = patch
+        self.beta = beta
+
+    def forward(self, image: Tensor, lung: Tensor | None = None) -> Tensor:
+        image = F.pad(image, [n for size in image.shape[:1:-1] for n in (0, -size % self.patch)], mode="replicate")
+        location = 60 - 50 * F.avg_pool3d(image, self.patch)[:, 0]
+        score = -self.beta * location
+        if lung is not None:
+            lung = F.pad(lung, [n for size in lung.shape[:1:-1] for n in (0, -size % self.patch)])
+            score = score.masked_fill(F.avg_pool3d(lung, self.patch)[:, 0] < 0.25, -torch.inf)
+        weight = score.flatten(1).softmax(1).view(location.shape)
+        return torch.stack([location * (weight > 0), weight], 1)
+
+
+def sphere(size: int, radius: float) -> Tensor:
+    axis = (torch.arange(size) - (size - 1) / 2 - 0.7).square()
+    return ((axis[:, None, None] + axis[:, None] + axis) <= radius**2).float()[None, None]
+
+
+def test_one_shift_is_the_network_itself():
+    net = SurvivalMapNet(patch_size=4, dim=16).eval()
+    image, lung = torch.rand(1, 1, 16, 16, 16), random_lung(16, 16, 16, batch=1)
+    assert torch.equal(GridShiftInferer(1, 4)(image, net, lung=lung), net(image, lung))
+
+
+@pytest.mark.parametrize("shifts", [2, 4])
+@pytest.mark.parametrize("shape", [(16, 16, 16), (13, 18, 9)])
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_mean_of_grids_is_a_survival_map(shifts, shape, masked):
+    net = SurvivalMapNet(patch_size=4, dim=16).eval()
+    nn.init.normal_(net.to_location[-1].weight, std=0.2)
+    lung = random_lung(*shape) if masked else None
+    location, weight = GridShiftInferer(shifts, 4)(torch.rand(2, 1, *shape), net, lung=lung).unbind(1)
+    assert weight.shape == (2, *[-(-n // 4) * shifts for n in shape])
+    torch.testing.assert_close(weight.sum((1, 2, 3)), torch.ones(2))
+    assert bool(location.isfinite().all()) and bool(((location != 0) == (weight > 0)).all())
+    if masked:
+        # Cells further from the lung than any patch that holds some of it have no weight.
+        near = F.max_pool3d(lung, 7, stride=1, padding=3)
+        near = F.max_pool3d(near, 4 // shifts, ceil_mode=True)[:, 0]
+        cells = weight[:, : near.shape[1], : near.shape[2], : near.shape[3]]
+        assert bool((cells[near == 0] == 0).all()) and bool((near == 0).any())
+
+
+@pytest.mark.parametrize("shifts", [2, 4])
+def test_each_cell_is_the_mean_of_the_patches_that_cover_it(shifts):
+    """Brightness is a known function of place, so the map of shifted grids can be written down cell by cell."""
+    patch, size = 4, 12
+    cell = patch // shifts
+    image = torch.rand(1, 1, size, size, size)
+    network = Brightness(patch, beta=0.2)
+    location, weight = GridShiftInferer(shifts, patch)(image, network)[0]
+
+    moment, total = torch.zeros(2, *[size // cell] * 3).unbind(0)
+    for z in range(shifts):
+        for y in range(shifts):
+            for x in range(shifts):
+                start = [n * cell for n in (z, y, x)]
+                padded = F.pad(image, [start[2], 0, start[1], 0, start[0], 0], mode="replicate")
+                loc, w = network(padded)[0]
+                for i in range(size // cell):
+                    for j in range(size // cell):
+                        for k in range(size // cell):
+                            # the patch of this grid that holds the cell's first voxel
+                            at = tuple((n * cell + s) // patch for n, s in zip((i, j, k), start))
+                            moment[i, j, k] += loc[at] * w[at]
+                            total[i, j, k] += w[at]
+    torch.testing.assert_close(location, moment / total)
+    torch.testing.assert_close(weight, total / total.sum())
+
+
+def test_the_lung_and_other_named_volumes_move_with_the_image():
+    """A network that only looks at the lung: its weights must stay where the lung is, to a cell."""
+    lung = torch.zeros(1, 1, 16, 16, 16)
+    lung[..., 4:8, 4:8, 4:8] = 1
+    weight = GridShiftInferer(2, 4)(torch.rand(1, 1, 16, 16, 16), Brightness(4, beta=0.0), lung=lung)[0, 1]
+    place = torch.arange(8) * 2 + 0.5
+    for axis in range(3):
+        others = [n for n in range(3) if n != axis]
+        assert float((weight.sum(others) * place).sum()) == pytest.approx(5.5, abs=1e-4)
+
+
+def test_sharper_than_one_grid_on_a_sphere():
+    patch = 8
+    truth = sphere(32, 9.0)
+    image = truth + 0.05 * torch.randn_like(truth)
+    network = Brightness(patch, beta=0.1)
+    score = {}
+    for shifts in (1, 2, 4):
+        survival_map = GridShiftInferer(shifts, patch)(image, network)
+        heat = to_voxels(patch_heat(survival_map, torch.ones(1)), patch // shifts, (32, 32, 32), None, 0.0)
+        score[shifts] = average_precision_score(truth.flatten(), heat.flatten())
+        torch.testing.assert_close(heat.sum(), torch.tensor(1.0))
+    assert score[2] > score[1] + 0.02 and score[4] > score[2]
+
+
+def test_the_readout_is_the_mean_of_the_grids_readouts():
+    """With the same weight in every grid the months of the mean map are the mean of the grids' months."""
+    image = sphere(16, 5.0)
+    network = Brightness(4, beta=0.0)
+    location, weight = GridShiftInferer(4, 4)(image, network)[0]
+    torch.testing.assert_close((location * weight).sum(), 60 - 50 * image.mean(), rtol=0, atol=2.0)
+
+
+@pytest.mark.parametrize("shifts, stride", [(3, 4), (0, 4), (8, 4)])
+def test_shifts_that_do_not_divide_the_stride_are_refused(shifts, stride):
+    with pytest.raises(ValueError, match="must divide the stride"):
+        GridShiftInferer(shifts, stride)

@@ -1,0 +1,408 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The network: what its map promises, its attention against plain loops, its inputs checked, TorchScript."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from monai.data import MetaTensor
+from torch import Tensor
+
+from bundle.networks import SurvivalMapNet
+from bundle.networks.survival_map_net import Attention, group_in_windows
+
+SMALL = {"patch_size": 4, "dim": 16, "num_heads": 2}
+
+
+def lively(**kwargs) -> SurvivalMapNet:
+    """A small network whose every part has something to say: zero initialisations are drawn at random."""
+    net = SurvivalMapNet(**{**SMALL, **kwargs})
+    for parameter in net.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[1]))
+    return net.eval()
+
+
+def ball(size: int, radius: float, centre: tuple[float, float, float]) -> Tensor:
+    """A ball of ones, (1, 1, size, size, size)."""
+    axis = torch.arange(size, dtype=torch.float32)
+    z, y, x = [(axis - c).square() for c in centre]
+    return ((z[:, None, None] + y[:, None] + x) <= radius**2).float()[None, None]
+
+
+def two_lungs() -> Tensor:
+    """Lungs of two scans, of different sizes and places, with borders that cut patches and windows, (2, 1, 24, ...)."""
+    return torch.cat([ball(24, 9.3, (11, 12, 10)), ball(24, 6.1, (14, 8, 15))])
+
+
+def without_position(net: SurvivalMapNet) -> SurvivalMapNet:
+    """The same network, blind to where a patch lies."""
+    nn.init.zeros_(net.position.weight)
+    nn.init.zeros_(net.position.bias)
+    return net
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------ the map
+
+
+@pytest.mark.parametrize("head", ["lse", "softmin"])
+def test_weights_sum_to_one_over_the_lung_and_are_zero_outside(head):
+    lung = two_lungs()
+    location, weight = lively(head=head)(torch.rand(2, 1, 24, 24, 24), lung).unbind(1)
+    torch.testing.assert_close(weight.sum((1, 2, 3)), torch.ones(2))
+    share = F.avg_pool3d(lung, 4)[:, 0]
+    assert 0 < (share >= 0.25).float().mean() < 1
+    assert bool((weight[share >= 0.25] > 0).all())
+    assert bool((weight[share < 0.25] == 0).all()) and bool((location[share < 0.25] == 0).all())
+
+
+def test_a_lung_thinner_than_a_patch_keeps_its_best_patches():
+    lung = torch.zeros(2, 1, 16, 16, 16)
+    lung[0, 0, 5, 5, 5] = 1  # one voxel in all: 1/64 of its patch
+    lung[1] = 1
+    weight = lively()(torch.rand(2, 1, 16, 16, 16), lung)[:, 1]
+    assert weight[0, 1, 1, 1] == 1 and weight[0].sum() == 1
+    assert int((weight[1] > 0).sum()) == 4**3
+
+
+def test_what_lies_outside_the_lung_changes_nothing():
+    net, lung, image = lively(), two_lungs(), torch.rand(2, 1, 24, 24, 24)
+    close(net(torch.where(lung > 0, image, torch.rand_like(image)), lung), net(image, lung))
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 16), (17, 30, 5), (4, 4, 4), (3, 2, 1)])
+@pytest.mark.parametrize("window", [0, 2])
+def test_any_size_gives_a_map_of_whole_patches(shape, window):
+    survival_map = lively(window=window)(torch.rand(1, 1, *shape))
+    assert survival_map.shape == (1, 2, *[-(-n // 4) for n in shape])
+    torch.testing.assert_close(survival_map[:, 1].sum(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("overlap, stride", [(0.0, 4), (0.5, 2), (0.25, 3), (0.9, 1)])
+def test_overlap_sets_the_distance_of_patches(overlap, stride):
+    net = lively(overlap=overlap)
+    assert net.stride == stride
+    assert net(torch.rand(1, 1, 12, 12, 12)).shape[2:] == (12 // stride,) * 3
+
+
+def test_an_overlapping_patch_sees_voxels_of_its_neighbours_centred_on_its_cell():
+    net = lively(overlap=0.5, window=0, depth=0, head="softmin")
+    image = torch.rand(1, 1, 16, 16, 16)
+    location = net(image)[0, 0]
+    for i in range(16):
+        changed = image.clone()
+        changed[0, 0, i, 8, 8] += 1
+        differs = (net(changed)[0, 0] - location).abs().amax((1, 2)) > 1e-4
+        # The patch of cell k covers voxels 2k - 1 ... 2k + 2.
+        assert differs.nonzero().flatten().tolist() == [k for k in range(8) if 2 * k - 1 <= i <= 2 * k + 2]
+
+
+def test_batch_of_two_equals_two_singles():
+    net, lung, image = lively(film_context=True, clinical_dim=3), two_lungs(), torch.rand(2, 1, 24, 24, 24)
+    clinical = torch.randn(2, 3)
+    together = net(image, lung, clinical)
+    apart = torch.cat([net(image[i : i + 1], lung[i : i + 1], clinical[i : i + 1]) for i in range(2)])
+    close(together, apart)
+
+
+@pytest.mark.parametrize("window", [0, 2])
+@pytest.mark.parametrize("full", [True, False])
+def test_padding_a_scan_to_the_size_of_its_batch_changes_nothing(window, full):
+    net, image = lively(window=window), torch.rand(2, 1, 24, 24, 24)
+    lung = torch.ones_like(image) if full else two_lungs()
+    pad = [0, 8, 0, 4, 0, 13]  # at the end, as a batch is padded; 13 is no whole number of patches
+    padded = net(F.pad(image, pad), F.pad(lung, pad))
+    close(padded[:, :, :6, :6, :6], net(image, lung))
+    assert padded[:, :, 6:].abs().sum() + padded[:, :, :, 6:].abs().sum() + padded[..., 6:].abs().sum() == 0
+
+
+def test_shifting_a_scan_by_whole_windows_shifts_its_map():
+    net, image, lung = lively(), torch.rand(2, 1, 24, 24, 24), two_lungs()
+    pad = [8, 0, 16, 0, 8, 0]
+    close(net(F.pad(image, pad), F.pad(lung, pad))[:, :, 2:, 4:, 2:], net(image, lung))
+
+
+@pytest.mark.parametrize("window", [0, 2, 3, 4])
+@pytest.mark.parametrize("axis", [2, 3, 4])
+def test_flipped_scan_gives_flipped_map(window, axis):
+    """Position and the order of voxels in a patch are the only things that know left from right."""
+    net = without_position(lively(window=window))
+    first, voxels = net.embed.layers[0].weight.data, 4**3
+    for part in (first[:, :voxels], first[:, voxels : 2 * voxels]):
+        cube = part.view(-1, 4, 4, 4)
+        part.copy_(((cube + cube.flip(axis - 1)) / 2).flatten(1))
+    size = 4 * (2 if window == 0 else 2 * window)  # the grid of windows maps onto itself
+    image = torch.rand(2, 1, size, size, size)
+    lung = (torch.rand(image.shape[0], 1, size // 4, size // 4, size // 4) > 0.3).float()
+    for n in (2, 3, 4):
+        lung = lung.repeat_interleave(4, n)
+    survival_map = net(image, lung)
+    close(net(image.flip(axis), lung.flip(axis)), survival_map.flip(axis))
+    assert (survival_map.flip(axis) - survival_map).abs().max() > 1
+
+
+def test_evidence_stays_within_its_window():
+    net, image = lively(window=2, depth=3, head="softmin"), torch.rand(1, 1, 24, 24, 24)
+    before = net(image)[0, 0]
+    image[0, 0, 9, 9, 9] += 1  # patch (2, 2, 2), window (1, 1, 1)
+    differs = (net(image)[0, 0] - before).abs() > 1e-4
+    window = torch.zeros_like(differs)
+    window[2:4, 2:4, 2:4] = True
+    assert torch.equal(differs, window)
+
+
+def test_absolute_hu_changes_the_map():
+    net, image = lively(), torch.rand(1, 1, 16, 16, 16)
+    location, shifted = net(image)[:, 0], net(image + 0.1)[:, 0]
+    assert bool(((location - shifted).abs() > 0.1).float().mean() > 0.9)
+
+
+# ----------------------------------------------------------------------------------------------------- attention
+
+
+def naive_attention(attention: Attention, x: Tensor, together: Tensor) -> Tensor:
+    """Masked dense attention over all tokens (M, dim); `together` (M, M) says who may see whom."""
+    q, k, v = attention.qkv(x).chunk(3, 1)
+    width = q.shape[1] // attention.num_heads
+    heads = []
+    for h in range(attention.num_heads):
+        part = slice(h * width, (h + 1) * width)
+        score = (q[:, part] @ k[:, part].t() / math.sqrt(width)).masked_fill(~together, -math.inf)
+        heads.append(score.softmax(1) @ v[:, part])
+    return attention.out(torch.cat(heads, 1))
+
+
+@pytest.mark.parametrize("window", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("full", [True, False])
+def test_attention_equals_masked_dense_attention(window, full):
+    attention = Attention(16, 2, window)
+    nn.init.normal_(attention.out.weight)
+    keep = torch.ones(2, 12, 12, 12, dtype=torch.bool) if full else torch.rand(2, 7, 5, 6) > 0.4
+    if full:
+        keep = keep[:, :4, :4, :4] if window != 3 else keep[:, :6, :3, :3]
+    index, slots, mask = keep.nonzero(), keep.nonzero()[:, 0], None
+    if window > 0:
+        index, slots, mask = group_in_windows(index, window)
+        assert (mask is None) == full or window == 1
+    counts = keep.flatten(1).sum(1).tolist()
+    x = torch.randn(len(index), 16)
+    together = index[:, None, 0] == index[None, :, 0]
+    if window > 0:
+        together = together & (index[:, None, 1:] // window == index[None, :, 1:] // window).all(2)
+    torch.testing.assert_close(
+        attention(x, slots, mask, counts), naive_attention(attention, x, together), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_windows_hold_each_token_once_and_no_window_is_empty():
+    keep = torch.rand(2, 5, 6, 7) > 0.7
+    index, slots, mask = group_in_windows(keep.nonzero(), 2)
+    assert sorted(index.tolist()) == keep.nonzero().tolist()
+    assert bool((slots.diff() > 0).all()) and bool((index[:, 0].diff() >= 0).all())
+    windows = {}
+    for cell, slot in zip(index.tolist(), slots.tolist()):
+        place = (cell[1] % 2 * 2 + cell[2] % 2) * 2 + cell[3] % 2
+        assert slot % 8 == place
+        windows.setdefault((cell[0], cell[1] // 2, cell[2] // 2, cell[3] // 2), set()).add(slot // 8)
+    assert all(len(rows) == 1 for rows in windows.values())
+    assert mask.shape == (len(windows), 8) and int(mask.sum()) == len(index) and bool(mask.any(1).all())
+
+
+def test_attention_starts_silent():
+    x, index = torch.randn(8, 16), torch.tensor(list(product([0], [0, 1], [0, 1], [0, 1])))
+    assert bool((Attention(16, 2, 2)(x, *group_in_windows(index, 2)[1:], [8]) == 0).all())
+
+
+# ---------------------------------------------------------------------------------------------------------- FiLM
+
+
+def test_film_is_the_identity_at_initialisation_and_not_afterwards():
+    image, lung, clinical = torch.rand(2, 1, 24, 24, 24), two_lungs(), torch.randn(2, 3)
+    net = SurvivalMapNet(**SMALL, clinical_dim=3, film_context=True).eval()
+    plain = SurvivalMapNet(**SMALL).eval()
+    plain.load_state_dict({k: v for k, v in net.state_dict().items() if "film" not in k})
+    before = net(image, lung, clinical)
+    torch.testing.assert_close(before, plain(image, lung))
+    nn.init.normal_(net.blocks[1].film.weight)
+    after = net(image, lung, clinical)
+    assert (after - before)[:, 0].abs().max() > 0.1
+    # The clinical vector of one scan speaks in its own map only.
+    clinical[1] += 1
+    changed = net(image, lung, clinical)
+    close(changed[:1], after[:1])
+    assert (changed - after)[1, 0].abs().max() > 0.01
+
+
+def test_film_formula():
+    net = lively(depth=1, clinical_dim=2)
+    x, context = torch.randn(5, 16), torch.randn(2, 2)
+    scan = torch.tensor([0, 0, 1, 1, 1])
+    block = net.blocks[0]
+    index = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1], [1, 0, 0, 0], [1, 0, 1, 0], [1, 1, 0, 0]])
+    _, slots, mask = group_in_windows(index, 2)
+    modulated = block(x, slots, mask, [2, 3], context, scan)
+    film, block.film = block.film, None
+    plain = block(x, slots, mask, [2, 3], context, scan)
+    scale, shift = film(context)[:, :16], film(context)[:, 16:]
+    for token, i in enumerate(scan.tolist()):
+        torch.testing.assert_close(modulated[token], plain[token] * (1 + torch.tanh(scale[i])) + shift[i])
+
+
+# ---------------------------------------------------------------------------------------------------------- head
+
+
+def test_lse_head_is_the_log_mean_exp_of_the_raw_locations():
+    net, image, lung = lively(head="lse"), torch.rand(2, 1, 24, 24, 24), two_lungs()
+    net.set_beta_factor(0.5)
+    raw = lively(head="softmin")
+    raw.load_state_dict(net.state_dict())
+    location, weight = [v.flatten(1).double() for v in net(image, lung).unbind(1)]
+    raw_location, raw_weight = [v.flatten(1).double() for v in raw(image, lung).unbind(1)]
+    close(weight, raw_weight)
+    for i in range(2):
+        loc = raw_location[i][raw_weight[i] > 0]
+        assert len(loc) > 10 and loc.std() > 1
+        beta = 0.5 / 15
+        expected = -(torch.logsumexp(-beta * loc, 0) - math.log(len(loc))) / beta
+        torch.testing.assert_close((location[i] * weight[i]).sum(), expected, rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(raw_weight[i][raw_weight[i] > 0], torch.softmax(-beta * loc, 0), rtol=1e-4, atol=0)
+        # One number a scan moves all locations.
+        moved = (location - raw_location)[i][raw_weight[i] > 0]
+        torch.testing.assert_close(moved, moved.mean().expand_as(moved), rtol=0, atol=1e-3)
+        assert moved.mean() > 0.1
+
+
+@torch.no_grad()
+def test_twice_the_disease_is_a_shorter_life():
+    """A bright patch has a life 40 months shorter than a dark one; more bright ones shorten the scan's life."""
+    net = without_position(SurvivalMapNet(**SMALL, head="lse", depth=0).eval())
+    flat = torch.zeros(1, 1, 4, 4, 4)
+    difference = float(net(flat + 1)[0, 0] - net(flat)[0, 0])
+    net.to_location[-1].weight *= -40 / difference
+    months = []
+    for patches in (4, 8, 16):
+        image = (torch.arange(64) < patches).float().view(1, 1, 4, 4, 4)
+        for axis in (2, 3, 4):
+            image = image.repeat_interleave(4, axis)
+        location, weight = net(image)[0].flatten(1)
+        months.append(float((location * weight).sum() - net(flat)[0, 0]))
+    # -1/beta * log of the mean of exp(0) over dark and exp(40 beta) over bright patches
+    expected = [-15 * math.log1p(n / 64 * math.expm1(40 / 15)) for n in (4, 8, 16)]
+    assert months == pytest.approx(expected, abs=1e-2)
+    assert 0 > months[0] > months[1] + 1 > months[2] + 2
+
+
+def test_beta_factor_scales_beta_and_is_part_of_the_state():
+    net, image = lively(head="softmin"), torch.rand(1, 1, 16, 16, 16)
+    net.set_beta_factor(1e-4)
+    assert (net(image)[:, 1] * 64 - 1).abs().max() < 0.01  # nearly the mean
+    assert net.state_dict()["beta_factor"] == pytest.approx(1e-4)
+    steep = lively(head="softmin", beta=1.0, learn_beta=False)
+    assert not steep.log_beta.requires_grad and net.log_beta.requires_grad
+    assert steep(image)[:, 1].max() > 0.5
+
+
+def test_an_untrained_network_says_about_loc_bias_everywhere():
+    location = SurvivalMapNet(**SMALL, loc_bias=42.0)(torch.rand(1, 1, 16, 16, 16))[:, 0]
+    assert (location - 42).abs().max() < 15
+
+
+# --------------------------------------------------------------------------------------- gradients, types, errors
+
+
+@pytest.mark.parametrize("head", ["lse", "softmin"])
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_gradients_of_a_constant_image_are_finite(head, value):
+    net = lively(head=head, film_context=True)
+    image = torch.full((2, 1, 24, 24, 24), value, requires_grad=True)
+    survival_map = net(image, two_lungs())
+    (survival_map[:, 0] * survival_map[:, 1]).sum().backward()
+    assert bool(image.grad.isfinite().all())
+    for name, parameter in net.named_parameters():
+        assert bool(parameter.grad.isfinite().all()), name
+
+
+def test_every_parameter_learns():
+    net = lively(film_context=True, clinical_dim=2, head_layers=2)
+    survival_map = net(torch.rand(2, 1, 24, 24, 24), two_lungs(), torch.randn(2, 2))
+    (survival_map[:, 0] * survival_map[:, 1]).sum().backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None or p.grad.abs().max() == 0] == []
+
+
+def test_a_metatensor_is_an_image_like_any_other():
+    net, image, lung = lively(), torch.rand(2, 1, 24, 24, 24), two_lungs()
+    close(torch.Tensor(net(MetaTensor(image), MetaTensor(lung)).detach()), net(image, lung))
+
+
+@pytest.mark.parametrize("window", [0, 2, 4])
+def test_torchscript_equals_eager(window):
+    net = lively(window=window, film_context=True, overlap=0.5)
+    scripted = torch.jit.script(net)
+    for shape in [(1, 1, 16, 16, 16), (2, 1, 24, 24, 24), (1, 1, 9, 14, 7)]:
+        image = torch.rand(shape)
+        lung = two_lungs()[: shape[0], :, : shape[2], : shape[3], : shape[4]].contiguous()
+        torch.testing.assert_close(scripted(image), net(image))
+        torch.testing.assert_close(scripted(image, lung), net(image, lung))
+
+
+def test_torchscript_takes_a_clinical_vector():
+    net = lively(clinical_dim=2)
+    image, clinical = torch.rand(2, 1, 24, 24, 24), torch.randn(2, 2)
+    torch.testing.assert_close(torch.jit.script(net)(image, None, clinical), net(image, None, clinical))
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"patch_size": 0}, "patch_size"),
+        ({"overlap": 1.0}, "overlap"),
+        ({"overlap": -0.1}, "overlap"),
+        ({"dim": 10, "num_heads": 4}, "multiple of num_heads"),
+        ({"num_heads": 0}, "multiple of num_heads"),
+        ({"depth": -1}, "negative"),
+        ({"window": -1}, "negative"),
+        ({"clinical_dim": -1}, "negative"),
+        ({"head": "max"}, "head"),
+        ({"head_layers": 3}, "head_layers"),
+        ({"beta": 0.0}, "beta"),
+        ({"min_lung": 0.0}, "min_lung"),
+        ({"min_lung": 1.5}, "min_lung"),
+    ],
+)
+def test_constructor_errors(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        SurvivalMapNet(**kwargs)
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 16), (1, 16, 16, 16), (1, 2, 16, 16, 16)])
+def test_image_of_another_shape_is_refused(shape):
+    with pytest.raises(ValueError, match="image must be"):
+        SurvivalMapNet(**SMALL)(torch.rand(shape))
+
+
+def test_lung_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match="shape of the image"):
+        SurvivalMapNet(**SMALL)(torch.rand(1, 1, 16, 16, 16), torch.ones(1, 1, 16, 16, 12))
+
+
+def test_scan_without_lung_is_refused():
+    lung = torch.ones(2, 1, 16, 16, 16)
+    lung[1] = 0
+    with pytest.raises(ValueError, match="scan 1 .* no lung"):
+        SurvivalMapNet(**SMALL)(torch.rand(2, 1, 16, 16, 16), lung)
+
+
+@pytest.mark.parametrize("clinical_dim, clinical", [(2, None), (0, torch.zeros(1, 2)), (2, torch.zeros(1, 3))])
+def test_clinical_vector_of_another_length_is_refused(clinical_dim, clinical):
+    with pytest.raises(ValueError, match=f"length {clinical_dim}"):
+        SurvivalMapNet(**SMALL, clinical_dim=clinical_dim)(torch.rand(1, 1, 16, 16, 16), None, clinical)

@@ -1,0 +1,276 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Readout and objective against sums written out in numpy, at the ends of the time axis, and their gradients."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bundle.survival import CenTime, SurvivalMapLoss, death_by, log_pmf, mean_months, quantile_months, survival_curve
+from bundle.survival.objectives import centime_log_likelihood, neighbour_difference, weight_entropy
+
+TMAX = 30
+
+
+def normal_pmf(location: float, variance: float, tmax: int) -> np.ndarray:
+    """Discretised normal straight from its definition, index 0 is month 1."""
+    p = np.array([math.exp(-((t - location) ** 2) / (2 * variance)) for t in range(1, tmax + 1)])
+    return p / p.sum()
+
+
+def random_pmf(rows: int, tmax: int = TMAX) -> np.ndarray:
+    p = np.random.default_rng(0).gamma(0.5, size=(rows, tmax)) + 1e-9
+    return p / p.sum(1, keepdims=True)
+
+
+def random_map(batch: int = 2, grid: tuple[int, int, int] = (2, 3, 2), dtype: torch.dtype = torch.float64) -> Tensor:
+    """A survival map of which some patches lie outside the lung."""
+    location = 5 + 20 * torch.rand(batch, *grid, dtype=dtype)
+    inside = torch.rand(batch, *grid) > 0.3
+    inside[:, 0] = True
+    weight = torch.rand(batch, *grid, dtype=dtype) * inside
+    weight = weight / weight.sum((1, 2, 3), keepdim=True)
+    return torch.stack([location * inside, weight], 1)
+
+
+def map_at(*locations: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Survival maps (B, 2, 1, 1, 1) of one patch at each location in months."""
+    location = torch.tensor(locations, dtype=dtype)
+    return torch.stack([location, torch.ones_like(location)], 1).view(-1, 2, 1, 1, 1)
+
+
+def pairs(*outcomes: tuple[float, int], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor(outcomes, dtype=dtype)
+
+
+# ------------------------------------------------------------------------------------------------------- readout
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pmf_sums_to_one(mixture, dtype):
+    pmf = log_pmf(random_map(3, dtype=dtype), TMAX, 36.0, mixture).exp()
+    assert pmf.shape == (3, TMAX) and pmf.dtype == dtype
+    torch.testing.assert_close(pmf.sum(1), torch.ones(3, dtype=dtype))
+
+
+@pytest.mark.parametrize("variance", [4.0, 36.0])
+def test_pmf_of_the_weighted_mean(variance):
+    survival_map = random_map()
+    location, weight = survival_map.flatten(2).unbind(1)
+    for row, loc in zip(log_pmf(survival_map, TMAX, variance), (location * weight).sum(1).tolist()):
+        np.testing.assert_allclose(row.exp().numpy(), normal_pmf(loc, variance, TMAX), rtol=1e-10)
+
+
+def test_mixture_is_the_weighted_sum_of_the_patches_distributions():
+    survival_map = random_map()
+    location, weight = survival_map.flatten(2).unbind(1)
+    for i, row in enumerate(log_pmf(survival_map, TMAX, 9.0, mixture=True)):
+        expected = sum(w * normal_pmf(loc, 9.0, TMAX) for loc, w in zip(location[i].tolist(), weight[i].tolist()))
+        np.testing.assert_allclose(row.exp().numpy(), expected, rtol=1e-9)
+
+
+def test_pmf_has_the_variance_it_is_given():
+    t = torch.arange(1, 201, dtype=torch.float64)
+    for variance in (9.0, 36.0):
+        pmf = log_pmf(map_at(100.0, dtype=torch.float64), 200, variance).exp()[0]
+        mean = (pmf * t).sum()
+        assert float(mean) == pytest.approx(100)
+        assert float((pmf * (t - mean) ** 2).sum()) == pytest.approx(variance, rel=1e-6)
+
+
+def test_a_tensor_of_variances_gives_each_patient_its_own():
+    locations, variances = [8.0, 20.0], torch.tensor([4.0, 25.0], dtype=torch.float64)
+    rows = log_pmf(map_at(*locations, dtype=torch.float64), TMAX, variances).exp().numpy()
+    for row, loc, variance in zip(rows, locations, variances.tolist()):
+        np.testing.assert_allclose(row, normal_pmf(loc, variance, TMAX), rtol=1e-10)
+
+
+def test_survival_curve_mean_and_death_by():
+    p = random_pmf(4)
+    pmf = torch.tensor(p)
+    for t in range(1, TMAX + 1):
+        np.testing.assert_allclose(survival_curve(pmf)[:, t - 1].numpy(), p[:, t:].sum(1), atol=1e-12)
+        for horizon in (t, t + 0.9):
+            np.testing.assert_allclose(death_by(pmf, horizon).numpy(), p[:, :t].sum(1), atol=1e-12)
+    np.testing.assert_allclose(mean_months(pmf).numpy(), [sum(t * row[t - 1] for t in range(1, 31)) for row in p])
+    assert bool((death_by(pmf, 0.5) == 0).all())
+    torch.testing.assert_close(death_by(pmf, TMAX + 50), torch.ones(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("probability", [0.025, 0.25, 0.5, 0.9, 0.975])
+def test_quantiles(probability):
+    """The distribution function is piecewise linear through (t + 0.5, P(T <= t))."""
+    p = random_pmf(5)
+    for row, quantile in zip(p, quantile_months(torch.tensor(p), probability).tolist()):
+        expected = np.interp(probability, np.concatenate([[0], row.cumsum()]), np.arange(TMAX + 1) + 0.5)
+        assert quantile == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_median_of_a_distribution_on_one_bin_is_that_bin():
+    for t in (1, 7, TMAX):
+        pmf = torch.zeros(1, TMAX)
+        pmf[0, t - 1] = 1
+        assert float(quantile_months(pmf, 0.5)) == t
+
+
+def test_quantiles_of_a_patient_who_outlives_tmax_stay_within_the_bins():
+    pmf = log_pmf(map_at(1e4), TMAX, 36.0).exp()
+    for probability in (0.025, 0.5, 0.975):
+        assert TMAX - 0.5 <= float(quantile_months(pmf, probability)) <= TMAX + 0.5
+
+
+# ------------------------------------------------------------------------------------------------------- CenTime
+
+
+def brute_force(p: np.ndarray, time: float, event: int) -> float:
+    """Log-likelihood by listing every (death, censoring) pair of the model.
+
+    Death comes at t with p(t). Someone who is censored is so at c = 1, ..., t - 1 with equal chances.
+    """
+    chance = {}
+    for t in range(1, len(p) + 1):
+        if event:
+            chance[t] = chance.get(t, 0.0) + p[t - 1]
+        else:
+            for c in range(1, t):
+                chance[c] = chance.get(c, 0.0) + p[t - 1] / (t - 1)
+    return math.log(chance[int(time)])
+
+
+@pytest.mark.parametrize("event", [0, 1])
+def test_likelihood_equals_enumeration(event):
+    p = random_pmf(1)
+    times = range(1, TMAX + event)
+    log_p = torch.tensor(p).log().expand(len(times), -1)
+    events = torch.full((len(times),), float(event), dtype=torch.float64)
+    likelihood = centime_log_likelihood(log_p, torch.tensor(list(times), dtype=torch.float64), events)
+    np.testing.assert_allclose(likelihood.numpy(), [brute_force(p[0], t, event) for t in times], rtol=1e-10)
+
+
+def test_times_are_rounded_to_whole_months_from_one():
+    log_p = torch.tensor(random_pmf(1)).log()
+    for event in (0.0, 1.0):
+        e = torch.tensor([event])
+        for time, month in [(0.4, 1), (0.01, 1), (1.4, 1), (1.6, 2), (28.7, 29), (29.4, 29)]:
+            torch.testing.assert_close(
+                centime_log_likelihood(log_p, torch.tensor([time]), e),
+                centime_log_likelihood(log_p, torch.tensor([float(month)]), e),
+            )
+
+
+EXTREMES = [(1, 1), (1, 0), (TMAX, 1), (TMAX - 1, 1), (TMAX - 1, 0)]
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+@pytest.mark.parametrize("location", [-1e4, 0.0, 15.0, 1e4])
+@pytest.mark.parametrize("outcome", EXTREMES)
+def test_loss_and_gradient_are_finite_at_the_ends(mixture, location, outcome):
+    survival_map = map_at(location).requires_grad_()
+    loss = CenTime(TMAX, mixture=mixture)(survival_map, pairs(outcome))
+    loss.backward()
+    assert math.isfinite(loss.detach()) and bool(survival_map.grad.isfinite().all())
+    # A prediction far too late or far too early still feels where to go.
+    if location == -1e4 and outcome != (1, 1):
+        assert survival_map.grad[0, 0] < 0
+    if location == 1e4 and outcome[1] == 1 and outcome[0] < TMAX:
+        assert survival_map.grad[0, 0] > 0
+
+
+def test_a_death_in_the_last_month_beside_censored_patients_has_a_finite_gradient():
+    survival_map = map_at(10.0, 20.0, 15.0).requires_grad_()
+    CenTime(TMAX)(survival_map, pairs((TMAX, 1), (TMAX - 1, 0), (1, 0))).backward()
+    assert bool(survival_map.grad.isfinite().all()) and bool((survival_map.grad[:, 0] != 0).all())
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+def test_gradcheck(mixture):
+    objective = CenTime(TMAX, variance=9.0, alpha_censored=0.5, mixture=mixture)
+    survival_map = random_map(4, (1, 2, 2))
+    survival_map[:, 1] = survival_map[:, 1].clamp_min(0.01)  # a weight of 0 stands at the clamp's kink
+    outcome = pairs((1, 1), (TMAX, 1), (1, 0), (TMAX - 1, 0), dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: objective(x, outcome), survival_map.requires_grad_())
+
+
+def test_alpha_weighs_the_censored():
+    survival_map = map_at(8.0, 12.0, 20.0, dtype=torch.float64)
+    outcome = pairs((9, 1), (10, 0), (3, 0), dtype=torch.float64)
+    each = [brute_force(normal_pmf(loc, 36.0, TMAX), *o) for loc, o in zip((8, 12, 20), ((9, 1), (10, 0), (3, 0)))]
+    for alpha in (0.0, 0.3, 1.0, 2.0):
+        expected = -(each[0] + alpha * (each[1] + each[2])) / 3
+        assert float(CenTime(TMAX, alpha_censored=alpha)(survival_map, outcome)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_best_location_of_a_death_is_its_time():
+    loss = [float(CenTime(TMAX)(map_at(float(loc)), pairs((12, 1)))) for loc in range(1, TMAX + 1)]
+    # The normal is cut at tmax and month 1, which moves its best location a little.
+    assert abs(np.argmin(loss) + 1 - 12) <= 1
+
+
+@pytest.mark.parametrize("outcome", [(TMAX, 0), (TMAX + 1, 1), (TMAX + 1, 0)])
+def test_times_at_or_above_tmax_have_no_likelihood(outcome):
+    with pytest.raises(ValueError, match=f"tmax = {TMAX}"):
+        CenTime(TMAX)(map_at(5.0, 5.0), pairs((3, 1), outcome))
+
+
+@pytest.mark.parametrize("kwargs", [{"tmax": 1}, {"variance": 0.0}, {"alpha_censored": -1.0}])
+def test_constructor_errors(kwargs):
+    with pytest.raises(ValueError):
+        CenTime(**kwargs)
+
+
+# -------------------------------------------------------------------------------------------------- regularisers
+
+
+def test_entropy_of_equal_weights_is_the_log_of_their_number():
+    weight = torch.zeros(3, 2, 2, 2)
+    weight[0, 0, 0, 0] = 1
+    weight[1, 0] = 1 / 4
+    weight[2] = 1 / 8
+    torch.testing.assert_close(weight_entropy(weight), torch.tensor([0.0, math.log(4), math.log(8)]))
+
+
+def test_entropy_has_a_finite_gradient_at_weight_zero():
+    weight = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2).requires_grad_()
+    weight_entropy(weight).sum().backward()
+    assert bool(weight.grad.isfinite().all())
+
+
+def test_neighbour_difference_of_a_ramp():
+    """Steps of 10, 20 and 30 months along the axes: 1 + 4 + 9."""
+    z, y, x = torch.meshgrid(torch.arange(3.0), torch.arange(4.0), torch.arange(5.0), indexing="ij")
+    ramp = (10 * z + 20 * y + 30 * x)[None]
+    torch.testing.assert_close(neighbour_difference(ramp, torch.ones_like(ramp)), torch.tensor(14.0))
+
+
+def test_neighbour_difference_counts_pairs_in_the_lung_only():
+    location, weight = torch.rand(2, 3, 4, 3) * 50, (torch.rand(2, 3, 4, 3) > 0.4).float()
+    expected = 0.0
+    for axis, step in enumerate([(1, 0, 0), (0, 1, 0), (0, 0, 1)]):
+        squares = []
+        for b, i, j, k in weight.nonzero().tolist():
+            there = (b, i + step[0], j + step[1], k + step[2])
+            if there[axis + 1] < weight.shape[axis + 1] and weight[there] > 0:
+                squares.append(float(location[b, i, j, k] - location[there]) ** 2 / 100)
+        expected += sum(squares) / len(squares)
+    assert float(neighbour_difference(location, weight)) == pytest.approx(expected, rel=1e-5)
+    alone = torch.zeros(1, 3, 3, 3)
+    alone[0, 1, 1, 1] = 1
+    assert float(neighbour_difference(torch.rand(1, 3, 3, 3), alone)) == 0
+
+
+def test_loss_is_the_objective_and_its_regularisers():
+    survival_map, outcome = random_map(2), pairs((9, 1), (4, 0), dtype=torch.float64)
+    objective = CenTime(TMAX)
+    loss = SurvivalMapLoss(objective, entropy=0.7, smoothness=0.2)
+    location, weight = survival_map.unbind(1)
+    entropy, smoothness = weight_entropy(weight).mean(), neighbour_difference(location, weight)
+    for strength in (1.0, 0.25, 0.0):
+        loss.set_strength(strength)
+        expected = objective(survival_map, outcome) + strength * (0.2 * smoothness - 0.7 * entropy)
+        torch.testing.assert_close(loss(survival_map, outcome), expected)
