@@ -42,10 +42,10 @@ class GridShiftInferer(Inferer):
         grid = [-(-size // self.stride) * self.shifts for size in inputs.shape[2:]]
         total = None
         for shift in product(range(self.shifts), repeat=3):
-            pad = [n * cell for axis in reversed(shift) for n in (axis, 0)]
-            moved = {
-                k: F.pad(v, pad) if k in self.keys and v is not None else v for k, v in kwargs.items()
-            }
+            # In front the shift, behind what makes the unshifted grid whole, so that every grid covers the image.
+            sides = [(start * cell, -size % self.stride) for start, size in zip(shift, inputs.shape[2:])]
+            pad = [n for side in reversed(sides) for n in side]
+            moved = {k: F.pad(v, pad) if k in self.keys and v is not None else v for k, v in kwargs.items()}
             survival_map = network(F.pad(inputs, pad, mode="replicate"), *args, **moved)
             location, weight = survival_map.unbind(1)
             part = torch.stack([location * weight, weight], 1)

@@ -1,0 +1,368 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Phantoms: scans in which it is known where death comes from, to train on, to test with and to measure maps.
+
+Complexities 1 to 8 are cubes drawn in units v, written as HU = -800 + 40 v: background noise has v of standard
+deviation 0.2, a bright structure v = 20. Complexity 9 is a chest in HU. All lengths are voxels of a 64^3 cube and grow
+with its size. In those who die (event 1) a structure sets the time in months; everybody else is censored at 99 months.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from bundle.errors import InputError
+
+__all__ = ["COMPLEXITIES", "Phantom", "PhantomParams", "make_phantom", "phantom_cohort"]
+
+CENSORED_AT = 99.0
+
+
+@dataclass(frozen=True)
+class PhantomParams:
+    """Everything that may be changed about a phantom; lengths in voxels of a 64^3 cube.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    size: int = 64
+    noise: float = 0.2
+    bright: float = 20.0
+    central_radius: tuple[float, float] = (20.0, 29.0)
+    sphere_count: tuple[int, int] = (1, 3)
+    sphere_radius: tuple[float, float] = (10.0, 20.0)
+    corner_radius: tuple[float, float] = (15.0, 33.0)
+    confounder_radius: float = 25.0
+    bubble_radius: tuple[float, float] = (5.0, 7.0)
+    bubble_layers: tuple[int, int] = (2, 4)
+    bubble_count: tuple[int, int] = (20, 29)
+    small_count: tuple[int, int] = (1, 5)
+    small_radius: tuple[float, float] = (8.0, 14.0)
+    texture_sigma: float = 1.5
+
+    def __post_init__(self) -> None:
+        if self.size < 16:
+            raise InputError(f"size is {self.size}; expected at least 16 voxels a side.")
+        if self.noise < 0:
+            raise InputError(f"noise is {self.noise}; expected 0 or more.")
+        for name, value in vars(self).items():
+            if isinstance(value, tuple) and not 0 < value[0] <= value[1]:
+                raise InputError(f"{name} is {value}; expected a range of two positive numbers, the smaller first.")
+
+    @property
+    def scale(self) -> float:
+        return self.size / 64
+
+
+@dataclass
+class Phantom:
+    """One scan: `image` in HU (int16), masks (bool, same shape), `time` in months and `event` (1 died, 0 censored).
+
+    `gt_mask` is what causes death, empty in a survivor; `confounder_mask` what looks like it and doesn't, None where
+    the complexity has none; `gt_filled_mask` (3 only) the bubbles with the air inside; `lung_mask` (9 only).
+    """
+
+    image: np.ndarray
+    gt_mask: np.ndarray
+    confounder_mask: np.ndarray | None
+    time: float
+    event: int
+    gt_filled_mask: np.ndarray | None = None
+    lung_mask: np.ndarray | None = None
+
+
+def ball(size: int, centre: np.ndarray, radius: float) -> np.ndarray:
+    """Voxels nearer than `radius` to `centre`, in a cube."""
+    x, y, z = ((np.arange(size) - c) ** 2 for c in centre)
+    return x[:, None, None] + y[None, :, None] + z[None, None, :] < radius**2
+
+
+def spheres(
+    rng: np.random.Generator, p: PhantomParams, count: tuple[int, int], radius: tuple[float, float]
+) -> tuple[np.ndarray, int]:
+    """A random number of spheres wholly inside the cube, and that number."""
+    number = int(rng.integers(count[0], count[1] + 1))
+    mask = np.zeros((p.size,) * 3, bool)
+    for _ in range(number):
+        r = rng.uniform(*radius) * p.scale
+        mask |= ball(p.size, rng.uniform(r, p.size - 1 - r, 3), r)
+    return mask, number
+
+
+def honeycomb(rng: np.random.Generator, p: PhantomParams) -> tuple[np.ndarray, np.ndarray]:
+    """Touching hollow bubbles along the faces, in layers: walls one voxel thick, and walls with what they enclose."""
+    wall, filled = np.zeros((2,) + (p.size,) * 3, bool)
+    for layer in range(1, int(rng.integers(p.bubble_layers[0], p.bubble_layers[1] + 1)) + 1):
+        for _ in range(int(rng.integers(p.bubble_count[0], p.bubble_count[1] + 1))):
+            centre = rng.integers(layer, p.size - layer, 3)
+            centre[rng.integers(3)] = rng.choice([layer, p.size - 1 - layer])
+            radius = round(rng.uniform(*p.bubble_radius) * p.scale)
+            low = np.maximum(centre - radius - 1, 0)
+            box = tuple(slice(a, min(c + radius + 2, p.size)) for a, c in zip(low, centre))
+            x, y, z = ((np.arange(s.start, s.stop) - c) ** 2 for s, c in zip(box, centre))
+            distance = x[:, None, None] + y[None, :, None] + z[None, None, :]
+            wall[box] |= (distance >= radius**2) & (distance < (radius + 1) ** 2)
+            filled[box] |= distance < (radius + 1) ** 2
+    return wall, filled
+
+
+def months(value: float, low: float, high: float) -> float:
+    return float(np.clip(value, low, high))
+
+
+# Each drawer gives (v, gt, confounder, time, gt_filled) for a scan on background noise v.
+
+
+def central_sphere(rng, v, dies, p):
+    gt, time = np.zeros(v.shape, bool), CENSORED_AT
+    if dies:
+        radius = rng.integers(int(p.central_radius[0]), int(p.central_radius[1]) + 1)
+        gt, time = ball(p.size, np.full(3, p.size / 2), radius * p.scale), 34.0 - radius
+    v[gt] = p.bright
+    return v, gt, None, time, None
+
+
+def random_spheres(rng, v, dies, p):
+    gt, time = np.zeros(v.shape, bool), CENSORED_AT
+    if dies:
+        gt, _ = spheres(rng, p, p.sphere_count, p.sphere_radius)
+        time = months(40 - 160 * gt.mean(), 2, 40)
+    v[gt] = p.bright
+    return v, gt, None, time, None
+
+
+def bubbles(rng, v, dies, p):
+    gt, filled, time = np.zeros(v.shape, bool), np.zeros(v.shape, bool), CENSORED_AT
+    if dies:
+        gt, filled = honeycomb(rng, p)
+        time = months(60 - 200 * gt.mean(), 2, 60)
+    v[gt] = p.bright
+    return v, gt, None, time, filled
+
+
+def corner_sphere(rng, v, dies, p):
+    gt, time = np.zeros(v.shape, bool), CENSORED_AT
+    if dies:
+        radius = rng.integers(int(p.corner_radius[0]), int(p.corner_radius[1]) + 1)
+        gt, time = ball(p.size, np.full(3, p.size), radius * p.scale), 35.0 - radius
+    v[gt] = 0  # the average of the background, so only the missing noise shows it
+    return v, gt, None, time, None
+
+
+def spheres_among_bubbles(rng, v, dies, p, corner=False):
+    """5, and with `corner` 6: what of a lesion lies inside the corner sphere can't be seen and is no cause."""
+    gt, time = np.zeros(v.shape, bool), CENSORED_AT
+    confounder, _ = honeycomb(rng, p)
+    hidden = ball(p.size, np.full(3, p.size), p.confounder_radius * p.scale) if corner else np.zeros(v.shape, bool)
+    if dies:
+        lesion, _ = spheres(rng, p, p.sphere_count, p.sphere_radius)
+        gt = lesion & ~hidden
+        time = months(40 - 160 * gt.mean(), 2, 40)
+    confounder = (confounder | hidden) & ~gt
+    v[gt | confounder] = p.bright
+    return v, gt, confounder, time, None
+
+
+def spheres_bubbles_and_corner(rng, v, dies, p):
+    return spheres_among_bubbles(rng, v, dies, p, corner=True)
+
+
+def counted_spheres(rng, v, dies, p):
+    gt, time = np.zeros(v.shape, bool), CENSORED_AT
+    if dies:
+        gt, number = spheres(rng, p, p.small_count, p.small_radius)
+        time = months(45 - 7 * number - 40 * gt.mean(), 2, 45)
+    v[gt] = p.bright
+    return v, gt, None, time, None
+
+
+def texture(rng, v, dies, p):
+    gt, time = np.zeros(v.shape, bool), CENSORED_AT
+    if dies:
+        gt, _ = spheres(rng, p, (1, 2), p.sphere_radius)
+        time = months(40 - 160 * gt.mean(), 2, 40)
+        inside = ndimage.gaussian_filter(rng.normal(size=v.shape), p.texture_sigma * p.scale)[gt]
+        # the very mean and standard deviation of the background, whatever the size of the sample
+        v[gt] = v[~gt].mean() + v[~gt].std() * (inside - inside.mean()) / inside.std()
+    return v, gt, None, time, None
+
+
+def smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], sigma: float) -> np.ndarray:
+    """Gaussian noise smoothed by `sigma` voxels, with mean 0 and standard deviation 1."""
+    noise = ndimage.gaussian_filter(rng.normal(size=shape), sigma, mode="reflect")
+    return (noise - noise.mean()) / noise.std()
+
+
+class Chest:
+    """Body, lungs, vessels, trachea, ribs and spine of a random person, in HU on a 320 mm cube (RAS axes)."""
+
+    FIELD = 320.0  # mm
+
+    def __init__(self, rng: np.random.Generator, p: PhantomParams) -> None:
+        self.rng, self.mm = rng, self.FIELD / p.size
+        axis = (np.arange(p.size) + 0.5) * self.mm - self.FIELD / 2
+        x, y, z = axis[:, None, None], axis[None, :, None], axis[None, None, :]  # right, front, top
+        shape = (p.size,) * 3
+        width, depth = rng.uniform(140, 150), rng.uniform(100, 110)
+        body = (x / width) ** 2 + (y / depth) ** 2 + 0 * z < 1
+        muscle = (x / (width - 14)) ** 2 + (y / (depth - 14)) ** 2 + 0 * z < 1
+        image = np.full(shape, -1000.0)
+        image[body], image[muscle] = -100.0, 40.0
+
+        # Lungs: half ellipsoids on a dome-shaped diaphragm, flattened towards the mediastinum; the heart is left out.
+        self.lung = np.zeros(shape, bool)
+        bottom = rng.uniform(-130, -115)
+        for side in (-1, 1):
+            a, b, c = rng.uniform(52, 58), rng.uniform(76, 84), rng.uniform(215, 235)
+            u = (x - side * 64) / a
+            w = (y + 2) / b
+            h = (z - bottom) / c
+            dome = bottom + 38 * np.clip(1 - u**2 - w**2, 0, None)
+            self.lung |= (np.abs(u) ** 2.5 + np.abs(w) ** 2.5 + np.abs(h) ** 2.5 < 1) & (z > dome)
+        heart = ((x + 18) / 52) ** 2 + ((y - 34) / 46) ** 2 + ((z + 62) / 56) ** 2 < 1
+        self.lung &= ~heart & (np.abs(x) > 12)
+        self.depth = ndimage.distance_transform_edt(self.lung) * self.mm  # mm from the pleura
+        image[self.lung] = -860 + 14 * (y + 0 * x + 0 * z)[self.lung] / 80 * -1
+        image[self.lung] += 12 * smooth_noise(rng, shape, 24 / self.mm)[self.lung]
+
+        # Spine, ribs, trachea with the main bronchi.
+        image[((x / 16) ** 2 + ((y + 84) / 16) ** 2 + 0 * z < 1) & muscle] = 350
+        ring = (x / (width - 17)) ** 2 + (y / (depth - 17)) ** 2
+        rib = (np.abs(ring - 1) < 0.06) & (np.mod(z + 0.35 * y + rng.uniform(0, 30), 30) < 9)
+        image[rib & ~self.lung] = 450
+        self.airway = (x**2 + (y + 18) ** 2 < 81) & (z > 5)
+        for side in (-1, 1):
+            s = np.clip((5 - z) / 40, 0, 1)
+            self.airway |= ((x - side * 38 * s) ** 2 + (y + 18) ** 2 < 49) & (z <= 5) & (z > -35)
+        image[self.airway & ~self.lung] = -1000
+        self.lung &= ~self.airway
+
+        # Vessels branch from the hilum and thin out towards the pleura.
+        self.vessel = np.zeros(shape, bool)
+        for side in (-1, 1):
+            for _ in range(11):
+                self.branch(np.array([side * 26.0, -14.0, -20.0]), side, rng.uniform(4.0, 6.0))
+        self.vessel &= self.lung
+        image[self.vessel] = rng.uniform(10, 40)
+        self.image = image
+
+    def branch(self, start: np.ndarray, side: int, radius: float, depth: int = 0) -> None:
+        rng = self.rng
+        direction = rng.normal(size=3) + [side * 0.9, 0, 0] if depth == 0 else rng.normal(size=3)
+        direction = direction / np.linalg.norm(direction)
+        length = rng.uniform(45, 75) / (1 + 0.5 * depth)
+        for t in np.arange(0, length, self.mm / 2):
+            self.tube(start + t * direction, radius * (1 - 0.5 * t / length))
+        if depth < 2:
+            for _ in range(2):
+                turn = start + rng.uniform(0.5, 1) * length * direction
+                self.branch(turn, side, radius * 0.55, depth + 1)
+
+    def tube(self, point: np.ndarray, radius: float) -> None:
+        """Mark the voxels within `radius` mm (at least the nearest voxel) of a point in mm."""
+        centre = (point + self.FIELD / 2) / self.mm - 0.5
+        reach = radius / self.mm
+        low = np.maximum(np.floor(centre - reach), 0).astype(int)
+        high = np.minimum(np.ceil(centre + reach) + 1, self.vessel.shape).astype(int)
+        if (low >= high).any():
+            return
+        x, y, z = ((np.arange(a, b) - c) ** 2 for a, b, c in zip(low, high, centre))
+        near = x[:, None, None] + y[None, :, None] + z[None, None, :] < max(reach, 0.6) ** 2
+        self.vessel[tuple(slice(a, b) for a, b in zip(low, high))] |= near
+
+    def subpleural_patch(self, free: np.ndarray) -> np.ndarray:
+        """A patch along the pleura, 15-35 mm thick, more often at the bases, within `free` voxels."""
+        rng = self.rng
+        rim = np.argwhere(free & (self.depth < 2 * self.mm) & (self.depth > 0))
+        if not len(rim):
+            return np.zeros_like(free)
+        # bases and back are where fibrosis starts
+        preference = np.exp(-(rim[:, 2] * self.mm) / 70.0 - (rim[:, 1] * self.mm) / 130.0)
+        centre = rim[rng.choice(len(rim), p=preference / preference.sum())]
+        radius = rng.uniform(30, 52) / self.mm
+        patch = ball(free.shape[0], centre, radius) & (self.depth < rng.uniform(16, 34))
+        return patch & free & ~self.vessel
+
+
+def chest(rng, dies, p):
+    """9: fibrosis-like reticulation near the pleura sets the time by its volume; ground glass and nodules don't."""
+    body = Chest(rng, p)
+    image, lung, shape = body.image, body.lung, body.lung.shape
+    gt = np.zeros(shape, bool)
+    time = CENSORED_AT
+    if dies:
+        for _ in range(int(rng.integers(1, 5))):
+            gt |= body.subpleural_patch(lung)
+        time = months(62 - 330 * gt.sum() / lung.sum(), 2, 60)
+    glass = np.zeros(shape, bool)
+    for _ in range(int(rng.integers(0, 4))):
+        glass |= body.subpleural_patch(lung & ~gt)
+    nodules = np.zeros(shape, bool)
+    inner = np.argwhere(lung & ~gt & (body.depth > 12))
+    for _ in range(int(rng.integers(0, 4))):
+        nodules |= ball(p.size, inner[rng.integers(len(inner))], rng.uniform(5, 9) / body.mm)
+    nodules &= lung & ~gt
+    glass &= ~nodules
+    image[glass] = -600 + 15 * smooth_noise(rng, shape, 12 / body.mm)[glass]
+    image[nodules] = 60
+    # Honeycomb cysts of about 9 mm: walls where a band-pass noise is near 0, air inside.
+    band = smooth_noise(rng, shape, 3.6 / body.mm)
+    image[gt] = np.where(np.abs(band) < 0.55, -280.0, -890.0)[gt]
+    image = ndimage.gaussian_filter(image, 1.2 / body.mm / 2.355)
+    image += rng.normal(0, 20 * p.noise / 0.2, shape)
+    hu = np.clip(np.round(image), -1024, 3071).astype(np.int16)
+    return Phantom(hu, gt, glass | nodules, time, int(dies), lung_mask=lung)
+
+
+CUBES = {
+    1: central_sphere,
+    2: random_spheres,
+    3: bubbles,
+    4: corner_sphere,
+    5: spheres_among_bubbles,
+    6: spheres_bubbles_and_corner,
+    7: counted_spheres,
+    8: texture,
+}
+COMPLEXITIES = (*CUBES, 9)
+
+
+def make_phantom(complexity: int, rng: np.random.Generator, dies: bool, params: PhantomParams) -> Phantom:
+    """Draw one phantom.
+
+    Raises:
+        InputError: no such complexity.
+    """
+    if complexity == 9:
+        return chest(rng, dies, params)
+    if complexity not in CUBES:
+        raise InputError(f"complexity is {complexity}; expected one of {', '.join(map(str, COMPLEXITIES))}.")
+    v = rng.normal(0, params.noise, (params.size,) * 3)
+    v, gt, confounder, time, filled = CUBES[complexity](rng, v, dies, params)
+    hu = np.round(-800 + 40 * v).astype(np.int16)
+    return Phantom(hu, gt, confounder, time, int(dies), gt_filled_mask=filled)
+
+
+def phantom_cohort(
+    complexity: int, num: int, seed: int, feature_fraction: float = 0.5, params: PhantomParams = PhantomParams()
+) -> Iterator[tuple[str, Phantom]]:
+    """(patient_id, phantom) of a cohort in which `feature_fraction` of the patients die of what can be seen.
+
+    Scan i is the same whatever `num` is: those who die are spread evenly over the scans.
+
+    Raises:
+        InputError: `num` below 1 or `feature_fraction` outside [0, 1].
+    """
+    if num < 1:
+        raise InputError(f"num is {num}; expected at least 1 scan.")
+    if not 0 <= feature_fraction <= 1:
+        raise InputError(f"feature_fraction is {feature_fraction}; expected 0 to 1.")
+    for i in range(num):
+        dies = int((i + 1) * feature_fraction + 1e-9) > int(i * feature_fraction + 1e-9)
+        rng = np.random.default_rng([seed, complexity, i])
+        yield f"phantom{complexity}_{i:04d}", make_phantom(complexity, rng, dies, params)

@@ -1,0 +1,161 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Write a cohort of phantoms: images, ground-truth masks and cohort.csv."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import os
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from tqdm import tqdm
+
+from bundle.data.phantoms import COMPLEXITIES, Chest, Phantom, PhantomParams, make_phantom, phantom_cohort
+from bundle.errors import InputError
+
+WHAT = """\
+complexity  what those who die have (survivors are censored at 99 months)
+ 1  a bright sphere in the centre; the larger, the shorter the life
+ 2  1-3 bright spheres anywhere; time falls with their volume
+ 3  a honeycomb of hollow bubbles along the faces; time falls with the volume of the walls
+ 4  a corner sphere of the background's average brightness, without its noise
+ 5  spheres; a honeycomb is in everybody
+ 6  as 5, and a bright sphere in one corner of everybody
+ 7  1-5 spheres: more or larger ones, shorter life
+ 8  spheres of another texture, with the background's mean and variance
+ 9  a chest: fibrosis-like patches near the pleura; ground glass and nodules are harmless
+"""
+
+
+def write_volume(path: Path, volume: np.ndarray, affine: np.ndarray) -> None:
+    """Write a NIfTI under another name, then rename."""
+    temporary = path.with_name("." + path.name)
+    nib.save(nib.Nifti1Image(volume, affine), temporary)
+    os.replace(temporary, path)
+
+
+def write_cohort(out: Path, args: argparse.Namespace, params: PhantomParams) -> None:
+    """Write all scans, then cohort.csv, which is there only when everything else is.
+
+    Raises:
+        InputError: the folder can't be written or holds another cohort.
+    """
+    wanted = dict(complexity=args.complexity, num=args.num, seed=args.seed, spacing=args.spacing)
+    wanted |= dict(feature_fraction=args.feature_fraction, **json.loads(json.dumps(asdict(params))))
+    record = out / "phantoms.json"
+    if record.is_file() and not args.overwrite:
+        found = json.loads(record.read_text())
+        if found != wanted:
+            changed = [k for k in wanted if found.get(k) != wanted[k]]
+            raise InputError(f"{out} holds other phantoms ({', '.join(changed)} differ); give --overwrite or another --out.")
+        if (out / "cohort.csv").is_file():
+            print(f"{out / 'cohort.csv'} is there already, with these very parameters.")
+            return
+    try:
+        for folder in ("images", "masks"):
+            (out / folder).mkdir(parents=True, exist_ok=True)
+        (out / "cohort.csv").unlink(missing_ok=True)
+        record.write_text(json.dumps(wanted, indent=2) + "\n")
+        nib.openers.Opener.default_compresslevel = 1  # several times faster, hardly larger
+        mm = Chest.FIELD / params.size if args.complexity == 9 else args.spacing
+        affine = np.diag([mm, mm, mm, 1.0])
+        affine[:3, 3] = -mm * (params.size - 1) / 2
+        rows = []
+        cohort = phantom_cohort(args.complexity, args.num, args.seed, args.feature_fraction, params)
+        for patient_id, phantom in tqdm(cohort, total=args.num, desc="phantoms", unit="scan"):
+            row = {"patient_id": patient_id, "image": f"images/{patient_id}.nii.gz"}
+            row |= {"time": f"{phantom.time:.4g}", "event": phantom.event}
+            write_volume(out / row["image"], phantom.image, affine)
+            for name in ("lung_mask", "gt_mask", "confounder_mask", "gt_filled_mask"):
+                mask = getattr(phantom, name)
+                if mask is not None:
+                    row[name] = f"masks/{patient_id}_{name.removesuffix('_mask')}.nii.gz"
+                    write_volume(out / row[name], mask.astype(np.uint8), affine)
+            rows.append(row)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        temporary = out / ".cohort.csv"
+        temporary.write_text(text.getvalue())
+        os.replace(temporary, out / "cohort.csv")
+    except OSError as e:
+        raise InputError(f"can't write phantoms to {out}: {e.strerror}.") from e
+    print(out / "cohort.csv")
+
+
+def draw_picture(path: Path, seed: int, params: PhantomParams) -> None:
+    """One scan of each complexity: who dies with causal (red) and confounder (blue) outlines, and a survivor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(COMPLEXITIES), figsize=(2 * len(COMPLEXITIES), 4.6), layout="constrained")
+    for column, complexity in zip(axes.T, COMPLEXITIES):
+        for ax, dies in zip(column, (True, False)):
+            p = make_phantom(complexity, np.random.default_rng([seed, complexity, int(dies)]), dies, params)
+            window = (-1100, 200) if complexity == 9 else (-820, -780) if complexity in (4, 8) else (-900, 50)
+            show(ax, p, window)
+            ax.set_title(f"{complexity}: dies at {p.time:.0f} months" if dies else "survivor", fontsize=9)
+    figure.savefig(path, dpi=90)
+
+
+def show(ax, phantom: Phantom, window: tuple[int, int]) -> None:
+    """The slice with most of the lesion, or of the confounder, or the middle one, in a HU window."""
+    mask = phantom.gt_mask if phantom.gt_mask.any() else phantom.confounder_mask
+    k = int(mask.sum((0, 1)).argmax()) if mask is not None and mask.any() else phantom.image.shape[2] // 2
+    ax.imshow(phantom.image[::-1, :, k].T, cmap="gray", vmin=window[0], vmax=window[1], origin="lower")
+    for outline, colour in ((phantom.confounder_mask, "deepskyblue"), (phantom.gt_mask, "red")):
+        if outline is not None and outline[:, :, k].any():
+            ax.contour(outline[::-1, :, k].T, [0.5], colors=colour, linewidths=0.8)
+    ax.set_axis_off()
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m scripts.make_phantoms",
+        description="Write a cohort of phantoms: DIR/cohort.csv, images, ground-truth masks.",
+        epilog=WHAT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--complexity", type=int, help="1 to 9, see below")
+    p.add_argument("--num", type=int, default=64, help="number of scans (default 64)")
+    p.add_argument("--seed", type=int, default=0, help="fixes every voxel (default 0)")
+    p.add_argument("--out", type=Path, help="folder to write to")
+    p.add_argument("--feature_fraction", type=float, default=0.5, help="share of those who die (default 0.5)")
+    p.add_argument("--spacing", type=float, default=3.0, help="mm, for 1 to 8 (default 3; 9 spans 320 mm)")
+    p.add_argument("--overwrite", action="store_true", help="replace a cohort of other parameters")
+    p.add_argument("--picture", type=Path, metavar="PNG", help="draw one scan of each complexity instead")
+    for field in fields(PhantomParams):
+        pair = isinstance(field.default, tuple)
+        kind = type(field.default[0] if pair else field.default)
+        text = f"(default {' '.join(map(str, field.default)) if pair else field.default})"
+        p.add_argument(f"--{field.name}", type=kind, nargs=2 if pair else None, default=field.default, help=text)
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    given = {f.name: getattr(args, f.name) for f in fields(PhantomParams)}
+    try:
+        params = PhantomParams(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        if args.picture:
+            draw_picture(args.picture, args.seed, params)
+            return
+        if args.complexity is None or args.out is None:
+            raise InputError("--complexity and --out are needed; --help tells what there is.")
+        write_cohort(args.out, args, params)
+    except InputError as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    main()
