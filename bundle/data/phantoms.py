@@ -298,7 +298,7 @@ def chest(rng, dies, p):
     if dies:
         for _ in range(int(rng.integers(1, 5))):
             gt |= body.subpleural_patch(lung)
-        time = months(62 - 330 * gt.sum() / lung.sum(), 2, 60)
+        time = months(62 - 600 * gt.sum() / lung.sum(), 2, 60)
     glass = np.zeros(shape, bool)
     for _ in range(int(rng.integers(0, 4))):
         glass |= body.subpleural_patch(lung & ~gt)

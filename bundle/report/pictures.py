@@ -1,0 +1,111 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of one patient: the heat over the CT in three planes, and the survival curve."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+
+__all__ = ["heat_figure", "plane", "png", "survival_figure"]
+
+LUNG_WINDOW = (-1350.0, 150.0)  # HU
+PLANES = (("axial", 2, "RLAP"), ("coronal", 1, "RLSI"), ("sagittal", 0, "APSI"))
+
+
+def plane(volume: np.ndarray, axis: int, index: int) -> np.ndarray:
+    """One plane of a RAS volume (D, H, W) as rows and columns of a picture in radiological convention.
+
+    Axial (axis 2) and coronal (1): the patient's right is on the left. Sagittal (0): front on the left. Front (axial) or
+    head (others) is at the top.
+    """
+    section = np.take(volume, index, axis=axis)
+    # axes of `section` run right and front (axial), right and head (coronal), front and head (sagittal): all reversed
+    return section[::-1, ::-1].T
+
+
+def heat_figure(
+    image: np.ndarray,
+    heat: np.ndarray,
+    spacing: tuple[float, float, float],
+    horizon: int = 60,
+    contour: np.ndarray | None = None,
+    scale: float | None = None,
+) -> Figure:
+    """Heat over the CT in the three planes through its hottest voxel (the centre of a map without heat).
+
+    Args:
+        image: HU, (D, H, W), axes towards right, front, head (RAS).
+        heat: share of the risk of death by the horizon in each voxel, same shape.
+        spacing: mm.
+        horizon: months, for the label.
+        contour: a mask to outline, same shape.
+        scale: heat per mL that is drawn in full colour; the map's own largest if None.
+    """
+    density = heat / (np.prod(spacing) / 1000.0)
+    peak = np.array(np.unravel_index(int(heat.argmax()), heat.shape)) if heat.max() > 0 else np.array(heat.shape) // 2
+    scale = scale or max(float(density.max()), 1e-9)
+    # autumn-like ramp with an opacity that grows with heat, so that the lung stays visible where there is none
+    ramp = np.linspace(0, 1, 256)
+    colours = np.stack([np.ones(256), 0.15 + 0.8 * ramp**1.2, 0.1 * np.ones(256), np.minimum(1, 1.6 * ramp) * 0.75], 1)
+    colours[0, 3] = 0
+    figure = Figure(figsize=(11, 4.2), facecolor="black", layout="constrained")
+    axes = figure.subplots(1, 3)
+    for ax, (name, axis, letters) in zip(axes, PLANES):
+        index = int(peak[axis])
+        first, second = [i for i in range(3) if i != axis]
+        extent = (0, image.shape[first] * spacing[first], 0, image.shape[second] * spacing[second])
+        ax.imshow(plane(image, axis, index), cmap="gray", vmin=LUNG_WINDOW[0], vmax=LUNG_WINDOW[1], extent=extent)
+        shown = ax.imshow(
+            plane(density, axis, index),
+            cmap=ListedColormap(colours),
+            vmin=0,
+            vmax=scale,
+            extent=extent,
+            interpolation="bilinear",
+        )
+        if contour is not None and np.take(contour, index, axis=axis).any():
+            ax.contour(plane(contour, axis, index)[::-1], [0.5], colors="cyan", linewidths=1, extent=extent)
+        across, up = (image.shape[first] - peak[first] - 0.5) * spacing[first], (peak[second] + 0.5) * spacing[second]
+        ax.axvline(across, color="white", lw=0.4, alpha=0.5)
+        ax.axhline(up, color="white", lw=0.4, alpha=0.5)
+        left, right, top, bottom = letters
+        for x, y, letter in ((0.02, 0.5, left), (0.98, 0.5, right), (0.5, 0.97, top), (0.5, 0.03, bottom)):
+            ax.text(x, y, letter, color="white", ha="center", va="center", transform=ax.transAxes, fontsize=9)
+        ax.set_title(name, color="white", fontsize=10)
+        ax.set_axis_off()
+    bar = figure.colorbar(shown, ax=axes, shrink=0.8, pad=0.01)
+    bar.ax.set_facecolor("black")
+    bar.set_label(f"share of the {horizon}-month risk of death per mL", color="white", fontsize=9)
+    bar.ax.tick_params(colors="white", labelsize=8)
+    return figure
+
+
+def survival_figure(pmf: np.ndarray, median: float, interval: tuple[float, float]) -> Figure:
+    """Survival curve with its median and the interval that holds 95 % of the distribution, in months."""
+    months = np.arange(1, len(pmf) + 1)
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    ax = figure.subplots()
+    ax.axvspan(*interval, color="tab:blue", alpha=0.12, label="95 % interval")
+    ax.axvline(median, color="tab:blue", lw=1, ls="--", label=f"median {median:.0f} months")
+    ax.step(np.r_[0, months], np.r_[1, 1 - pmf.cumsum()], where="post", color="tab:blue")
+    for t in (12, 24, 36, 60):
+        if t <= len(pmf):
+            alive = 1 - pmf[:t].sum()
+            ax.plot(t, alive, "o", ms=4, color="black")
+            ax.annotate(f"{100 * alive:.0f} %", (t, alive), (3, 4), textcoords="offset points", fontsize=8)
+    ax.set(xlabel="months", ylabel="probability to be alive", xlim=(0, len(pmf)), ylim=(0, 1.1))
+    ax.legend(fontsize=8, loc="lower left")
+    return figure
+
+
+def png(figure: Figure, dpi: int = 90) -> bytes:
+    """A figure as PNG."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(buffer, dpi=dpi, format="png", facecolor=figure.get_facecolor())
+    return buffer.getvalue()

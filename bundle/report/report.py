@@ -1,0 +1,108 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""One self-contained HTML page about the scans of an inference run."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from .pictures import heat_figure, png, survival_figure
+
+__all__ = ["failed_section", "patient_section", "write_report"]
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+img { max-width: 100%; height: auto; border-radius: 6px; }
+table { border-collapse: collapse; } td, th { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #8884; }
+td:first-child, th:first-child { text-align: left; }
+section { margin: 2.5rem 0; break-inside: avoid; } .failed { color: #c33; } .note { opacity: .75; }
+"""
+
+COLUMNS = {
+    "median_months": ("median, months", "{:.1f}"),
+    "lower_months": ("2.5 %", "{:.0f}"),
+    "upper_months": ("97.5 %", "{:.0f}"),
+    "death_12m": ("death by 12 months", "{:.1%}"),
+    "death_24m": ("24", "{:.1%}"),
+    "death_36m": ("36", "{:.1%}"),
+    "death_60m": ("60", "{:.1%}"),
+}
+
+
+def picture(content: bytes, text: str) -> str:
+    """An <img> that holds its PNG."""
+    data = base64.b64encode(content).decode()
+    return f'<img alt="{escape(text, quote=True)}" src="data:image/png;base64,{data}">'
+
+
+def table(rows: list[dict]) -> str:
+    head = "<tr><th>scan</th>" + "".join(f"<th>{label}</th>" for label, _ in COLUMNS.values()) + "</tr>"
+    lines = []
+    for row in rows:
+        name = escape(row["patient_id"])
+        if row["status"] == "ok":
+            cells = "".join(f"<td>{form.format(row[key])}</td>" for key, (_, form) in COLUMNS.items())
+        else:
+            cells = f'<td class="failed" colspan="{len(COLUMNS)}">failed</td>'
+        lines.append(f'<tr><td><a href="#{escape(name, quote=True)}">{name}</a></td>{cells}</tr>')
+    return f"<table>{head}{''.join(lines)}</table>"
+
+
+def patient_section(patient: dict) -> str:
+    """HTML about one scan.
+
+    Args:
+        patient: `patient_id`; `image` (HU) and `heat`, (D, H, W) on the network's RAS grid; `spacing` (mm); `pmf`,
+            P(T = 1..tmax months); `horizon` (months); `row` of `predictions.csv`; `lung_mask_source`.
+    """
+    row, name = patient["row"], escape(patient["patient_id"])
+    heat = heat_figure(patient["image"], patient["heat"], patient["spacing"], patient["horizon"])
+    curve = survival_figure(patient["pmf"], row["median_months"], (row["lower_months"], row["upper_months"]))
+    risk = float(np.sum(patient["heat"]))
+    return (
+        f'<section id="{escape(name, quote=True)}"><h2>{name}</h2>{table([row])}'
+        f'<p class="note">lung mask: {escape(patient["lung_mask_source"])}; the heat sums to {risk:.3f}, the risk of '
+        f"death by {patient['horizon']} months</p>"
+        f"<p>{picture(png(heat), 'heat over the CT in three planes')}</p>"
+        f"<p>{picture(png(curve), 'survival curve')}</p></section>"
+    )
+
+
+def failed_section(patient_id: str, message: str) -> str:
+    """HTML about a scan without a prediction."""
+    name = escape(patient_id)
+    return f'<section id="{escape(name, quote=True)}"><h2>{name}</h2><p class="failed">{escape(message)}</p></section>'
+
+
+def write_report(path: str | Path, sections: list[str], rows: list[dict], settings: dict) -> None:
+    """Write the page to a temporary name, then rename.
+
+    Args:
+        path: of the HTML file.
+        sections: of the scans, from :func:`patient_section` and :func:`failed_section`.
+        rows: of `predictions.csv`, for the table on top.
+        settings: of the weights.
+    """
+    shown = {k: v for k, v in settings.items() if k != "trained_on"}
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Survival Map report</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
+        "<h1>Survival Map report</h1><p><b>Research use only, not for diagnosis or treatment.</b></p>"
+        "<p>Heat is the share of the patient's risk of death by the horizon that a voxel carries: it adds up to that "
+        "risk over the lung, and can be compared between patients. Each picture is scaled to its own hottest voxel; "
+        "see the bar beside it.</p>"
+        f"{table(rows)}{''.join(sections)}"
+        f"<details><summary>Settings of the model</summary><pre>{escape(json.dumps(shown, indent=2))}</pre></details>"
+        "</body></html>\n"
+    )
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,357 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Time and memory of the network: a training step beside a plain transformer's, a whole CT, and how cost grows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from bundle.errors import InputError
+from bundle.networks import SurvivalMapNet
+from bundle.survival import CenTime, SurvivalMapLoss
+
+WHAT = """\
+Three questions, each answered by measurements made side by side in one run:
+
+  train step   forward, loss, backward and AdamW. The network with windows and with global attention beside a plain
+               PyTorch transformer of the same size (Conv3d embedding of every patch, nn.TransformerEncoder over the
+               whole grid with a padding mask), with all of the image lung and with 35 % of it. Steps of the rivals
+               alternate, so that a busy machine slows all of them.
+  forward      a whole CT, without gradients, in a process of its own: time, and peak memory over that of the imports.
+  scaling      train step of one scan from 32 to 256 voxels a side, fitted to time = a * voxels ** exponent.
+
+Times are medians. Let nothing else run beside it; a loaded machine makes them useless.
+
+examples:
+  python -m scripts.benchmark
+  python -m scripts.benchmark --quick --json speed.json
+  python -m scripts.benchmark --threads 2 --markdown docs/performance.md
+"""
+
+SHARE = 0.35  # of a chest CT cropped to the lungs that is lung
+SIZE = {"patch_size": 8, "dim": 128, "depth": 4, "num_heads": 8}
+SHIPPED = {"patch_size": 4, "dim": 64, "depth": 2, "window": 2}
+FULL_CT = (256, 480, 480)
+FULL_CT_3MM = (96, 112, 96)
+
+
+class PlainTransformer(nn.Module):
+    """What one would write first: a token for every patch of the image, all of them in every layer.
+
+    Patches outside the lung are masked as keys and in the softmin. Same output as :class:`SurvivalMapNet`.
+    """
+
+    def __init__(self, patch_size: int, dim: int, depth: int, num_heads: int, size: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.embed = nn.Conv3d(1, dim, patch_size, patch_size)
+        self.position = nn.Parameter(0.02 * torch.randn(1, (size // patch_size) ** 3, dim))
+        layer = nn.TransformerEncoderLayer(dim, num_heads, 2 * dim, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, 1))
+
+    def forward(self, image: Tensor, lung: Tensor | None = None) -> Tensor:
+        x = self.embed(image)
+        grid = x.shape[2:]
+        outside = None
+        if lung is not None:
+            outside = nn.functional.avg_pool3d(lung, self.patch_size).flatten(1) < 0.25
+        x = self.encoder(x.flatten(2).transpose(1, 2) + self.position, src_key_padding_mask=outside)
+        location = 60 + 30 * self.head(x)[..., 0]
+        score = -location / 15
+        if outside is not None:
+            score = score.masked_fill(outside, -math.inf)
+        return torch.stack([location, score.softmax(1)], 1).unflatten(2, grid)
+
+
+def build(name: str, size: int) -> nn.Module:
+    """The network called `name`, for images of `size` voxels a side (which only the plain one needs to know)."""
+    torch.manual_seed(0)
+    if name == "plain":
+        return PlainTransformer(**SIZE, size=size)
+    return {
+        "window 2": lambda: SurvivalMapNet(**SIZE, window=2),
+        "global": lambda: SurvivalMapNet(**SIZE, window=0),
+        "shipped": lambda: SurvivalMapNet(**SHIPPED),
+        "patch 32": lambda: SurvivalMapNet(patch_size=32),
+    }[name]()
+
+
+def two_lungs(shape: tuple[int, ...], share: float, batch: int) -> Tensor | None:
+    """Two ellipsoids side by side that fill `share` of the image, (batch, 1, *shape); None for all of it."""
+    if share >= 1:
+        return None
+    z, y, x = [torch.linspace(-1, 1, n) for n in shape]
+    radius = (z * z * 0.8)[:, None, None] + (y * y)[:, None] + ((x.abs() - 0.5) / 0.5).square()
+    thinned = radius[::4, ::4, ::4].flatten()
+    inside = radius <= thinned.kthvalue(max(1, round(share * len(thinned))))[0]
+    return inside.float().expand(batch, 1, *shape).contiguous()
+
+
+def training_step(name: str, size: int, batch: int, share: float) -> Callable[[], None]:
+    """One optimisation step on random scans of `size` voxels a side, as a function to time."""
+    network = build(name, size)
+    loss = SurvivalMapLoss(CenTime())
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
+    image, lung = torch.rand(batch, 1, size, size, size), two_lungs((size, size, size), share, batch)
+    outcome = torch.tensor([[12.0, 1.0], [30.0, 0.0]]).repeat(-(-batch // 2), 1)[:batch]
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss(network(image, lung), outcome).backward()
+        optimizer.step()
+
+    return step
+
+
+def seconds(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+    """Median time of each step; they take turns, after one round that doesn't count."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats + 1):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t[1:]) for name, t in times.items()}
+
+
+def resident(field: str) -> float | None:
+    """Resident memory of this process in GiB, now (``VmRSS``) or at its peak (``VmHWM``); None where /proc isn't.
+
+    `getrusage` won't do: its peak starts at that of the parent process.
+    """
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return int(lines[field].split()[0]) / 2**20
+
+
+def alone(task: str, name: str, shape: tuple[int, ...], batch: int, share: float, repeats: int, threads: int) -> dict:
+    """In a fresh process: median time of a forward pass or training step, and peak memory over that of the imports."""
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    before = resident("VmRSS")
+    if task == "train":
+        step = training_step(name, shape[0], batch, share)
+    else:
+        network, lung = build(name, max(shape)).eval(), two_lungs(shape, share, batch)
+        image = torch.rand(batch, 1, *shape)
+
+        @torch.no_grad()
+        def step() -> None:
+            network(image, lung)
+
+    result = {"seconds": seconds({name: step}, repeats)[name], "peak_gib": None}
+    if before is not None:
+        result["peak_gib"] = resident("VmHWM") - before
+    return {"task": task, "network": name, "shape": list(shape), "batch": batch, "lung_share": share, **result}
+
+
+def measure_alone(*args) -> dict:
+    """:func:`alone` with these arguments, in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(alone, *args).result()
+
+
+def exponent(voxels: list[int], times: list[float]) -> float:
+    """Slope of log time over log voxels."""
+    return float(np.polyfit(np.log(voxels), np.log(times), 1)[0])
+
+
+def measure_train(repeats: int) -> list[dict]:
+    rows = []
+    for share in (1.0, SHARE):
+        names = ["window 2", "global", "plain"]
+        times = seconds({name: training_step(name, 64, 4, share) for name in names}, repeats)
+        for name in names:
+            ratio = times["plain"] / times[name]
+            rows.append({"network": name, "lung_share": share, "seconds": times[name], "plain_over_this": ratio})
+    return rows
+
+
+def measure_scaling(sizes: list[int], repeats: int) -> list[dict]:
+    rows = []
+    # Full-grid attention at 256 voxels a side would need tens of GB for one layer's scores.
+    for name, largest in (("window 2", 256), ("global", 128), ("plain", 64)):
+        mine = [size for size in sizes if size <= largest]
+        times = [seconds({name: training_step(name, size, 1, SHARE)}, repeats)[name] for size in mine]
+        voxels = [size**3 for size in mine]
+        row = {"network": name, "sizes": mine, "seconds": times, "exponent": exponent(voxels, times)}
+        row["exponent_last_step"] = exponent(voxels[-2:], times[-2:])
+        rows.append(row)
+    return rows
+
+
+def measure_all(quick: bool, threads: int) -> dict:
+    """Everything, as plain JSON."""
+    repeats = 3 if quick else 15
+    few = 1 if quick else 5
+    alone_cases = [
+        ("forward", "patch 32", FULL_CT, 1, 1.0),
+        ("forward", "patch 32", FULL_CT, 1, SHARE),
+        ("forward", "shipped", FULL_CT_3MM, 1, SHARE),
+        ("train", "shipped", (64, 64, 64), 8, 1.0),
+        ("train", "shipped", (64, 64, 64), 8, SHARE),
+        ("train", "window 2", (64, 64, 64), 4, SHARE),
+        ("train", "plain", (64, 64, 64), 4, SHARE),
+    ]
+    print("measuring whole scans ...", file=sys.stderr)
+    whole = [measure_alone(*case, few, threads) for case in alone_cases]
+    print("measuring train steps ...", file=sys.stderr)
+    train = measure_train(repeats)
+    print("measuring scaling ...", file=sys.stderr)
+    scaling = measure_scaling([32, 64, 128] if quick else [32, 64, 128, 256], few)
+
+    ratio = next(r for r in train if r["network"] == "window 2" and r["lung_share"] == SHARE)["plain_over_this"]
+    slowest = max(r["seconds"] for r in whole if r["task"] == "forward")
+    peaks = [r["peak_gib"] for r in whole if r["task"] == "forward" and r["peak_gib"] is not None]
+    slope = scaling[0]["exponent_last_step"]
+    aims = [
+        {"aim": "train step at 35 % lung at least 3 x as fast as the plain one", "measured": ratio, "met": ratio >= 3},
+        {"aim": "exponent of the cost in voxels at most 1.1 with windows", "measured": slope, "met": slope <= 1.1},
+        {"aim": "forward pass on a whole CT below 3 s", "measured": slowest, "met": slowest < 3},
+    ]
+    if peaks:
+        aims.append({"aim": "and below 2 GiB", "measured": max(peaks), "met": max(peaks) < 2})
+    machine = {
+        "processor": platform.machine(),
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "quick": quick,
+    }
+    return {"machine": machine, "train_step": train, "alone": whole, "scaling": scaling, "aims": aims}
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths)) + " |"
+
+    return "\n".join([line(header), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)])
+
+
+def markdown(result: dict, command: str) -> str:
+    """The tables of docs/performance.md."""
+    m = result["machine"]
+    labels = {
+        "window 2": "survival map, windows of 2",
+        "global": "survival map, global attention",
+        "plain": "plain transformer",
+        "shipped": "shipped configuration (patch 4, dim 64, 2 blocks)",
+        "patch 32": "survival map, patch 32",
+    }
+    train = [
+        [labels[r["network"]], f"{r['lung_share']:.0%}", f"{1000 * r['seconds']:.0f} ms", f"{r['plain_over_this']:.1f} x"]
+        for r in result["train_step"]
+    ]
+    whole = [
+        [
+            {"forward": "forward pass", "train": "train step"}[r["task"]],
+            labels[r["network"]],
+            f"{r['batch']} x " + " x ".join(map(str, r["shape"])),
+            f"{r['lung_share']:.0%}",
+            f"{r['seconds']:.2f} s",
+            "not measured" if r["peak_gib"] is None else f"{r['peak_gib']:.2f} GiB",
+        ]
+        for r in result["alone"]
+    ]
+    sizes = max((r["sizes"] for r in result["scaling"]), key=len)
+    scaling = [
+        [labels[r["network"]]]
+        + [f"{1000 * s:.0f} ms" for s in r["seconds"]]
+        + ["-"] * (len(sizes) - len(r["sizes"]))
+        + [f"{r['exponent']:.2f}", f"{r['exponent_last_step']:.2f}"]
+        for r in result["scaling"]
+    ]
+    aims = [[a["aim"], f"{a['measured']:.2f}", "met" if a["met"] else "missed"] for a in result["aims"]]
+    parts = [
+        "# Performance",
+        f"Made by `{command}` on {m['cores']} {m['processor']} cores ({m['vector_instructions']}), {m['threads']} "
+        f"threads, Python {m['python']}, torch {m['torch']}. Times are medians.",
+        "## Train step",
+        f"4 scans of 64 x 64 x 64 voxels, patch {SIZE['patch_size']}, dim {SIZE['dim']}, {SIZE['depth']} blocks, "
+        f"{SIZE['num_heads']} heads: forward, loss, backward and AdamW. The plain transformer embeds every patch with a "
+        "Conv3d and attends over the whole grid with a padding mask.",
+        table(["network", "lung", "time", "faster than plain"], train),
+        "## Time and peak memory",
+        "Each in a process of its own; memory is what it takes beyond the imports, input and gradients included.",
+        table(["what", "network", "input", "lung", "time", "peak memory"], whole),
+        "## Scaling",
+        f"Train step of one scan, patch {SIZE['patch_size']}, {SHARE:.0%} lung, so tokens grow with the voxels; "
+        "time = a * voxels ** exponent. Small scans are all overhead, hence the exponent between the two largest.",
+        table(["network", *[f"{n}³" for n in sizes], "exponent", "between the two largest"], scaling),
+        "## Aims",
+        table(["aim", "measured", ""], aims),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write under another name, then rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m scripts.benchmark",
+        description=__doc__,
+        epilog=WHAT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--quick", action="store_true", help="fewer repeats, scans up to 128 voxels a side: about 30 seconds")
+    p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads (default: %(default)s)")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
+    p.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there as well")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    try:
+        if args.threads < 1:
+            raise InputError(f"--threads must be at least 1, got {args.threads}.")
+        for path in (args.json, args.markdown):
+            if path is not None and not os.access(path.parent, os.W_OK):
+                raise InputError(f"{path.parent} is not a folder one can write to; choose another file.")
+        torch.set_num_threads(args.threads)
+        torch.set_flush_denormal(True)  # a trained softmin has denormal weights, which would cost time in a CPU
+        result = measure_all(args.quick, args.threads)
+        command = "python -m scripts.benchmark" + (" --quick" if args.quick else "") + f" --threads {args.threads}"
+        if args.markdown is not None:
+            command += f" --markdown {args.markdown.name if args.markdown.is_absolute() else args.markdown}"
+        text, numbers = markdown(result, command), json.dumps(result, indent=2) + "\n"
+        print(text)
+        print(numbers, end="")
+        if args.json is not None:
+            write_text(args.json, numbers)
+        if args.markdown is not None:
+            write_text(args.markdown, text)
+    except InputError as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    main()
