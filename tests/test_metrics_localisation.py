@@ -267,9 +267,9 @@ def test_metric_averages_the_functions_and_counts_what_it_leaves_out():
     )
     expected = froc(false, found, np.array([p[2] for p in peaks]))
     assert result["froc"]["value"] == pytest.approx(expected) and result["froc"]["num_scans"] == 6
-    # The empty mask of scan 1 makes its confounder the whole grid.
-    assert result["confounder_mass"]["value"] == pytest.approx((mass_accuracy(heat[0], ~mask[0]) + 1) / 2)
-    assert result["confounder_mass"]["num_scans"] == 2
+    # Scan 1 has a confounder but no lesion, so it isn't scored.
+    assert result["confounder_mass"]["value"] == pytest.approx(mass_accuracy(heat[0], ~mask[0]))
+    assert result["confounder_mass"]["num_scans"] == 1
     totals = np.maximum(heat, 0).sum((1, 2, 3), dtype=np.float64)
     assert result["survivor_heat"]["value"] == pytest.approx(totals[1::2].mean() / totals[::2].mean())
     rows = metric.rows()

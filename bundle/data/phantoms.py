@@ -342,8 +342,9 @@ def make_phantom(complexity: int, rng: np.random.Generator, dies: bool, params: 
         return chest(rng, dies, params)
     if complexity not in CUBES:
         raise InputError(f"complexity is {complexity}; expected one of {', '.join(map(str, COMPLEXITIES))}.")
-    v = rng.normal(0, params.noise, (params.size,) * 3)
-    v, gt, confounder, time, filled = CUBES[complexity](rng, v, dies, params)
+    geometry, noise = rng.spawn(2)  # the same structures at any size
+    v = noise.normal(0, params.noise, (params.size,) * 3)
+    v, gt, confounder, time, filled = CUBES[complexity](geometry, v, dies, params)
     hu = np.round(-800 + 40 * v).astype(np.int16)
     return Phantom(hu, gt, confounder, time, int(dies), gt_filled_mask=filled)
 

@@ -331,7 +331,7 @@ class LocalisationMetric(CumulativeIterationMetric):
         Args:
             y_pred: heat, (B, 1, D, H, W) or a list of (1, D, H, W).
             y: lesion mask (not 0: lesion), likewise; None: the scan has no mask, which is not the same as an empty one.
-            confounder: mask of what looks like a cause and isn't, likewise; an empty one is left out.
+            confounder: mask of what looks like a cause and isn't, likewise; left out where it is empty, or `y` is.
             ceiling: the lesion mask as the map's own grid can best show it, likewise.
             time: months, (B,), for the table only.
             event: 1 died, 0 censored, (B,), for `survivor_heat`.
@@ -372,7 +372,8 @@ class LocalisationMetric(CumulativeIterationMetric):
                 row.update({score.__name__: score(heat, lesion) for score in SCAN_SCORES})
                 if ceiling is not None:
                     row["average_precision_ceiling"] = average_precision(ceiling, lesion)
-        if confounder is not None and confounder.any():
+        # In a scan known to have no lesion the share of a heat near 0 would mean nothing; `survivor_heat` is for those.
+        if confounder is not None and confounder.any() and (mask is None or row["num_lesions"]):
             row["confounder_mass"] = confounder_mass(heat, confounder)
         values = [torch.nan if row.get(name) is None else float(row[name]) for name in self.COLUMNS]
         return torch.tensor(values, dtype=torch.float64), peaks

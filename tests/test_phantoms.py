@@ -1,0 +1,175 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Phantoms hold what they promise: geometry, times, masks that exclude each other, seeds that fix every voxel."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import product
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+
+from bundle.data.phantoms import COMPLEXITIES, PhantomParams, make_phantom, phantom_cohort
+from bundle.errors import InputError
+from scripts.make_phantoms import main
+
+SMALL = PhantomParams(size=32)
+
+
+def draw(complexity: int, dies: bool, index: int = 0, params: PhantomParams = SMALL):
+    return make_phantom(complexity, np.random.default_rng([7, complexity, index]), dies, params)
+
+
+@pytest.mark.parametrize("complexity", COMPLEXITIES)
+def test_masks_time_and_event(complexity):
+    for index in range(3):
+        dead, alive = (draw(complexity, dies, index) for dies in (True, False))
+        assert dead.image.dtype == np.int16 and dead.image.shape == (32, 32, 32)
+        assert dead.event == 1 and 1 <= dead.time <= 60 and dead.gt_mask.any()
+        assert alive.event == 0 and alive.time == 99 and not alive.gt_mask.any()
+        for p in (dead, alive):
+            assert (p.confounder_mask is not None) == (complexity in (5, 6, 9))
+            if p.confounder_mask is not None:
+                assert not (p.gt_mask & p.confounder_mask).any()
+            assert (p.lung_mask is not None) == (complexity == 9)
+        assert (dead.gt_filled_mask is not None) or complexity != 3
+
+
+def test_spheres_are_drawn_where_the_mask_says_and_set_the_time():
+    for index in range(4):
+        p = draw(1, True, index, PhantomParams(size=64))
+        radius = 34 - p.time
+        inside = sum(
+            (x - 32) ** 2 + (y - 32) ** 2 + (z - 32) ** 2 < radius**2 for x, y, z in product(range(64), repeat=3)
+        )
+        assert p.gt_mask.sum() == inside
+        assert np.isclose(inside, 4 / 3 * np.pi * radius**3, rtol=0.02)
+        assert (p.image[p.gt_mask] == 0).all() and p.image[~p.gt_mask].max() < -700
+        p = draw(2, True, index)
+        assert np.isclose(p.time, np.clip(40 - 160 * p.gt_mask.mean(), 2, 40))
+
+
+def test_average_brightness_sphere_has_no_noise_of_its_own():
+    p = draw(4, True)
+    assert (p.image[p.gt_mask] == -800).all()
+    assert abs(p.image[~p.gt_mask].mean() + 800) < 0.5 and np.isclose(p.image[~p.gt_mask].std(), 8, rtol=0.05)
+
+
+def test_honeycomb_walls_are_thin_and_their_inside_is_in_the_filled_mask():
+    p = draw(3, True, params=PhantomParams(size=64))
+    assert (p.gt_filled_mask >= p.gt_mask).all() and p.gt_filled_mask.sum() > 1.5 * p.gt_mask.sum()
+    assert (p.image[p.gt_mask] == 0).all()
+    assert p.image[p.gt_filled_mask & ~p.gt_mask].max() < -700
+
+
+def test_what_the_corner_sphere_hides_is_no_cause():
+    found = 0
+    for index in range(12):
+        p = draw(6, True, index)
+        x, y, z = (np.arange(32) - 32.0) ** 2 @ np.eye(32), None, None
+        corner = x[:, None, None] + x[None, :, None] + x[None, None, :] < 12.5**2
+        assert p.confounder_mask[corner].all() and not p.gt_mask[corner].any()
+        found += p.gt_mask.any()
+    assert found == 12
+
+
+def test_texture_differs_only_in_its_correlation():
+    p = draw(8, True, params=PhantomParams(size=64))
+    image = p.image.astype(float)
+    inside, outside = image[p.gt_mask], image[~p.gt_mask]
+    assert abs(inside.mean() - outside.mean()) < 0.2 and abs(inside.std() - outside.std()) < 0.2
+
+    def neighbours(mask):
+        pair = mask[1:] & mask[:-1]
+        return np.corrcoef(image[1:][pair], image[:-1][pair])[0, 1]
+
+    assert neighbours(p.gt_mask) > 0.7 > 0.1 > abs(neighbours(~p.gt_mask))
+
+
+def test_more_spheres_mean_a_shorter_life():
+    from scipy import ndimage
+
+    rows = []
+    for index in range(40):
+        p = draw(7, True, index, PhantomParams(size=32, small_radius=(8.0, 9.0)))
+        rows.append((ndimage.label(p.gt_mask)[1], p.time))
+    counts, times = np.array(rows).T
+    assert np.corrcoef(counts, times)[0, 1] < -0.5
+
+
+def test_chest_is_a_chest():
+    params = PhantomParams(size=64)
+    p = draw(9, True, params=params)
+    lung, mm = p.lung_mask, 5.0
+    assert 2.5e6 < lung.sum() * mm**3 < 7e6  # 2.5 to 7 litres
+    assert (lung >= p.gt_mask).all() and (lung >= p.confounder_mask).all()
+    healthy = lung & ~p.gt_mask & ~p.confounder_mask
+    assert -900 < np.median(p.image[healthy]) < -780
+    assert p.image[0, 0, 0] < -950 and p.image.max() > 250
+    assert p.image[p.gt_mask].std() > 2 * p.image[p.confounder_mask & (p.image < -300)].std()
+    spine = p.image[24:40, :12, 20:40].max(), p.image[24:40, -12:, 20:40].max()
+    assert spine[0] > spine[1]  # at the back
+
+
+@pytest.mark.parametrize("complexity", COMPLEXITIES)
+def test_a_seed_fixes_every_voxel_whatever_the_number_of_scans(complexity):
+    few, many = (dict(phantom_cohort(complexity, num, 3, params=SMALL)) for num in (2, 5))
+    for name, p in few.items():
+        assert (p.image == many[name].image).all() and (p.gt_mask == many[name].gt_mask).all()
+    other = next(iter(phantom_cohort(complexity, 1, 4, params=SMALL)))[1]
+    assert (other.image != few[f"phantom{complexity}_0000"].image).any()
+
+
+@pytest.mark.parametrize("fraction, deaths", [(0.0, 0), (0.1, 1), (0.5, 5), (0.9, 9), (1.0, 10)])
+def test_feature_fraction_is_the_share_of_deaths(fraction, deaths):
+    assert sum(p.event for _, p in phantom_cohort(2, 10, 0, fraction, SMALL)) == deaths
+
+
+def test_lengths_grow_with_the_size():
+    small, large = (draw(1, True, params=PhantomParams(size=size)) for size in (32, 64))
+    assert np.isclose(small.gt_mask.mean(), large.gt_mask.mean(), rtol=0.1) and small.time == large.time
+
+
+def test_command_line_writes_a_cohort_once(tmp_path, capsys):
+    args = ["--complexity", "5", "--num", "4", "--size", "32", "--out", str(tmp_path / "c")]
+    main(args)
+    table = pd.read_csv(tmp_path / "c" / "cohort.csv")
+    assert list(table) == ["patient_id", "image", "time", "event", "gt_mask", "confounder_mask"]
+    assert table.event.sum() == 2
+    image = nib.load(tmp_path / "c" / table.image[0])
+    mask = nib.load(tmp_path / "c" / table.gt_mask[0])
+    assert image.shape == mask.shape == (32, 32, 32) and image.header.get_zooms() == (3, 3, 3)
+    assert image.get_data_dtype() == np.int16
+    stamp = (tmp_path / "c" / table.image[0]).stat().st_mtime_ns
+    main(args)
+    assert "already" in capsys.readouterr().out
+    assert (tmp_path / "c" / table.image[0]).stat().st_mtime_ns == stamp
+    with pytest.raises(SystemExit, match="seed differ"):
+        main([*args, "--seed", "1"])
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--complexity", "14"], "complexity is 14"),
+        (["--complexity", "2", "--num", "0"], "num is 0"),
+        (["--complexity", "2", "--feature_fraction", "1.5"], "feature_fraction is 1.5"),
+        (["--complexity", "2", "--size", "8"], "size is 8"),
+        (["--complexity", "2", "--noise", "-1"], "noise is -1"),
+        (["--num", "4"], "--complexity"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(tmp_path, args, message):
+    command = [sys.executable, "-m", "scripts.make_phantoms", *args, "--out", str(tmp_path / "c")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "error: " in done.stderr and message in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "c" / "cohort.csv").exists()
+
+
+def test_params_out_of_range():
+    with pytest.raises(InputError, match="sphere_radius"):
+        PhantomParams(sphere_radius=(20.0, 10.0))
