@@ -366,4 +366,4 @@ def phantom_cohort(
     for i in range(num):
         dies = int((i + 1) * feature_fraction + 1e-9) > int(i * feature_fraction + 1e-9)
         rng = np.random.default_rng([seed, complexity, i])
-        yield f"phantom{complexity}_{i:04d}", make_phantom(complexity, rng, dies, params)
+        yield f"phantom{complexity}_seed{seed}_{i:04d}", make_phantom(complexity, rng, dies, params)

@@ -121,7 +121,8 @@ class Attention(nn.Module):
         places = self.window * self.window * self.window
         if mask is None:
             return self.out(self.attend(qkv.view(-1, places, qkv.shape[1]), None).reshape(qkv.shape[0], -1))
-        windows = torch.zeros(mask.numel(), qkv.shape[1], dtype=qkv.dtype, device=qkv.device).index_copy(0, slots, qkv)
+        windows = torch.zeros(mask.numel(), qkv.shape[1], dtype=qkv.dtype, device=qkv.device)
+        windows.index_copy_(0, slots, qkv)
         attended = self.attend(windows.view(-1, places, qkv.shape[1]), mask)
         return self.out(attended.reshape(mask.numel(), -1).index_select(0, slots))
 
@@ -329,7 +330,7 @@ class SurvivalMapNet(nn.Module):
             image = F.pad(image, pad, mode="replicate")
         if lung is not None:
             lung = F.pad(lung, pad)
-            lung = None if bool((lung > 0).all()) else lung.to(image.dtype)
+            lung = None if bool(lung.amin() > 0) else lung.to(image.dtype)
         scans = image.shape[0]
         grid = [image.shape[2] // s, image.shape[3] // s, image.shape[4] // s]
         if lung is None:
