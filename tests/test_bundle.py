@@ -169,7 +169,44 @@ def test_one_bad_scan_fails_its_row_alone(tiny_cohort, tmp_path, trained):
     assert list(table.index) == ["a", "b", "c", "d"]
     assert list(table.status) == ["ok", "failed", "failed", "ok"]
     assert "torn.nii.gz" in table.message["b"] and "gone.nii.gz" in table.message["c"]
-    assert sorted(p.name for p in (tmp_path / "out" / "maps").iterdir()) == ["a_heat.nii.gz", "d_heat.nii.gz"]
+    maps = sorted(p.name for p in (tmp_path / "out" / "maps").iterdir())
+    assert maps == ["a_heat.nii.gz", "a_heat.png", "d_heat.nii.gz", "d_heat.png"]
+
+
+@pytest.mark.parametrize(
+    "rotation, zooms",
+    [
+        ([[1, 0, 0], [0, 1, 0], [0, 0, 1]], (1.5, 1.5, 4.0)),
+        ([[-1, 0, 0], [0, -1, 0], [0, 0, 1]], (1.5, 1.5, 5.0)),
+        ([[0, 0, -1], [0.8, -0.6, 0], [-0.6, -0.8, 0]], (4.0, 1.5, 1.5)),
+    ],
+)
+def test_heat_comes_back_to_where_the_lesion_is_in_the_world(tmp_path, trained, rotation, zooms):
+    affine = np.eye(4)
+    affine[:3, :3] = np.array(rotation) * zooms
+    affine[:3, 3] = [-30, 20, 400]
+    shape = tuple(round(60 / mm) for mm in zooms)
+    index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
+    lesion = np.array([0.3, 0.6, 0.4]) * shape  # well off the centre
+    distance = np.linalg.norm((index - lesion) * zooms, axis=-1)
+    noise = np.random.default_rng(0).normal(0, 8, shape)
+    write_scan(tmp_path / "scan.nii.gz", np.where(distance < 12, 0, -800 + noise), affine)
+    run("configs/inference.json", image=str(tmp_path / "scan.nii.gz"), ckpt=str(trained), output_dir=str(tmp_path))
+    heat = nib.load(tmp_path / "maps" / "scan_heat.nii.gz")
+    assert heat.shape == shape and np.allclose(heat.affine, affine, atol=1e-4)
+    hottest = np.array(np.unravel_index(heat.get_fdata().argmax(), shape))
+    assert np.linalg.norm((hottest - lesion) * zooms) < 12
+
+
+def test_a_full_disk_in_inference_is_one_sentence_and_leaves_no_torn_map(tiny_cohort, tmp_path, trained, monkeypatch):
+    def full(self, name):
+        Path(name).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nib.Nifti1Image, "to_filename", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        run("configs/inference.json", cohort=str(tiny_cohort), ckpt=str(trained), output_dir=str(tmp_path))
+    assert not list((tmp_path / "maps").iterdir())
 
 
 def test_one_image_by_path(tiny_cohort, tmp_path, trained):

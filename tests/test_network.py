@@ -15,7 +15,7 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 from bundle.networks import SurvivalMapNet
-from bundle.networks.survival_map_net import Attention, group_in_windows
+from bundle.networks.survival_map_net import Attention, PatchEmbed, group_in_windows
 
 SMALL = {"patch_size": 4, "dim": 16, "num_heads": 2}
 
@@ -105,6 +105,19 @@ def test_an_overlapping_patch_sees_voxels_of_its_neighbours_centred_on_its_cell(
         differs = (net(changed)[0, 0] - location).abs().amax((1, 2)) > 1e-4
         # The patch of cell k covers voxels 2k - 1 ... 2k + 2.
         assert differs.nonzero().flatten().tolist() == [k for k in range(8) if 2 * k - 1 <= i <= 2 * k + 2]
+
+
+@pytest.mark.parametrize("patch_size, stride", [(4, 4), (4, 2), (4, 3), (5, 2), (3, 1), (1, 1)])
+@pytest.mark.parametrize("mode", ["replicate", "constant"])
+def test_patches_are_those_of_a_sliding_window(patch_size, stride, mode):
+    image = torch.rand(2, 1, 2 * stride, 3 * stride, 4 * stride)
+    index = (torch.rand(2, 2, 3, 4) > 0.4).nonzero()
+    patches = PatchEmbed(patch_size, stride, 4).gather(image, index, mode == "replicate")
+    before = (patch_size - stride) // 2
+    padded = F.pad(image, [before, patch_size - stride - before] * 3, mode=mode)
+    for row, (b, *cell) in zip(patches, index.tolist()):
+        z, y, x = [slice(n * stride, n * stride + patch_size) for n in cell]
+        assert torch.equal(row, padded[b, 0, z, y, x].flatten())
 
 
 def test_batch_of_two_equals_two_singles():

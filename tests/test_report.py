@@ -18,11 +18,15 @@ ROW |= dict(mean_months=30.0, risk=-30.0, death_12m=0.1, death_24m=0.2, death_36
 
 
 def patient(name: str = "a", heat: float = 1.0) -> dict:
+    common = dict(picture=png(picture(heat)), pmf=np.full(100, 0.01), horizon=60, lung_mask_source="threshold")
+    return dict(patient_id=name, risk=heat, row={**ROW, "patient_id": name}, **common)
+
+
+def picture(heat: float):
     volume = np.full((6, 5, 4), -800.0)
     hot = np.zeros(volume.shape)
     hot[1, 2, 3] = heat
-    common = dict(spacing=[1.0, 1.0, 2.0], pmf=np.full(100, 0.01), horizon=60, lung_mask_source="threshold")
-    return dict(patient_id=name, image=volume, heat=hot, row={**ROW, "patient_id": name}, **common)
+    return heat_figure(volume, hot, (1.0, 1.0, 2.0), contour=hot > 0)
 
 
 def test_planes_are_in_radiological_convention():
@@ -36,8 +40,7 @@ def test_planes_are_in_radiological_convention():
 
 @pytest.mark.parametrize("heat", [0.0, 0.9])
 def test_pictures_are_drawn_with_and_without_heat(heat):
-    p = patient(heat=heat)
-    figure = heat_figure(p["image"], p["heat"], p["spacing"], contour=p["heat"] > 0)
+    figure = picture(heat)
     assert png(figure)[:8] == b"\x89PNG\r\n\x1a\n"
     assert [ax.get_title() for ax in figure.axes[:3]] == ["axial", "coronal", "sagittal"]
 

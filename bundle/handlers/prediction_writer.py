@@ -1,6 +1,6 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What inference leaves: heat maps in the scans' own space, predictions, survival curves and a report."""
+"""What inference leaves: heat maps in the scans' own space, their pictures, predictions, curves and a report."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ignite.engine import Engine, Events
 from bundle.data.datasets import ScanStream
 from bundle.errors import InputError
 from bundle.report import failed_section, patient_section, write_report
+from bundle.report.pictures import heat_figure, png
 from bundle.survival.readout import death_by, mean_months, quantile_months, survival_curve
 
 __all__ = ["PredictionWriter", "prediction_row", "write_heat"]
@@ -69,7 +70,8 @@ class PredictionWriter:
     in the batch ``patient_id``, ``image`` (HU scaled to [0, 1]), ``lung`` and ``lung_mask_source``.
 
     Args:
-        output_dir: folder for `predictions.csv`, `survival_curves.csv`, `maps/` and `report.html`.
+        output_dir: folder for `predictions.csv`, `survival_curves.csv`, `report.html`, and `maps/` with a NIfTI and a
+            picture of each scan.
         stream: the dataset, which knows the scans that failed.
         settings: of the weights, shown in the report.
         horizon: of the heat, months.
@@ -105,19 +107,19 @@ class PredictionWriter:
             self.rows[patient_id] = row
             self.curves[patient_id] = survival_curve(pmf).numpy()
             low, high = self.hu_window
-            lung = np.asarray(scan["lung"][0])
+            hu = np.asarray(scan["image"][0]) * (high - low) + low
+            spacing = tuple(float(mm) for mm in scan["image"].pixdim)
+            picture = png(heat_figure(hu, np.asarray(output["heat"].cpu()[0]), spacing, self.horizon))
+            write_atomically(self.output_dir / "maps" / f"{patient_id}_heat.png", lambda p: p.write_bytes(picture))
             self.sections[patient_id] = patient_section(
                 {
                     "patient_id": patient_id,
-                    "image": np.asarray(scan["image"][0]) * (high - low) + low,
-                    "heat": np.asarray(output["heat"].cpu()[0]),
-                    "lung": None if lung.all() else lung,
-                    "spacing": [float(mm) for mm in scan["image"].pixdim],
+                    "picture": picture,
                     "pmf": pmf.numpy(),
+                    "risk": float(heat.sum()),
                     "horizon": self.horizon,
                     "row": row,
                     "lung_mask_source": scan["lung_mask_source"],
-                    "contour": None,
                 }
             )
             logger.info(

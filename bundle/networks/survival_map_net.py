@@ -20,8 +20,8 @@ class PatchEmbed(nn.Module):
     Every patch is described by its voxels, the same voxels standardised within the patch, their mean and the log of
     their standard deviation. No normalisation comes before the first linear layer: it would blow up the noise of an
     empty patch until it looks like a lesion. Voxels outside the lung carry no evidence: they are replaced by the mean
-    of the patch's lung voxels. An unfold and a Linear do the work of a convolution, because a `Conv3d` with one input
-    channel has a very slow backward on CPUs.
+    of the patch's lung voxels. Gathered voxels and a Linear do the work of a convolution, because a `Conv3d` with one
+    input channel has a very slow backward on CPUs.
 
     Args:
         patch_size: patch side in voxels.
@@ -33,11 +33,12 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.stride = stride
+        self.run = math.gcd(patch_size, stride)  # voxels in a row that no patch's border cuts
         # A standard deviation of 1/30 of the HU window (40 HU in the default window) has log 0.
         self.contrast = 30.0
         self.layers = nn.Sequential(nn.Linear(2 * patch_size**3 + 2, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
 
-    def unfold(self, volume: Tensor, index: Tensor, replicate: bool) -> Tensor:
+    def gather(self, volume: Tensor, index: Tensor, replicate: bool) -> Tensor:
         """Patches (M, patch_size**3) of `volume` (B, 1, D, H, W) at the grid cells `index` (M, 4) = (b, z, y, x)."""
         p, s = self.patch_size, self.stride
         before = (p - s) // 2
@@ -45,27 +46,34 @@ class PatchEmbed(nn.Module):
         if p > s:
             pad = [before, after, before, after, before, after]
             volume = F.pad(volume, pad, mode="replicate") if replicate else F.pad(volume, pad)
-        patches = volume[:, 0].unfold(1, p, s).unfold(2, p, s).unfold(3, p, s)
-        return patches[index[:, 0], index[:, 1], index[:, 2], index[:, 3]].reshape(index.shape[0], p * p * p)
+        # Whole runs of voxels are copied, several times faster than indexing an unfolded volume voxel by voxel.
+        depth, height, width = volume.shape[2], volume.shape[3], volume.shape[4] // self.run
+        z, y, x = index[:, 1] * s, index[:, 2] * s, index[:, 3] * (s // self.run)
+        first = ((index[:, 0] * depth + z) * height + y) * width + x
+        step = torch.arange(p, device=volume.device)
+        others = ((step[:, None, None] * height + step[:, None]) * width + step[: p // self.run]).flatten()
+        runs = (first.unsqueeze(1) + others).flatten()
+        return volume.reshape(-1, self.run).index_select(0, runs).view(index.shape[0], p * p * p)
 
     def forward(self, image: Tensor, lung: Tensor | None, index: Tensor) -> Tensor:
-        x = self.unfold(image, index, True)
+        x = self.gather(image, index, True)
         if lung is None:
             mean = x.mean(1, keepdim=True)
             centred = x - mean
             variance = centred.square().mean(1, keepdim=True)
         else:
-            inside = self.unfold(lung, index, False)
+            inside = self.gather(lung, index, False)
             count = inside.sum(1, keepdim=True).clamp_min(1.0)
             mean = (x * inside).sum(1, keepdim=True) / count
             centred = (x - mean) * inside
             variance = centred.square().sum(1, keepdim=True) / count
         tiny = 1e-3 / self.contrast
         std = (variance + tiny * tiny).sqrt()  # the square root has a gradient in a constant patch, too
+        level = 2.0 * mean - 1.0
         features = [
-            2.0 * (centred + mean) - 1.0,
-            0.3 * centred / std,
-            2.0 * mean - 1.0,
+            torch.add(level, centred, alpha=2.0),
+            centred * (0.3 / std),
+            level,
             torch.log(self.contrast * std + 1e-2),
         ]
         return self.layers(torch.cat(features, 1))

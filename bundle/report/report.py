@@ -10,9 +10,7 @@ import os
 from html import escape
 from pathlib import Path
 
-import numpy as np
-
-from .pictures import heat_figure, png, survival_figure
+from .pictures import png, survival_figure
 
 __all__ = ["failed_section", "patient_section", "write_report"]
 
@@ -59,18 +57,17 @@ def patient_section(patient: dict) -> str:
     """HTML about one scan.
 
     Args:
-        patient: `patient_id`; `image` (HU) and `heat`, (D, H, W) on the network's RAS grid; `spacing` (mm); `pmf`,
-            P(T = 1..tmax months); `horizon` (months); `row` of `predictions.csv`; `lung_mask_source`.
+        patient: `patient_id`; `picture`, a PNG of :func:`~bundle.report.pictures.heat_figure`; `pmf`,
+            P(T = 1..tmax months); `risk`, P(T <= horizon); `horizon` (months); `row` of `predictions.csv`;
+            `lung_mask_source`.
     """
     row, name = patient["row"], escape(patient["patient_id"])
-    heat = heat_figure(patient["image"], patient["heat"], patient["spacing"], patient["horizon"])
     curve = survival_figure(patient["pmf"], row["median_months"], (row["lower_months"], row["upper_months"]))
-    risk = float(np.sum(patient["heat"]))
     return (
         f'<section id="{escape(name, quote=True)}"><h2>{name}</h2>{table([row])}'
-        f'<p class="note">lung mask: {escape(patient["lung_mask_source"])}; the heat sums to {risk:.3f}, the risk of '
-        f"death by {patient['horizon']} months</p>"
-        f"<p>{picture(png(heat), 'heat over the CT in three planes')}</p>"
+        f'<p class="note">lung mask: {escape(patient["lung_mask_source"])}; the heat sums to {patient["risk"]:.3f}, '
+        f"the risk of death by {patient['horizon']} months</p>"
+        f"<p>{picture(patient['picture'], 'heat over the CT in three planes')}</p>"
         f"<p>{picture(png(curve), 'survival curve')}</p></section>"
     )
 
