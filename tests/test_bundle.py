@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -59,12 +60,15 @@ def command_line(*args: str) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="session")
 def trained(tiny_cohort, tmp_path_factory, root) -> Path:
     """Weights of a short training run on the tiny cohort."""
-    before = os.getcwd()
-    os.chdir(root)
-    try:
+    with contextlib.chdir(root):
         return train(tiny_cohort, tmp_path_factory.mktemp("trained"))
-    finally:
-        os.chdir(before)
+
+
+@pytest.fixture(scope="session")
+def localising(tiny_cohort, tmp_path_factory, root) -> Path:
+    """Weights of a run that is long enough to find the bright block."""
+    with contextlib.chdir(root):
+        return train(tiny_cohort, tmp_path_factory.mktemp("localising"), max_epochs=60)
 
 
 def test_train_leaves_weights_settings_and_what_resuming_needs(trained):
@@ -181,7 +185,7 @@ def test_one_bad_scan_fails_its_row_alone(tiny_cohort, tmp_path, trained):
         ([[0, 0, -1], [0.8, -0.6, 0], [-0.6, -0.8, 0]], (4.0, 1.5, 1.5)),
     ],
 )
-def test_heat_comes_back_to_where_the_lesion_is_in_the_world(tmp_path, trained, rotation, zooms):
+def test_heat_comes_back_to_where_the_lesion_is_in_the_world(tmp_path, localising, rotation, zooms):
     affine = np.eye(4)
     affine[:3, :3] = np.array(rotation) * zooms
     affine[:3, 3] = [-30, 20, 400]
@@ -191,7 +195,7 @@ def test_heat_comes_back_to_where_the_lesion_is_in_the_world(tmp_path, trained, 
     distance = np.linalg.norm((index - lesion) * zooms, axis=-1)
     noise = np.random.default_rng(0).normal(0, 8, shape)
     write_scan(tmp_path / "scan.nii.gz", np.where(distance < 12, 0, -800 + noise), affine)
-    run("configs/inference.json", image=str(tmp_path / "scan.nii.gz"), ckpt=str(trained), output_dir=str(tmp_path))
+    run("configs/inference.json", image=str(tmp_path / "scan.nii.gz"), ckpt=str(localising), output_dir=str(tmp_path))
     heat = nib.load(tmp_path / "maps" / "scan_heat.nii.gz")
     assert heat.shape == shape and np.allclose(heat.affine, affine, atol=1e-4)
     hottest = np.array(np.unravel_index(heat.get_fdata().argmax(), shape))

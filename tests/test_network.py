@@ -298,7 +298,7 @@ def test_lse_head_is_the_log_mean_exp_of_the_raw_locations():
 @torch.no_grad()
 def test_twice_the_disease_is_a_shorter_life():
     """A bright patch has a life 40 months shorter than a dark one; more bright ones shorten the scan's life."""
-    net = without_position(SurvivalMapNet(**SMALL, head="lse", depth=0).eval())
+    net = without_position(SurvivalMapNet(**SMALL, head="lse", depth=0, loc_range=None).eval())
     flat = torch.zeros(1, 1, 4, 4, 4)
     difference = float(net(flat + 1)[0, 0] - net(flat)[0, 0])
     net.to_location[-1].weight *= -40 / difference
@@ -313,6 +313,28 @@ def test_twice_the_disease_is_a_shorter_life():
     expected = [-15 * math.log1p(n / 64 * math.expm1(40 / 15)) for n in (4, 8, 16)]
     assert months == pytest.approx(expected, abs=1e-2)
     assert 0 > months[0] > months[1] + 1 > months[2] + 2
+
+
+def test_locations_stay_within_their_range_and_untouched_in_its_middle():
+    image = torch.rand(1, 1, 16, 16, 16)
+    free, bound = (without_position(SurvivalMapNet(**SMALL, head="softmin", loc_range=r).eval()) for r in (None, (0, 120)))
+    bound.load_state_dict(free.state_dict())
+    for scale in (1.0, 1e3):
+        with torch.no_grad():
+            for net in (free, bound):
+                net.to_location[-1].weight *= scale
+        x, y = free(image)[:, 0], bound(image)[:, 0]
+        assert bool((y >= 0).all()) and bool((y <= 120).all())
+        torch.testing.assert_close(y, 120 * torch.sigmoid((x - 60) / 30))
+        near = (x - 60).abs() < 3
+        assert bool(near.any()) or scale > 1
+        torch.testing.assert_close(y[near], x[near], rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("loc_range", [(0, 50), (70, 120), (10,)])
+def test_a_range_without_loc_bias_is_refused(loc_range):
+    with pytest.raises(ValueError, match="loc_range must be two numbers with loc_bias"):
+        SurvivalMapNet(**SMALL, loc_range=loc_range)
 
 
 def test_beta_factor_scales_beta_and_is_part_of_the_state():

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
@@ -219,6 +220,8 @@ class SurvivalMapNet(nn.Module):
         head_layers: hidden layers of the head, 1 or 2.
         loc_bias: location in months that an untrained network gives every patch; learnt.
         loc_scale: months per unit of the head's output.
+        loc_range: months between which locations are squashed by a sigmoid of slope 1 in the middle, None for no bounds.
+            At the lower bound all patches of a lesion weigh the same, so that the map covers it whole.
         beta: steepness of the softmin per month.
         learn_beta: learn beta, starting there.
         min_lung: smallest share of lung in a patch that makes it a token.
@@ -254,12 +257,14 @@ class SurvivalMapNet(nn.Module):
         head_layers: int = 1,
         loc_bias: float = 60.0,
         loc_scale: float = 30.0,
+        loc_range: Sequence[float] | None = (-20.0, 120.0),
         beta: float = 1 / 15,
         learn_beta: bool = True,
         min_lung: float = 0.25,
     ) -> None:
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
+        arguments["loc_range"] = None if loc_range is None else [float(bound) for bound in loc_range]  # as JSON has it
         self.arguments = arguments
         if patch_size < 1:
             raise ValueError(f"patch_size must be at least 1 voxel, got {patch_size}.")
@@ -273,6 +278,8 @@ class SurvivalMapNet(nn.Module):
             raise ValueError(f'head must be "lse" or "softmin", got "{head}".')
         if head_layers not in (1, 2):
             raise ValueError(f"head_layers must be 1 or 2, got {head_layers}.")
+        if loc_range is not None and not (len(loc_range) == 2 and loc_range[0] < loc_bias < loc_range[1]):
+            raise ValueError(f"loc_range must be two numbers with loc_bias ({loc_bias}) between them, got {loc_range}.")
         if beta <= 0:
             raise ValueError(f"beta must be positive (per month), got {beta}.")
         if not 0 < min_lung <= 1:
@@ -284,6 +291,7 @@ class SurvivalMapNet(nn.Module):
         self.film_context = film_context
         self.head = head
         self.loc_scale = loc_scale
+        self.loc_range = None if loc_range is None else (float(loc_range[0]), float(loc_range[1]))
         self.min_lung = min_lung
         self.embed = PatchEmbed(patch_size, self.stride, dim)
         self.frequencies = [math.pi / 2, math.pi, 2 * math.pi, 4 * math.pi]
@@ -368,6 +376,9 @@ class SurvivalMapNet(nn.Module):
             x = block(x, slots, mask, counts, context, scan)
 
         tokens = self.loc_scale * self.to_location(x)[:, 0] + self.loc_bias
+        if self.loc_range is not None:
+            low, high = self.loc_range
+            tokens = low + (high - low) * torch.sigmoid((tokens - 0.5 * (low + high)) * 4 / (high - low))
         location = torch.zeros(keep.shape, dtype=x.dtype, device=x.device)
         location[index[:, 0], index[:, 1], index[:, 2], index[:, 3]] = tokens
         location, keep = location.flatten(1), keep.flatten(1)
