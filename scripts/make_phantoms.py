@@ -31,6 +31,12 @@ complexity  what those who die have (survivors are censored at 99 months)
  7  1-5 spheres: more or larger ones, shorter life
  8  spheres of another texture, with the background's mean and variance
  9  a chest: fibrosis-like patches near the pleura; ground glass and nodules are harmless
+
+10-13: everybody has 0-4 bright spheres, whose volume sets a hazard; times are drawn, about 30 % are censored at random
+10  and a random half has a harmless honeycomb
+11  two kinds of sphere, alike but for texture; one is three times as dangerous (gt_severe_mask)
+12  faint spheres, brighter than the background by --contrast times its noise
+13  and a random half has a honeycomb that protects (confounder_mask)
 """
 
 
@@ -72,8 +78,10 @@ def write_cohort(out: Path, args: argparse.Namespace, params: PhantomParams) -> 
         for patient_id, phantom in tqdm(cohort, total=args.num, desc="phantoms", unit="scan"):
             row = {"patient_id": patient_id, "image": f"images/{patient_id}.nii.gz"}
             row |= {"time": f"{phantom.time:.4g}", "event": phantom.event}
+            if phantom.true_risk is not None:
+                row["true_risk"] = f"{phantom.true_risk:.4g}"
             write_volume(out / row["image"], phantom.image, affine)
-            for name in ("lung_mask", "gt_mask", "confounder_mask", "gt_filled_mask"):
+            for name in ("lung_mask", "gt_mask", "confounder_mask", "gt_filled_mask", "gt_severe_mask"):
                 mask = getattr(phantom, name)
                 if mask is not None:
                     row[name] = f"masks/{patient_id}_{name.removesuffix('_mask')}.nii.gz"
@@ -92,19 +100,23 @@ def write_cohort(out: Path, args: argparse.Namespace, params: PhantomParams) -> 
 
 
 def draw_picture(path: Path, seed: int, params: PhantomParams) -> None:
-    """One scan of each complexity: who dies with causal (red) and confounder (blue) outlines, and a survivor."""
+    """Two scans of each complexity, with causal (red) and confounder (blue) outlines; in 1 to 9 one dies."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, len(COMPLEXITIES), figsize=(2 * len(COMPLEXITIES), 4.6), layout="constrained")
-    for column, complexity in zip(axes.T, COMPLEXITIES):
+    columns = -(-len(COMPLEXITIES) // 2)
+    figure, axes = plt.subplots(4, columns, figsize=(2 * columns, 9.2), layout="constrained")
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for k, complexity in enumerate(COMPLEXITIES):
+        column = axes[2 * (k // columns) :, k % columns]
         for ax, dies in zip(column, (True, False)):
             p = make_phantom(complexity, np.random.default_rng([seed, complexity, int(dies)]), dies, params)
-            window = (-1100, 200) if complexity == 9 else (-820, -780) if complexity in (4, 8) else (-900, 50)
+            window = (-1100, 200) if complexity == 9 else (-820, -780) if complexity in (4, 8, 12) else (-900, 50)
             show(ax, p, window)
-            ax.set_title(f"{complexity}: dies at {p.time:.0f} months" if dies else "survivor", fontsize=9)
+            ax.set_title(f"{complexity}: {'dies' if p.event else 'censored'} at {p.time:.0f} months", fontsize=9)
     figure.savefig(path, dpi=90)
 
 
@@ -126,12 +138,12 @@ def parser() -> argparse.ArgumentParser:
         epilog=WHAT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--complexity", type=int, help="1 to 9, see below")
+    p.add_argument("--complexity", type=int, help=f"1 to {COMPLEXITIES[-1]}, see below")
     p.add_argument("--num", type=int, default=64, help="number of scans (default 64)")
     p.add_argument("--seed", type=int, default=0, help="fixes every voxel (default 0)")
     p.add_argument("--out", type=Path, help="folder to write to")
-    p.add_argument("--feature_fraction", type=float, default=0.5, help="share of those who die (default 0.5)")
-    p.add_argument("--spacing", type=float, default=3.0, help="mm, for 1 to 8 (default 3; 9 spans 320 mm)")
+    p.add_argument("--feature_fraction", type=float, default=0.5, help="share of those who die, in 1 to 9 (default 0.5)")
+    p.add_argument("--spacing", type=float, default=3.0, help="mm (default 3; 9 spans 320 mm whatever its size)")
     p.add_argument("--overwrite", action="store_true", help="replace a cohort of other parameters")
     p.add_argument("--picture", type=Path, metavar="PNG", help="draw one scan of each complexity instead")
     for field in fields(PhantomParams):

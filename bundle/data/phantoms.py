@@ -5,6 +5,8 @@
 Complexities 1 to 8 are cubes drawn in units v, written as HU = -800 + 40 v: background noise has v of standard
 deviation 0.2, a bright structure v = 20. Complexity 9 is a chest in HU. All lengths are voxels of a 64^3 cube and grow
 with its size. In those who die (event 1) a structure sets the time in months; everybody else is censored at 99 months.
+In 10 to 13 what is drawn sets a hazard only: the time of death is drawn from a Weibull distribution, and so is who is
+censored before it.
 """
 
 from __future__ import annotations
@@ -44,6 +46,9 @@ class PhantomParams:
     small_count: tuple[int, int] = (1, 5)
     small_radius: tuple[float, float] = (8.0, 14.0)
     texture_sigma: float = 1.5
+    lesion_count: tuple[int, int] = (0, 4)
+    lesion_radius: tuple[float, float] = (6.0, 16.0)
+    contrast: float = 2.0
 
     def __post_init__(self) -> None:
         if self.size < 16:
@@ -51,7 +56,7 @@ class PhantomParams:
         if self.noise < 0:
             raise InputError(f"noise is {self.noise}; expected 0 or more.")
         for name, value in vars(self).items():
-            if isinstance(value, tuple) and not 0 < value[0] <= value[1]:
+            if isinstance(value, tuple) and not (0 < value[1] >= value[0] >= 0 and (value[0] > 0 or "count" in name)):
                 raise InputError(f"{name} is {value}; expected a range of two positive numbers, the smaller first.")
 
     @property
@@ -64,7 +69,9 @@ class Phantom:
     """One scan: `image` in HU (int16), masks (bool, same shape), `time` in months and `event` (1 died, 0 censored).
 
     `gt_mask` is what causes death, empty in a survivor; `confounder_mask` what looks like it and doesn't, None where
-    the complexity has none; `gt_filled_mask` (3 only) the bubbles with the air inside; `lung_mask` (9 only).
+    the complexity has none; `gt_filled_mask` (3 only) the bubbles with the air inside; `lung_mask` (9 only);
+    `gt_severe_mask` (11 only) the more dangerous part of `gt_mask`. `true_risk` (10 to 13) is the log of the factor by
+    which the expected time is shortened: what an oracle would rank patients by.
     """
 
     image: np.ndarray
@@ -74,6 +81,8 @@ class Phantom:
     event: int
     gt_filled_mask: np.ndarray | None = None
     lung_mask: np.ndarray | None = None
+    gt_severe_mask: np.ndarray | None = None
+    true_risk: float | None = None
 
 
 def ball(size: int, centre: np.ndarray, radius: float) -> np.ndarray:
@@ -196,6 +205,51 @@ def smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], sigma: float)
     """Gaussian noise smoothed by `sigma` voxels, with mean 0 and standard deviation 1."""
     noise = ndimage.gaussian_filter(rng.normal(size=shape), sigma, mode="reflect")
     return (noise - noise.mean()) / noise.std()
+
+
+# Each drawer of 10 to 13 gives (v, gt, confounder, risk, gt_severe).
+
+RISK = 20.0  # of a scan that is all lesion; a tenth of it shortens the expected time by the factor exp(2)
+
+
+def drawn_outcome(rng: np.random.Generator, risk: float) -> tuple[float, int]:
+    """Time and event: death by a Weibull distribution of shape 1.5 and scale 80 exp(-risk) months; a censoring time
+    that is uniform on 5 to 99 months comes before it in about 30 % of the patients."""
+    death = 80 * np.exp(-risk) * rng.weibull(1.5)
+    censoring = rng.uniform(5, CENSORED_AT)
+    return months(min(death, censoring), 1, CENSORED_AT - 1), int(death <= censoring)
+
+
+def lesions_with_honeycomb(rng, v, p):
+    gt, _ = spheres(rng, p, p.lesion_count, p.lesion_radius)
+    wall, _ = honeycomb(rng, p)
+    confounder = wall & ~gt & (rng.random() < 0.5)
+    v[gt | confounder] = p.bright
+    return v, gt, confounder, RISK * gt.mean(), None
+
+
+def two_kinds_of_lesion(rng, v, p):
+    """Same mean and standard deviation; the noise of the severe kind, three times as dangerous, is smooth."""
+    mild, _ = spheres(rng, p, (0, 2), p.lesion_radius)
+    severe, _ = spheres(rng, p, (0, 2), p.lesion_radius)
+    severe &= ~mild
+    smooth = smooth_noise(rng, v.shape, p.texture_sigma * p.scale)
+    for mask, noise in ((mild, rng.normal(size=v.shape)), (severe, smooth)):
+        if mask.any():
+            v[mask] = p.bright * (0.5 + 0.1 * (noise[mask] - noise[mask].mean()) / noise[mask].std())
+    return v, mild | severe, None, RISK / 2 * (mild.mean() + 3 * severe.mean()), severe
+
+
+def faint_lesions(rng, v, p):
+    gt, _ = spheres(rng, p, p.lesion_count, p.lesion_radius)
+    v[gt] += p.contrast * p.noise
+    return v, gt, None, RISK * gt.mean(), None
+
+
+def protecting_honeycomb(rng, v, p):
+    """Half of the patients have a honeycomb, and live longer for it: its mask is that of the confounder."""
+    v, gt, shield, risk, _ = lesions_with_honeycomb(rng, v, p)
+    return v, gt, shield, risk + 0.5 - float(shield.any()), None
 
 
 class Chest:
@@ -329,24 +383,31 @@ CUBES = {
     7: counted_spheres,
     8: texture,
 }
-COMPLEXITIES = (*CUBES, 9)
+HAZARDS = {10: lesions_with_honeycomb, 11: two_kinds_of_lesion, 12: faint_lesions, 13: protecting_honeycomb}
+COMPLEXITIES = (*CUBES, 9, *HAZARDS)
 
 
 def make_phantom(complexity: int, rng: np.random.Generator, dies: bool, params: PhantomParams) -> Phantom:
-    """Draw one phantom.
+    """Draw one phantom. Whether it `dies` is up to the caller in 1 to 9, and drawn in 10 to 13.
 
     Raises:
         InputError: no such complexity.
     """
     if complexity == 9:
         return chest(rng, dies, params)
-    if complexity not in CUBES:
+    if complexity not in COMPLEXITIES:
         raise InputError(f"complexity is {complexity}; expected one of {', '.join(map(str, COMPLEXITIES))}.")
-    geometry, noise = rng.spawn(2)  # the same structures at any size
+    geometry, noise, fate = rng.spawn(3)  # the same structures at any size
     v = noise.normal(0, params.noise, (params.size,) * 3)
-    v, gt, confounder, time, filled = CUBES[complexity](geometry, v, dies, params)
+    filled = severe = risk = None
+    if complexity in HAZARDS:
+        v, gt, confounder, risk, severe = HAZARDS[complexity](geometry, v, params)
+        time, event = drawn_outcome(fate, risk)
+    else:
+        v, gt, confounder, time, filled = CUBES[complexity](geometry, v, dies, params)
+        event = int(dies)
     hu = np.round(-800 + 40 * v).astype(np.int16)
-    return Phantom(hu, gt, confounder, time, int(dies), gt_filled_mask=filled)
+    return Phantom(hu, gt, confounder, time, event, gt_filled_mask=filled, gt_severe_mask=severe, true_risk=risk)
 
 
 def phantom_cohort(
@@ -354,7 +415,8 @@ def phantom_cohort(
 ) -> Iterator[tuple[str, Phantom]]:
     """(patient_id, phantom) of a cohort in which `feature_fraction` of the patients die of what can be seen.
 
-    Scan i is the same whatever `num` is: those who die are spread evenly over the scans.
+    Scan i is the same whatever `num` is: those who die are spread evenly over the scans. In 10 to 13 who dies is drawn,
+    and `feature_fraction` has no say.
 
     Raises:
         InputError: `num` below 1 or `feature_fraction` outside [0, 1].
