@@ -48,6 +48,7 @@ VARIANTS: dict[str, dict] = {
     "no_entropy": {"loss#entropy": 0.0},
     "no_smoothness": {"loss#smoothness": 0.0},
     "no_anneal": {"train#handlers#1#vc_kwargs#start": 1.0},
+    "severity": {"network_def#severity": True},
     "no_range": {"network_def#loc_range": None},
     "no_shift": {"train#random_transforms#0#prob": 0.0},
     "patch_8": {"network_def#patch_size": 8},

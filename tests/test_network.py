@@ -16,6 +16,8 @@ from torch import Tensor
 
 from bundle.networks import SurvivalMapNet
 from bundle.networks.survival_map_net import Attention, PatchEmbed, group_in_windows
+from bundle.survival import CenTime, SurvivalMapLoss
+from bundle.survival.objectives import SEVERITY_WEIGHT
 
 SMALL = {"patch_size": 4, "dim": 16, "num_heads": 2}
 
@@ -337,6 +339,46 @@ def test_a_range_without_loc_bias_is_refused(loc_range):
         SurvivalMapNet(**SMALL, loc_range=loc_range)
 
 
+def with_severity(**arguments) -> SurvivalMapNet:
+    net = lively(severity=True, **arguments)
+    nn.init.normal_(net.severity.layers[-1].weight)
+    return net
+
+
+def test_severity_starts_as_nothing_and_then_moves_all_locations_of_a_scan_alike():
+    plain, lung, image = lively(), two_lungs(), torch.rand(2, 1, 24, 24, 24)
+    same = SurvivalMapNet(**SMALL, severity=True).eval()
+    same.load_state_dict(plain.state_dict(), strict=False)
+    close(same(image, lung), plain(image, lung))
+    nn.init.normal_(same.severity.layers[-1].weight)
+    moved, before = same(image, lung), plain(image, lung)
+    close(moved[:, 1], before[:, 1])
+    for after, location, inside in zip(moved[:, 0], before[:, 0], before[:, 1] > 0):
+        months = (after - location)[inside]
+        assert float(months.abs().max()) > 0.1 and float(months.max() - months.min()) < 1e-3
+    assert bool((moved[:, 0][before[:, 1] == 0] == 0).all())
+
+
+def test_severity_reads_the_map_and_cannot_change_it():
+    net, outcome = with_severity().train(), torch.tensor([[12.0, 1.0], [99.0, 0.0]])
+    survival_map = net(torch.rand(2, 1, 16, 16, 16))
+    assert survival_map.shape[1] == 3
+    CenTime()(torch.stack([survival_map[:, 1], survival_map[:, 2].detach()], 1), outcome).backward()
+    for name, parameter in net.named_parameters():
+        moves = parameter.grad is not None and bool((parameter.grad != 0).any())
+        assert moves == name.startswith("severity.")
+    loss, parts = SurvivalMapLoss(CenTime(), 0.5, 0.1), survival_map.detach()
+    expected = loss(parts[:, [0, 2]], outcome) + SEVERITY_WEIGHT * CenTime()(parts[:, [1, 2]], outcome)
+    close(loss(parts, outcome), expected)
+
+
+def test_severity_leaves_alone_who_is_in_no_danger():
+    severity = with_severity().severity
+    log_weight, keep = torch.full((2, 8), 1 / 8).log(), torch.ones(2, 8, dtype=torch.bool)
+    shift = severity(torch.tensor([[110.0], [20.0]]).expand(2, 8), log_weight, keep)
+    assert float(shift[0]) == 0 and float(shift[1]) != 0
+
+
 def test_beta_factor_scales_beta_and_is_part_of_the_state():
     net, image = lively(head="softmin"), torch.rand(1, 1, 16, 16, 16)
     net.set_beta_factor(1e-4)
@@ -388,6 +430,11 @@ def test_torchscript_equals_eager(window):
         lung = two_lungs()[: shape[0], :, : shape[2], : shape[3], : shape[4]].contiguous()
         torch.testing.assert_close(scripted(image), net(image))
         torch.testing.assert_close(scripted(image, lung), net(image, lung))
+
+
+def test_torchscript_keeps_severity():
+    net, image = with_severity(), torch.rand(2, 1, 16, 16, 16)
+    torch.testing.assert_close(torch.jit.script(net)(image), net(image))
 
 
 def test_torchscript_takes_a_clinical_vector():

@@ -192,6 +192,40 @@ class Block(nn.Module):
         return x
 
 
+class Severity(nn.Module):
+    """How many months a patient's location is off, from how much disease the map shows and how it is spread.
+
+    The log-mean-exp softmin ties the time to the log of the disease's volume. A small MLP on four numbers a scan bends
+    that to what the times say. It reads the map and can't change it: nothing flows back from here. Patients whose map
+    shows no danger are not moved.
+
+    Args:
+        low, high: bounds of the locations, months.
+    """
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        self.low = low
+        self.high = high
+        last = nn.Linear(32, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.layers = nn.Sequential(nn.Linear(4, 32), nn.GELU(), nn.Linear(32, 32), nn.GELU(), last)
+
+    def forward(self, location: Tensor, log_weight: Tensor, keep: Tensor) -> Tensor:
+        """Months to add to each scan's location, (B, 1), from the patches' (B, N) and which of them are lung."""
+        location, log_weight = location.detach(), log_weight.detach()
+        weight = log_weight.exp() * keep
+        number = keep.sum(1, keepdim=True).to(weight.dtype).log()
+        patient = (location * weight).sum(1, keepdim=True)
+        # Two measures of the log of the share of patches that carry the weight.
+        spread = -(weight * log_weight).sum(1, keepdim=True) - number
+        core = -(weight.square().sum(1, keepdim=True)).log() - number
+        level = (patient - self.low) / (self.high - self.low)
+        features = torch.cat([4 * level - 2, spread / 3 + 1, core / 3 + 1, 8 * spread.exp() - 1], 1)
+        return 30 * (2 * (0.87 - level)).clamp(0, 1) * self.layers(features)
+
+
 class SurvivalMapNet(nn.Module):
     """CT -> survival map: for every patch of the lung a location in months and a weight.
 
@@ -202,6 +236,8 @@ class SurvivalMapNet(nn.Module):
     - ``lse`` (default): the same weights, and locations moved together by one number a scan,
       ``KL(weights || uniform) / beta``, so that their weighted sum is the log-mean-exp softmin
       ``-1/beta * (logsumexp(-beta * loc_i) - log N)``. It counts lesions: twice the diseased patches, shorter life.
+
+    With `severity` all locations of a scan are moved together, see :class:`Severity`.
 
     What a patch may say comes from a bounded neighbourhood (`window` patches a side); anything from further away only
     modulates it through FiLM. Global attention (``window=0``) is there to compare with.
@@ -222,6 +258,7 @@ class SurvivalMapNet(nn.Module):
         loc_scale: months per unit of the head's output.
         loc_range: months between which locations are squashed by a sigmoid of slope 1 in the middle, None for no bounds.
             At the lower bound all patches of a lesion weigh the same, so that the map covers it whole.
+        severity: correct the patient's location by how much disease the map shows; needs a `loc_range`.
         beta: steepness of the softmin per month.
         learn_beta: learn beta, starting there.
         min_lung: smallest share of lung in a patch that makes it a token.
@@ -232,7 +269,8 @@ class SurvivalMapNet(nn.Module):
     Shape:
         image (B, 1, D, H, W), HU window scaled to [0, 1]; lung (B, 1, D, H, W) in {0, 1}, None for no mask; clinical
         (B, clinical_dim). Output (B, 2, d, h, w): location in months and weight, d = ceil(D / stride) and so on.
-        Weights sum to 1 over a scan; outside the lung weight and location are 0.
+        Weights sum to 1 over a scan; outside the lung weight and location are 0. In training with `severity`
+        (B, 3, d, h, w): the locations before and after, and the weight.
 
     Example::
 
@@ -258,6 +296,7 @@ class SurvivalMapNet(nn.Module):
         loc_bias: float = 60.0,
         loc_scale: float = 30.0,
         loc_range: Sequence[float] | None = (-20.0, 120.0),
+        severity: bool = False,
         beta: float = 1 / 15,
         learn_beta: bool = True,
         min_lung: float = 0.25,
@@ -280,6 +319,8 @@ class SurvivalMapNet(nn.Module):
             raise ValueError(f"head_layers must be 1 or 2, got {head_layers}.")
         if loc_range is not None and not (len(loc_range) == 2 and loc_range[0] < loc_bias < loc_range[1]):
             raise ValueError(f"loc_range must be two numbers with loc_bias ({loc_bias}) between them, got {loc_range}.")
+        if severity and loc_range is None:
+            raise ValueError("severity needs a loc_range.")
         if beta <= 0:
             raise ValueError(f"beta must be positive (per month), got {beta}.")
         if not 0 < min_lung <= 1:
@@ -304,6 +345,7 @@ class SurvivalMapNet(nn.Module):
         last = nn.Linear(dim, 1, bias=False)
         nn.init.normal_(last.weight, std=0.01)
         self.to_location = nn.Sequential(*layers, last)
+        self.severity = None if not severity or self.loc_range is None else Severity(*self.loc_range)
         self.loc_bias = nn.Parameter(torch.tensor(float(loc_bias)))
         self.log_beta = nn.Parameter(torch.tensor(math.log(beta)), requires_grad=learn_beta)
         # A schedule multiplies beta with this factor; part of the state, because the map depends on it.
@@ -391,4 +433,9 @@ class SurvivalMapNet(nn.Module):
             number = keep.sum(1, keepdim=True).to(x.dtype)
             divergence = (weight * log_weight).sum(1, keepdim=True) + number.log()
             location = (location + divergence / beta) * keep
-        return torch.stack([location, weight], 1).view([scans, 2] + grid)
+        if self.severity is None:
+            return torch.stack([location, weight], 1).view([scans, 2] + grid)
+        moved = (location.detach() + self.severity(location, log_weight, keep)) * keep
+        if self.training:
+            return torch.stack([location, moved, weight], 1).view([scans, 3] + grid)
+        return torch.stack([moved, weight], 1).view([scans, 2] + grid)
