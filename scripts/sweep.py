@@ -140,6 +140,17 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def renew_table(page: Path, rows: list[dict]) -> None:
+    """Put the table between the two marks of the page, under a temporary name, then rename."""
+    before, mark, rest = page.read_text().partition("<!-- table -->\n")
+    _, end, after = rest.partition("<!-- end of table -->\n")
+    if not (mark and end):
+        raise SystemExit(f"error: {page} lacks the marks <!-- table --> and <!-- end of table -->.")
+    temporary = page.with_name(f".{page.name}.tmp")
+    temporary.write_text(before + mark + markdown(rows) + end + after)
+    os.replace(temporary, page)
+
+
 def main() -> None:
     p = argparse.ArgumentParser(
         prog="python -m scripts.sweep",
@@ -155,12 +166,13 @@ def main() -> None:
     p.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1; a run uses all cores)")
     p.add_argument("--results", type=Path, default=Path("docs/results/localisation.csv"), help="the tidy CSV")
     p.add_argument("--work", type=Path, default=None, help="folder for temporary files")
-    p.add_argument("--table", action="store_true", help="print the results as a Markdown table and run nothing")
+    p.add_argument("--page", type=Path, default=Path("docs/localisation.md"), help="page whose table is renewed")
+    p.add_argument("--table", action="store_true", help="renew the table and run nothing")
     args = p.parse_args()
-    if args.table:
-        print(markdown(read_rows(args.results)), end="")
-        return
     rows = read_rows(args.results)
+    if args.table:
+        renew_table(args.page, rows)
+        return
     done = {tuple(str(row[k]) for k in KEY) for row in rows}
     wanted = [(c, v, s) for s in args.seeds for v in args.variants for c in args.complexities]
     todo = [key for key in wanted if tuple(map(str, key)) not in done]
@@ -172,6 +184,7 @@ def main() -> None:
             write_rows(args.results, rows)
             bar.update()
             bar.write(" ".join(f"{k}={row[k]}" for k in (*KEY, "pointing_game", "average_precision", "mae_events")))
+            renew_table(args.page, rows)
 
 
 if __name__ == "__main__":
