@@ -20,9 +20,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
+from monai.inferers import SimpleInferer
 from torch import Tensor
 
 from bundle.errors import InputError
+from bundle.explain import GridShiftInferer
 from bundle.networks import SurvivalMapNet
 from bundle.survival import CenTime, SurvivalMapLoss
 
@@ -33,7 +35,8 @@ Three questions, each answered by measurements made side by side in one run:
                PyTorch transformer of the same size (Conv3d embedding of every patch, nn.TransformerEncoder over the
                whole grid with a padding mask), with all of the image lung and with 35 % of it. Steps of the rivals
                alternate, so that a busy machine slows all of them.
-  forward      a whole CT, without gradients, in a process of its own: time, and peak memory over that of the imports.
+  forward      a whole CT, without gradients, in a process of its own: time, and peak memory over that of the imports;
+               once, and from all 64 origins of the patch grid, as inference does.
   scaling      train step of one scan from 32 to 256 voxels a side, fitted to time = a * voxels ** exponent.
 
 Times are medians. Let nothing else run beside it; a loaded machine makes them useless.
@@ -144,7 +147,7 @@ def resident(field: str) -> float | None:
 
 
 def alone(task: str, name: str, shape: tuple[int, ...], batch: int, share: float, repeats: int, threads: int) -> dict:
-    """In a fresh process: median time of a forward pass or training step, and peak memory over that of the imports."""
+    """In a fresh process: median time of a forward pass, map or training step, and peak memory over that of the imports."""
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     before = resident("VmRSS")
@@ -154,9 +157,11 @@ def alone(task: str, name: str, shape: tuple[int, ...], batch: int, share: float
         network, lung = build(name, max(shape)).eval(), two_lungs(shape, share, batch)
         image = torch.rand(batch, 1, *shape)
 
+        run = GridShiftInferer(4, network.stride) if task == "map" else SimpleInferer()
+
         @torch.no_grad()
         def step() -> None:
-            network(image, lung)
+            run(image, network, lung=lung)
 
     result = {"seconds": seconds({name: step}, repeats)[name], "peak_gib": None}
     if before is not None:
@@ -207,6 +212,7 @@ def measure_all(quick: bool, threads: int) -> dict:
         ("forward", "patch 32", FULL_CT, 1, 1.0),
         ("forward", "patch 32", FULL_CT, 1, SHARE),
         ("forward", "shipped", FULL_CT_3MM, 1, SHARE),
+        ("map", "shipped", FULL_CT_3MM, 1, SHARE),
         ("train", "shipped", (64, 64, 64), 8, 1.0),
         ("train", "shipped", (64, 64, 64), 8, SHARE),
         ("train", "window 2", (64, 64, 64), 4, SHARE),
@@ -268,7 +274,7 @@ def markdown(result: dict, command: str) -> str:
     ]
     whole = [
         [
-            {"forward": "forward pass", "train": "train step"}[r["task"]],
+            {"forward": "forward pass", "map": "map from 64 origins", "train": "train step"}[r["task"]],
             labels[r["network"]],
             f"{r['batch']} x " + " x ".join(map(str, r["shape"])),
             f"{r['lung_share']:.0%}",

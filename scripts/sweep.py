@@ -21,9 +21,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import pandas as pd
+import torch
 from tqdm import tqdm
 
-KEY = ["complexity", "variant", "seed"]
+from bundle.metrics.survival import c_index
+
+KEY = ["complexity", "variant", "train_scans", "seed"]
 SURVIVAL = ["c_index", "mae_events", "correlation", "mean_time_censored"]
 MAP = [
     "pointing_game",
@@ -34,7 +37,7 @@ MAP = [
     "survivor_heat",
     "inverted",
 ]
-COLUMNS = [*KEY, "overrides", "train_scans", "test_scans", "train_seconds", *MAP, *SURVIVAL]
+COLUMNS = [*KEY, "overrides", "test_scans", "train_seconds", *MAP, *SURVIVAL, "c_index_oracle"]
 HELD_OUT = 1000  # added to the seed of the phantoms to measure on
 
 # What differs from the shipped configuration, by name of the variant.
@@ -63,14 +66,14 @@ def python(*args: str, log: Path) -> None:
         raise RuntimeError(f"{' '.join(args)} failed:\n{log.read_text()[-2000:]}")
 
 
-def one_run(complexity: int, variant: str, seed: int, args: argparse.Namespace) -> dict:
+def one_run(complexity: int, variant: str, train_scans: int, seed: int, args: argparse.Namespace) -> dict:
     """Phantoms, training, evaluation of one configuration; returns its row."""
     overrides = VARIANTS[variant]
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
         work = Path(folder)
         log = work / "log.txt"
         size = ["--size", "96"] if complexity == 9 else []
-        for name, num, offset in (("train", args.train_scans, 0), ("test", args.test_scans, HELD_OUT)):
+        for name, num, offset in (("train", train_scans, 0), ("test", args.test_scans, HELD_OUT)):
             what = ["--complexity", str(complexity), "--num", str(num), "--seed", str(seed + offset)]
             python("scripts.make_phantoms", *what, *size, "--out", str(work / name), log=log)
         config = ["configs/train.json"] + ([] if complexity == 9 else ["configs/cohort/phantom.json"])
@@ -92,10 +95,12 @@ def one_run(complexity: int, variant: str, seed: int, args: argparse.Namespace) 
         scans = pd.read_csv(work / "eval" / "metrics_per_scan.csv")
         cohort = pd.read_csv(work / "test" / "cohort.csv")
     values = {**found["survival"], **found["localisation"]}
-    row = {"complexity": complexity, "variant": variant, "seed": seed, "overrides": json.dumps(overrides)}
-    row |= {"train_scans": args.train_scans, "test_scans": len(cohort), "train_seconds": round(seconds)}
+    row = {"complexity": complexity, "variant": variant, "train_scans": train_scans, "seed": seed}
+    row |= {"overrides": json.dumps(overrides), "test_scans": len(cohort), "train_seconds": round(seconds)}
     row |= {name: values[name]["value"] for name in MAP + SURVIVAL if name in values}
     row["inverted"] = int((scans.auroc < 0.5).sum())  # a map that ranks its lesion below the rest
+    if "true_risk" in cohort:
+        row["c_index_oracle"] = c_index(*(torch.tensor(cohort[k]) for k in ("true_risk", "time", "event")))
     return row
 
 
@@ -108,7 +113,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    for row in sorted(rows, key=lambda r: (int(r["complexity"]), r["variant"], int(r["seed"]))):
+    for row in sorted(rows, key=lambda r: (int(r["complexity"]), r["variant"], int(r["train_scans"]), int(r["seed"]))):
         writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -119,14 +124,15 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 def markdown(rows: list[dict]) -> str:
     """Mean (min - max) over seeds of every measure, a line for each complexity and variant."""
     table = pd.DataFrame(rows)
-    table[MAP + SURVIVAL + ["train_seconds"]] = table[MAP + SURVIVAL + ["train_seconds"]].apply(pd.to_numeric)
-    table["complexity"] = table["complexity"].astype(int)
+    table = table.reindex(columns=COLUMNS)
+    text = ["variant", "overrides"]
+    table[table.columns.difference(text)] = table[table.columns.difference(text)].apply(pd.to_numeric)
     names = {"pointing_game": "pointing", "average_precision": "AP", "average_precision_ceiling": "AP ceiling"}
     names |= {"mass_accuracy": "heat in mask", "confounder_mass": "heat in confounder", "survivor_heat": "survivors / dead"}
-    names |= {"inverted": "inverted maps", "c_index": "C-index", "mae_events": "MAE events, months"}
+    names |= {"inverted": "inverted maps", "c_index": "C-index", "c_index_oracle": "of the oracle", "mae_events": "MAE events, months"}
     names |= {"correlation": "correlation", "mean_time_censored": "mean time of censored", "train_seconds": "training, s"}
-    lines = ["| phantom | variant | seeds | " + " | ".join(names.values()) + " |", "|" + "---|" * (len(names) + 3)]
-    for (complexity, variant), group in table.groupby(["complexity", "variant"]):
+    lines = ["| phantom | variant | scans | seeds | " + " | ".join(names.values()) + " |", "|" + "---|" * (len(names) + 4)]
+    for (complexity, variant, scans), group in table.groupby(KEY[:3]):
         cells = []
         for name in names:
             values = group[name].dropna()
@@ -136,7 +142,7 @@ def markdown(rows: list[dict]) -> str:
             digits = 0 if name in ("train_seconds", "mean_time_censored", "inverted") else 2 if name == "mae_events" else 3
             spread = f" ({values.min():.{digits}f}–{values.max():.{digits}f})" if len(values) > 1 else ""
             cells.append(f"{values.sum() if name == 'inverted' else values.mean():.{digits}f}{spread}")
-        lines.append(f"| {complexity} | {variant} | {len(group)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {complexity} | {variant} | {scans} | {len(group)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -174,7 +180,7 @@ def main() -> None:
         renew_table(args.page, rows)
         return
     done = {tuple(str(row[k]) for k in KEY) for row in rows}
-    wanted = [(c, v, s) for s in args.seeds for v in args.variants for c in args.complexities]
+    wanted = [(c, v, args.train_scans, s) for s in args.seeds for v in args.variants for c in args.complexities]
     todo = [key for key in wanted if tuple(map(str, key)) not in done]
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(wanted), initial=len(wanted) - len(todo)) as bar:
         futures = [pool.submit(one_run, *key, args) for key in todo]
