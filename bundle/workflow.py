@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from monai.data import DataLoader, pad_list_data_collate
 from monai.utils import set_determinism
 from tqdm import tqdm
 
@@ -18,10 +19,12 @@ from bundle.data.cohort import read_cohort, single_scan, split_cohort
 from bundle.data.datasets import ScanCache
 from bundle.errors import InputError, plain_errors
 from bundle.settings import patient_digest
+from bundle.survival import fit_severity
 
 __all__ = [
     "begin",
     "fill_caches",
+    "fit_network_severity",
     "flag",
     "make_folder",
     "margin_voxels",
@@ -91,6 +94,41 @@ def fill_caches(*datasets: ScanCache) -> None:
     """Preprocess all scans that are not in the cache yet, with a progress bar; a bad scan shows before training."""
     for dataset in datasets:
         dataset.fill(partial(tqdm, desc="preprocessing", unit="scan"))
+
+
+def fit_network_severity(
+    network: torch.nn.Module, objective: torch.nn.Module, dataset: ScanCache, device: torch.device, seed: int
+) -> dict:
+    """Last step of a training: the months that the disease on the finished maps stands for, and how sure that is.
+
+    What severity reads off a map is averaged over a few random origins of the patch grid, as inference will average it.
+
+    Returns:
+        the arguments of the objective to be saved in the settings, with the variance that was found.
+    """
+    if network.severity is None:
+        return objective.arguments
+    network.eval()
+    loader = DataLoader(dataset, batch_size=4, collate_fn=pad_list_data_collate)
+    read: list[torch.Tensor] = []
+    hook = network.severity.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    passes, outcomes = [], []
+    try:
+        for i in range(4):
+            set_determinism((seed * 1_000_003 + 999_983 + i) % 2**32)
+            dataset.transform.set_random_state(seed + i)
+            read.clear()
+            outcomes.clear()
+            for batch in tqdm(loader, desc=f"severity {i + 1}/4", unit="batch", leave=False):
+                image, outcome, _, extra = prepare_batch(batch, device)
+                with torch.no_grad():
+                    network(image, **extra)
+                outcomes.append(outcome)
+            passes.append(torch.cat(read))
+    finally:
+        hook.remove()
+    numbers, outcome = torch.stack(passes).mean(0).cpu(), torch.cat(outcomes).cpu()
+    return {**objective.arguments, "variance": fit_severity(network.severity, numbers, outcome, objective)}
 
 
 def scans_to_evaluate(cohort: str | None, settings: dict | None, split: str | None, on_fault: str) -> list[dict]:

@@ -11,22 +11,27 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
+import threading
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
 
 from bundle.metrics.survival import c_index
+from bundle.settings import file_sha256, settings_file, write_json
 
-KEY = ["complexity", "variant", "train_scans", "seed"]
+KEY = ["complexity", "variant", "train_scans", "seed", "test"]
 SURVIVAL = ["c_index", "mae_events", "correlation", "mean_time_censored"]
 MAP = [
     "pointing_game",
@@ -38,12 +43,15 @@ MAP = [
     "inverted",
 ]
 COLUMNS = [*KEY, "overrides", "test_scans", "train_seconds", *MAP, *SURVIVAL, "c_index_oracle"]
-HELD_OUT = 1000  # added to the seed of the phantoms to measure on
+HELD_OUT = 10_000  # added to the seed of the phantoms to measure on
 
-# What differs from the shipped configuration, by name of the variant.
+# What differs from the shipped configuration, by name of the variant; "phantoms" are options of scripts.make_phantoms.
 VARIANTS: dict[str, dict] = {
     "default": {},
     "softmin": {"network_def#head": "softmin"},
+    "hazard": {"network_def#head": "hazard"},
+    "mean": {"network_def#head": "mean"},
+    "mean_global": {"network_def#head": "mean", "network_def#window": 0, "network_def#patch_size": 8},
     "no_window": {"network_def#window": 1},
     "window_4": {"network_def#window": 4},
     "global": {"network_def#window": 0, "network_def#patch_size": 8},
@@ -51,61 +59,133 @@ VARIANTS: dict[str, dict] = {
     "no_entropy": {"loss#entropy": 0.0},
     "no_smoothness": {"loss#smoothness": 0.0},
     "no_anneal": {"train#handlers#1#vc_kwargs#start": 1.0},
-    "severity": {"network_def#severity": True},
-    "no_range": {"network_def#loc_range": None},
+    "no_range": {"network_def#loc_range": None, "network_def#severity": False},
     "no_shift": {"train#random_transforms#0#prob": 0.0},
     "patch_8": {"network_def#patch_size": 8},
+    "shuffled_outcomes": {"shuffle": True},
+}
+
+# What is measured of one training: other phantoms, or other weights.
+TESTS: dict[str, dict] = {
+    "same": {},
+    "severity_off": {"weights": "severity_off"},
+    "noise_x2": {"phantoms": {"noise": 0.4}},
+    "contrast_80": {"phantoms": {"bright": 16.0, "noise": 0.16}},
+    "contrast_120": {"phantoms": {"bright": 24.0, "noise": 0.24}},
+    "size_48": {"phantoms": {"size": 48}},
+    "size_96": {"phantoms": {"size": 96}},
 }
 
 
-def python(*args: str, log: Path) -> None:
-    """Run a module of this repository; a failure shows the end of its log."""
-    with open(log, "a") as f:
-        done = subprocess.run([sys.executable, "-m", *args], stdout=f, stderr=subprocess.STDOUT)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(args)} failed:\n{log.read_text()[-2000:]}")
+class Runner:
+    """Phantoms, trainings and evaluations in a folder of work; what is there already is not made again."""
 
+    def __init__(self, work: Path, test_scans: int, threads: int) -> None:
+        self.work = work
+        self.test_scans = test_scans
+        self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        self.locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
 
-def one_run(complexity: int, variant: str, train_scans: int, seed: int, args: argparse.Namespace) -> dict:
-    """Phantoms, training, evaluation of one configuration; returns its row."""
-    overrides = VARIANTS[variant]
-    with tempfile.TemporaryDirectory(dir=args.work) as folder:
-        work = Path(folder)
-        log = work / "log.txt"
-        size = ["--size", "96"] if complexity == 9 else []
-        for name, num, offset in (("train", train_scans, 0), ("test", args.test_scans, HELD_OUT)):
-            what = ["--complexity", str(complexity), "--num", str(num), "--seed", str(seed + offset)]
-            python("scripts.make_phantoms", *what, *size, "--out", str(work / name), log=log)
-        config = ["configs/train.json"] + ([] if complexity == 9 else ["configs/cohort/phantom.json"])
+    def python(self, *args: str, log: Path) -> None:
+        """Run a module of this repository; a failure shows the end of its log."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "a") as f:
+            command = [sys.executable, "-m", *args]
+            done = subprocess.run(command, stdout=f, stderr=subprocess.STDOUT, env=self.environment)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(args)} failed:\n{log.read_text()[-2000:]}")
+
+    def phantoms(self, complexity: int, num: int, seed: int, options: dict) -> Path:
+        """Folder of a cohort of phantoms."""
+        options = {"size": 96, **options} if complexity == 9 else options
+        name = "_".join([str(complexity), str(num), str(seed), *(f"{k}{v}" for k, v in options.items())])
+        folder = self.work / "phantoms" / name
+        with self.locks[name]:
+            self.python(
+                *("scripts.make_phantoms", "--complexity", str(complexity), "--num", str(num), "--seed", str(seed)),
+                *(text for key, value in options.items() for text in (f"--{key}", str(value))),
+                *("--out", str(folder)),
+                log=self.work / "phantoms" / f"{name}.log",
+            )
+        return folder
+
+    def train(self, complexity: int, variant: str, train_scans: int, seed: int) -> tuple[Path, int]:
+        """Folder of the trained weights and the seconds that training took."""
+        overrides = dict(VARIANTS[variant])
+        phantoms = self.phantoms(complexity, train_scans, seed, overrides.pop("phantoms", {}))
+        folder = self.work / "runs" / f"{complexity}_{variant}_{train_scans}_{seed}"
+        done = folder / "seconds.txt"
+        if done.is_file():
+            return folder, int(done.read_text())
+        cohort = pd.read_csv(phantoms / "cohort.csv")
+        # A tenth validates, with as many events as there are in the rest.
+        cohort["split"] = ["val" if i % 20 in (9, 10) else "train" for i in range(len(cohort))]
+        if overrides.pop("shuffle", False):
+            order = np.random.default_rng(seed).permutation(len(cohort))
+            cohort[["time", "event"]] = cohort[["time", "event"]].to_numpy()[order]
+        table = phantoms / f"split_{variant}.csv"
+        cohort.to_csv(table, index=False)
+        config = ["configs/train.json", f"configs/cohort/{'chest_' if complexity == 9 else ''}phantom.json"]
         start = time.time()
-        python(
-            *("monai.bundle", "run", "--config_file", str(config), "--cohort", str(work / "train" / "cohort.csv")),
-            *("--ckpt_dir", str(work / "run"), "--output_dir", str(work / "run"), "--seed", str(seed)),
+        self.python(
+            *("monai.bundle", "run", "--config_file", str(config)),
+            *("--cohort", str(table), "--ckpt_dir", str(folder), "--output_dir", str(folder), "--seed", str(seed)),
             *(text for key, value in overrides.items() for text in (f"--{key}", str(value))),
-            log=log,
+            log=folder / "log.txt",
         )
-        seconds = time.time() - start
-        python(
+        shutil.rmtree(folder / "cache")
+        done.write_text(str(round(time.time() - start)))
+        return folder, int(done.read_text())
+
+    def row(self, complexity: int, variant: str, train_scans: int, seed: int, test: str) -> dict:
+        """Train, unless that is done, and evaluate: one row of the table."""
+        with self.locks[f"{complexity} {variant} {train_scans} {seed}"]:
+            run, seconds = self.train(complexity, variant, train_scans, seed)
+        what = TESTS[test]
+        options = {**VARIANTS[variant].get("phantoms", {}), **what.get("phantoms", {})}
+        phantoms = self.phantoms(complexity, self.test_scans, seed + HELD_OUT, options)
+        folder = run / f"test_{test}"
+        model = run / "model.pt"
+        if what.get("weights") == "severity_off":
+            model = without_severity(run, folder)
+        self.python(
             *("monai.bundle", "run", "--config_file", "configs/evaluate.json"),
-            *("--cohort", str(work / "test" / "cohort.csv"), "--ckpt", str(work / "run" / "model.pt")),
-            *("--output_dir", str(work / "eval")),
-            log=log,
+            *("--cohort", str(phantoms / "cohort.csv"), "--ckpt", str(model), "--output_dir", str(folder)),
+            log=folder / "log.txt",
         )
-        found = json.loads((work / "eval" / "metrics.json").read_text())
-        scans = pd.read_csv(work / "eval" / "metrics_per_scan.csv")
-        cohort = pd.read_csv(work / "test" / "cohort.csv")
-    values = {**found["survival"], **found["localisation"]}
-    row = {"complexity": complexity, "variant": variant, "train_scans": train_scans, "seed": seed}
-    row |= {"overrides": json.dumps(overrides), "test_scans": len(cohort), "train_seconds": round(seconds)}
-    row |= {name: values[name]["value"] for name in MAP + SURVIVAL if name in values}
-    row["inverted"] = int((scans.auroc < 0.5).sum())  # a map that ranks its lesion below the rest
-    if "true_risk" in cohort:
-        row["c_index_oracle"] = c_index(*(torch.tensor(cohort[k]) for k in ("true_risk", "time", "event")))
-    return row
+        found = json.loads((folder / "metrics.json").read_text())
+        scans = pd.read_csv(folder / "metrics_per_scan.csv")
+        cohort = pd.read_csv(phantoms / "cohort.csv")
+        values = {**found["survival"], **found["localisation"]}
+        row = dict(zip(KEY, (complexity, variant, train_scans, seed, test)))
+        row |= {"overrides": json.dumps(VARIANTS[variant]), "test_scans": len(cohort), "train_seconds": seconds}
+        row |= {name: values[name]["value"] for name in MAP + SURVIVAL if name in values}
+        row["inverted"] = int((scans.auroc < 0.5).sum())  # a map that ranks its lesion below the rest
+        if "true_risk" in cohort:
+            row["c_index_oracle"] = c_index(*(torch.tensor(cohort[k]) for k in ("true_risk", "time", "event")))
+        return row
+
+
+def without_severity(run: Path, folder: Path) -> Path:
+    """A copy of the weights of a run whose severity says nothing."""
+    weights = torch.load(run / "model.pt", weights_only=True)
+    for name in ("severity.slope", "severity.offset"):
+        weights[name].zero_()
+    folder.mkdir(exist_ok=True)
+    model = folder / "model.pt"
+    torch.save(weights, model)
+    settings = json.loads((run / "settings.json").read_text())
+    settings["objective"]["variance"] = 36.0  # that of training
+    write_json(settings_file(model), {**settings, "weights_sha256": file_sha256(model)})
+    return model
 
 
 def read_rows(path: Path) -> list[dict]:
     return list(csv.DictReader(path.open())) if path.is_file() else []
+
+
+def order(row: dict) -> tuple:
+    return int(row["complexity"]), row["variant"], int(row["train_scans"]), int(row["seed"]), row["test"]
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -113,7 +193,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    for row in sorted(rows, key=lambda r: (int(r["complexity"]), r["variant"], int(r["train_scans"]), int(r["seed"]))):
+    for row in sorted(rows, key=order):
         writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -125,14 +205,14 @@ def markdown(rows: list[dict]) -> str:
     """Mean (min - max) over seeds of every measure, a line for each complexity and variant."""
     table = pd.DataFrame(rows)
     table = table.reindex(columns=COLUMNS)
-    text = ["variant", "overrides"]
+    text = ["variant", "test", "overrides"]
     table[table.columns.difference(text)] = table[table.columns.difference(text)].apply(pd.to_numeric)
     names = {"pointing_game": "pointing", "average_precision": "AP", "average_precision_ceiling": "AP ceiling"}
     names |= {"mass_accuracy": "heat in mask", "confounder_mass": "heat in confounder", "survivor_heat": "survivors / dead"}
     names |= {"inverted": "inverted maps", "c_index": "C-index", "c_index_oracle": "of the oracle", "mae_events": "MAE events, months"}
     names |= {"correlation": "correlation", "mean_time_censored": "mean time of censored", "train_seconds": "training, s"}
-    lines = ["| phantom | variant | scans | seeds | " + " | ".join(names.values()) + " |", "|" + "---|" * (len(names) + 4)]
-    for (complexity, variant, scans), group in table.groupby(KEY[:3]):
+    lines = ["| phantom | variant | scans | measured on | seeds | " + " | ".join(names.values()) + " |", "|" + "---|" * (len(names) + 5)]
+    for (complexity, variant, scans, test), group in table.groupby(KEY[:3] + KEY[4:]):
         cells = []
         for name in names:
             values = group[name].dropna()
@@ -142,7 +222,7 @@ def markdown(rows: list[dict]) -> str:
             digits = 0 if name in ("train_seconds", "mean_time_censored", "inverted") else 2 if name == "mae_events" else 3
             spread = f" ({values.min():.{digits}f}–{values.max():.{digits}f})" if len(values) > 1 else ""
             cells.append(f"{values.sum() if name == 'inverted' else values.mean():.{digits}f}{spread}")
-        lines.append(f"| {complexity} | {variant} | {scans} | {len(group)} | " + " | ".join(cells) + " |")
+        lines.append(f"| {complexity} | {variant} | {scans} | {test} | {len(group)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -167,11 +247,12 @@ def main() -> None:
     p.add_argument("--complexities", type=int, nargs="+", default=[1, 2], help="phantoms (default 1 2)")
     p.add_argument("--variants", nargs="+", default=["default"], choices=VARIANTS, help="see below (default: default)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of network and data (default 0 1 2)")
-    p.add_argument("--train_scans", type=int, default=96, help="scans a run, training and validation (default 96)")
-    p.add_argument("--test_scans", type=int, default=32, help="held-out scans a run (default 32)")
-    p.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1; a run uses all cores)")
+    p.add_argument("--tests", nargs="+", default=["same"], choices=TESTS, help="what to measure on (default: same)")
+    p.add_argument("--train_scans", type=int, default=100, help="scans a run, a tenth for validation (default 100)")
+    p.add_argument("--test_scans", type=int, default=24, help="held-out scans a run (default 24)")
+    p.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default 1)")
     p.add_argument("--results", type=Path, default=Path("docs/results/localisation.csv"), help="the tidy CSV")
-    p.add_argument("--work", type=Path, default=None, help="folder for temporary files")
+    p.add_argument("--work", type=Path, default=Path("runs/sweep"), help="phantoms and weights (default runs/sweep)")
     p.add_argument("--page", type=Path, default=Path("docs/localisation.md"), help="page whose table is renewed")
     p.add_argument("--table", action="store_true", help="renew the table and run nothing")
     args = p.parse_args()
@@ -180,10 +261,13 @@ def main() -> None:
         renew_table(args.page, rows)
         return
     done = {tuple(str(row[k]) for k in KEY) for row in rows}
-    wanted = [(c, v, args.train_scans, s) for s in args.seeds for v in args.variants for c in args.complexities]
+    keys = itertools.product(args.seeds, args.variants, args.complexities, args.tests)
+    wanted = [(c, v, args.train_scans, s, t) for s, v, c, t in keys]
     todo = [key for key in wanted if tuple(map(str, key)) not in done]
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    runner = Runner(args.work.resolve(), args.test_scans, threads)
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(wanted), initial=len(wanted) - len(todo)) as bar:
-        futures = [pool.submit(one_run, *key, args) for key in todo]
+        futures = [pool.submit(runner.row, *key) for key in todo]
         for future in as_completed(futures):
             row = future.result()
             rows.append(row)

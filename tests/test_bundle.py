@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import monai.bundle
 import nibabel as nib
@@ -20,6 +21,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 
+from bundle.data.datasets import EventSampler
 from bundle.errors import InputError, input_error_of
 from bundle.networks import SurvivalMapNet
 from bundle.settings import file_sha256
@@ -105,6 +107,45 @@ def test_a_stopped_run_goes_on_to_the_very_same_weights(tiny_cohort, tmp_path, t
     for name, value in once["network"].items():
         assert torch.equal(value, twice["network"][name]), name
     assert once["best"] == twice["best"]
+
+
+def test_a_run_stopped_while_finishing_finishes_to_the_very_same_weights(tiny_cohort, tmp_path, trained, monkeypatch):
+    from bundle.handlers import RunCheckpoint
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunCheckpoint, "end", lambda self, engine: None)
+        train(tiny_cohort, tmp_path)
+    assert file_sha256(tmp_path / "model.pt") != file_sha256(trained)  # severity says nothing yet
+    train(tiny_cohort, tmp_path)
+    once, twice = (torch.load(folder / "model.pt", weights_only=True) for folder in (trained.parent, tmp_path))
+    assert all(torch.equal(value, twice[name]) for name, value in once.items())
+    assert json.loads((tmp_path / "settings.json").read_text())["weights_sha256"] == file_sha256(tmp_path / "model.pt")
+
+
+def test_weights_from_before_the_schedules_have_settled_are_not_the_best(tiny_cohort, tmp_path, trained, monkeypatch):
+    from bundle.handlers import RunCheckpoint
+
+    save = RunCheckpoint.save
+
+    def save_with_best_epoch_first(self, engine):
+        self.validator.state.metrics[self.metric] = -float(engine.state.epoch)
+        save(self, engine)
+
+    monkeypatch.setattr(RunCheckpoint, "save", save_with_best_epoch_first)
+    train(tiny_cohort, tmp_path, max_epochs=5)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert state["best_epoch"] == 4 and state["best"] == -4.0  # the first of the last fifth
+
+
+def test_every_batch_has_the_cohorts_share_of_events():
+    for deaths, num in ((5, 20), (10, 20), (3, 8)):
+        dataset = SimpleNamespace(data=[{"event": int(i < deaths)} for i in range(num)])
+        orders = [list(EventSampler(dataset)) for _ in range(20)]
+        for order in orders:
+            assert sorted(order) == list(range(num))
+            share = [sum(i < deaths for i in order[k : k + 4]) for k in range(0, num, 4)]
+            assert max(share) - min(share) <= 1
+        assert len({tuple(order) for order in orders}) > 15
 
 
 def test_a_finished_run_is_left_alone_and_other_settings_are_refused(tiny_cohort, trained):

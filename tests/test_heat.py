@@ -14,6 +14,7 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from bundle.explain import GridShiftInferer, patch_heat, to_voxels
+from bundle.explain.grid_shift import months_of_cells
 from bundle.networks import SurvivalMapNet
 from bundle.survival import death_by, log_pmf
 
@@ -42,14 +43,13 @@ def test_patch_heat_sums_to_the_probability_of_death():
     torch.testing.assert_close(heat[:, 0], death.view(2, 1, 1, 1) * survival_map[:, 1])
 
 
-@pytest.mark.parametrize("sigma", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("shape", [(16, 16, 16), (13, 15, 9)])
-def test_total_heat_is_the_probability_of_death(shape, masked, sigma):
+def test_total_heat_is_the_probability_of_death(shape, masked):
     death = torch.tensor([0.8, 0.03])
     grid = [-(-n // 4) for n in shape]
     lung = random_lung(*shape) if masked else None
-    heat = to_voxels(patch_heat(random_map(*grid), death), 4, shape, lung, sigma)
+    heat = to_voxels(patch_heat(random_map(*grid), death), 4, shape, lung)
     assert heat.shape == (2, 1, *shape) and bool((heat >= 0).all())
     torch.testing.assert_close(heat.sum((1, 2, 3, 4)), death)
     if lung is not None:
@@ -58,7 +58,7 @@ def test_total_heat_is_the_probability_of_death(shape, masked, sigma):
 
 def test_without_smoothing_a_patch_is_spread_evenly_over_its_cell():
     heat = random_map(2, 3, 2)[:, 1:]
-    voxels = to_voxels(heat, 3, (6, 9, 6), None, 0.0)
+    voxels = to_voxels(heat, 3, (6, 9, 6), None)
     for z in range(6):
         for y in range(9):
             for x in range(6):
@@ -67,33 +67,20 @@ def test_without_smoothing_a_patch_is_spread_evenly_over_its_cell():
 
 def test_without_smoothing_the_cut_cells_of_the_border_take_their_share():
     """A cell cut by the image's border keeps the density of the others; the sum is right all the same."""
-    voxels = to_voxels(torch.full((1, 1, 2, 1, 1), 0.25), 4, (6, 4, 4), None, 0.0)
+    voxels = to_voxels(torch.full((1, 1, 2, 1, 1), 0.25), 4, (6, 4, 4), None)
     torch.testing.assert_close(voxels, torch.full((1, 1, 6, 4, 4), 0.5 / 96))
-
-
-def test_smoothing_is_a_gaussian_whose_width_is_in_cells():
-    heat = torch.zeros(1, 1, 13, 1, 1)
-    heat[0, 0, 6] = 1.0
-    cell, sigma = 4, 1.5
-    voxels = to_voxels(heat, cell, (52, 4, 4), None, sigma).sum((0, 1, 3, 4)).double()
-    place = torch.arange(52, dtype=torch.float64)
-    mean = (place * voxels).sum()
-    variance = ((place - mean).square() * voxels).sum()
-    assert float(mean) == pytest.approx(6 * cell + (cell - 1) / 2, abs=1e-3)
-    # A cell of n voxels adds (n^2 - 1)/12; the Gaussian is cut at three sigma, which costs 3 % of its variance.
-    assert float(variance) == pytest.approx((sigma * cell) ** 2 + (cell**2 - 1) / 12, rel=0.05)
 
 
 @pytest.mark.parametrize("axis", [2, 3, 4])
 def test_flipped_heat_gives_flipped_voxels(axis):
     heat, lung = patch_heat(random_map(3, 4, 2), torch.tensor([0.5, 0.9])), random_lung(12, 16, 8)
-    voxels = to_voxels(heat, 4, (12, 16, 8), lung, 0.5)
-    flipped = to_voxels(heat.flip(axis), 4, (12, 16, 8), lung.flip(axis), 0.5)
+    voxels = to_voxels(heat, 4, (12, 16, 8), lung)
+    flipped = to_voxels(heat.flip(axis), 4, (12, 16, 8), lung.flip(axis))
     torch.testing.assert_close(flipped, voxels.flip(axis))
 
 
 def test_a_patient_without_risk_has_no_heat():
-    heat = to_voxels(torch.zeros(1, 1, 2, 2, 2), 4, (8, 8, 8), random_lung(8, 8, 8, batch=1), 0.5)
+    heat = to_voxels(torch.zeros(1, 1, 2, 2, 2), 4, (8, 8, 8), random_lung(8, 8, 8, batch=1))
     assert bool((heat == 0).all())
 
 
@@ -127,7 +114,7 @@ def sphere(size: int, radius: float) -> Tensor:
 def test_one_shift_is_the_network_itself():
     net = SurvivalMapNet(patch_size=4, dim=16).eval()
     image, lung = torch.rand(1, 1, 16, 16, 16), random_lung(16, 16, 16, batch=1)
-    assert torch.equal(GridShiftInferer(1, 4)(image, net, lung=lung), net(image, lung))
+    torch.testing.assert_close(GridShiftInferer(1, 4)(image, net, lung=lung), net(image, lung), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shifts", [2, 4])
@@ -224,10 +211,54 @@ def test_sharper_than_one_grid_on_a_sphere():
     score = {}
     for shifts in (1, 2, 4):
         survival_map = GridShiftInferer(shifts, patch)(image, network)
-        heat = to_voxels(patch_heat(survival_map, torch.ones(1)), patch // shifts, (32, 32, 32), None, 0.0)
+        heat = to_voxels(patch_heat(survival_map, torch.ones(1)), patch // shifts, (32, 32, 32), None)
         score[shifts] = average_precision_score(truth.flatten(), heat.flatten())
         torch.testing.assert_close(heat.sum(), torch.tensor(1.0))
     assert score[2] > score[1] + 0.02 and score[4] > score[2] - 0.001
+
+
+def test_smoothing_is_a_gaussian_whose_width_is_in_cells():
+    class Point(nn.Module):
+        def forward(self, image: Tensor, lung: Tensor | None = None) -> Tensor:
+            weight = torch.full((1, 13, 13, 13), 1e-30)
+            weight[0, 6, 6, 6] = 1.0
+            return torch.stack([torch.full_like(weight, 40.0), weight], 1)
+
+    location, weight = GridShiftInferer(1, 4, sigma=1.5)(torch.zeros(1, 1, 52, 52, 52), Point())[0]
+    place, line = torch.arange(13.0), weight.sum((1, 2))
+    assert float((place * line).sum()) == pytest.approx(6, abs=1e-4)
+    # The Gaussian is cut at three sigma, which costs 3 % of its variance.
+    assert float(((place - 6).square() * line).sum()) == pytest.approx(1.5**2, rel=0.05)
+    assert float((location * weight).sum()) == pytest.approx(40, abs=1e-3)
+
+
+def test_refinement_finds_the_bright_voxels_within_hot_patches():
+    image = torch.full((1, 1, 16, 16, 16), 0.2)
+    image[:, :, 7, 2:14, 2:14] = 1.0
+    network = Brightness(4, beta=0.2)
+    plain, refined = (GridShiftInferer(4, 4, refine=refine)(image, network) for refine in (False, True))
+    wall = image[0, 0] > 0.5
+    assert float(refined[0, 1][wall].sum()) > 2 * float(plain[0, 1][wall].sum())
+    for survival_map in (plain, refined):
+        assert float(survival_map[0, 1].sum()) == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close((plain[:, 0] * plain[:, 1]).sum(), (refined[:, 0] * refined[:, 1]).sum())
+    flipped = GridShiftInferer(4, 4, refine=True)(image.flip(3), network)
+    torch.testing.assert_close(flipped[:, 1].flip(2)[0, :, 8], refined[0, 1, :, 8], rtol=0.5, atol=1e-4)
+
+
+def test_refinement_leaves_alone_what_brightness_does_not_explain():
+    image, lung = torch.full((1, 1, 16, 16, 16), 0.5), random_lung(16, 16, 16, batch=1)
+    plain, refined = (GridShiftInferer(4, 4, refine=r)(image, Brightness(4, 0.2), lung=lung) for r in (False, True))
+    torch.testing.assert_close(refined, plain)
+
+
+def test_months_of_cells_are_gradient_times_brightness_above_the_median():
+    gradient, image = torch.randn(1, 1, 8, 8, 8), torch.rand(1, 1, 8, 8, 8)
+    lung = random_lung(8, 8, 8, batch=1)
+    months = months_of_cells(gradient, image, lung, 2, [4, 4, 4])
+    above = image - image[lung > 0].median()
+    expected = ((-gradient * above).clamp_min(0) * lung)[0, 0].view(4, 2, 4, 2, 4, 2).sum((1, 3, 5))
+    torch.testing.assert_close(months[0], expected)
 
 
 @pytest.mark.parametrize("shifts, stride", [(3, 4), (0, 4), (8, 4)])

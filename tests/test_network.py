@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -15,9 +16,9 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 from bundle.networks import SurvivalMapNet
+from bundle.networks.heads import HEADS, hazard_head, mean_head, softmin_head
+from bundle.networks.severity import Severity, minkowski_functionals
 from bundle.networks.survival_map_net import Attention, PatchEmbed, group_in_windows
-from bundle.survival import CenTime, SurvivalMapLoss
-from bundle.survival.objectives import SEVERITY_WEIGHT
 
 SMALL = {"patch_size": 4, "dim": 16, "num_heads": 2}
 
@@ -57,7 +58,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 # ------------------------------------------------------------------------------------------------------ the map
 
 
-@pytest.mark.parametrize("head", ["lse", "softmin"])
+@pytest.mark.parametrize("head", HEADS)
 def test_weights_sum_to_one_over_the_lung_and_are_zero_outside(head):
     lung = two_lungs()
     location, weight = lively(head=head)(torch.rand(2, 1, 24, 24, 24), lung).unbind(1)
@@ -286,9 +287,10 @@ def test_lse_head_is_the_log_mean_exp_of_the_raw_locations():
     close(weight, raw_weight)
     for i in range(2):
         loc = raw_location[i][raw_weight[i] > 0]
-        assert len(loc) > 10 and loc.std() > 1
+        share = F.avg_pool3d(lung[i], 4).flatten().double()[raw_weight[i] > 0]
+        assert len(loc) > 10 and loc.std() > 1 and share.min() < 0.5
         beta = 0.5 / 15
-        expected = -(torch.logsumexp(-beta * loc, 0) - math.log(len(loc))) / beta
+        expected = -((share * (-beta * loc).exp()).sum() / share.sum()).log() / beta
         torch.testing.assert_close((location[i] * weight[i]).sum(), expected, rtol=1e-5, atol=1e-3)
         torch.testing.assert_close(raw_weight[i][raw_weight[i] > 0], torch.softmax(-beta * loc, 0), rtol=1e-4, atol=0)
         # One number a scan moves all locations.
@@ -300,7 +302,7 @@ def test_lse_head_is_the_log_mean_exp_of_the_raw_locations():
 @torch.no_grad()
 def test_twice_the_disease_is_a_shorter_life():
     """A bright patch has a life 40 months shorter than a dark one; more bright ones shorten the scan's life."""
-    net = without_position(SurvivalMapNet(**SMALL, head="lse", depth=0, loc_range=None).eval())
+    net = without_position(SurvivalMapNet(**SMALL, head="lse", depth=0, loc_range=None, severity=False).eval())
     flat = torch.zeros(1, 1, 4, 4, 4)
     difference = float(net(flat + 1)[0, 0] - net(flat)[0, 0])
     net.to_location[-1].weight *= -40 / difference
@@ -319,7 +321,7 @@ def test_twice_the_disease_is_a_shorter_life():
 
 def test_locations_stay_within_their_range_and_untouched_in_its_middle():
     image = torch.rand(1, 1, 16, 16, 16)
-    free, bound = (without_position(SurvivalMapNet(**SMALL, head="softmin", loc_range=r).eval()) for r in (None, (0, 120)))
+    free, bound = (without_position(SurvivalMapNet(**SMALL, head="softmin", loc_range=r, severity=False).eval()) for r in (None, (0, 120)))
     bound.load_state_dict(free.state_dict())
     for scale in (1.0, 1e3):
         with torch.no_grad():
@@ -340,17 +342,18 @@ def test_a_range_without_loc_bias_is_refused(loc_range):
 
 
 def with_severity(**arguments) -> SurvivalMapNet:
-    net = lively(severity=True, **arguments)
-    nn.init.normal_(net.severity.layers[-1].weight)
+    net = lively(**arguments)
+    net.severity.slope.normal_()
+    net.severity.offset.fill_(5.0)
     return net
 
 
 def test_severity_starts_as_nothing_and_then_moves_all_locations_of_a_scan_alike():
-    plain, lung, image = lively(), two_lungs(), torch.rand(2, 1, 24, 24, 24)
-    same = SurvivalMapNet(**SMALL, severity=True).eval()
+    plain, lung, image = lively(severity=False), two_lungs(), torch.rand(2, 1, 24, 24, 24)
+    same = SurvivalMapNet(**SMALL).eval()
     same.load_state_dict(plain.state_dict(), strict=False)
     close(same(image, lung), plain(image, lung))
-    nn.init.normal_(same.severity.layers[-1].weight)
+    same.severity.slope.normal_()
     moved, before = same(image, lung), plain(image, lung)
     close(moved[:, 1], before[:, 1])
     for after, location, inside in zip(moved[:, 0], before[:, 0], before[:, 1] > 0):
@@ -359,24 +362,70 @@ def test_severity_starts_as_nothing_and_then_moves_all_locations_of_a_scan_alike
     assert bool((moved[:, 0][before[:, 1] == 0] == 0).all())
 
 
-def test_severity_reads_the_map_and_cannot_change_it():
-    net, outcome = with_severity().train(), torch.tensor([[12.0, 1.0], [99.0, 0.0]])
-    survival_map = net(torch.rand(2, 1, 16, 16, 16))
-    assert survival_map.shape[1] == 3
-    CenTime()(torch.stack([survival_map[:, 1], survival_map[:, 2].detach()], 1), outcome).backward()
-    for name, parameter in net.named_parameters():
-        moves = parameter.grad is not None and bool((parameter.grad != 0).any())
-        assert moves == name.startswith("severity.")
-    loss, parts = SurvivalMapLoss(CenTime(), 0.5, 0.1), survival_map.detach()
-    expected = loss(parts[:, [0, 2]], outcome) + SEVERITY_WEIGHT * CenTime()(parts[:, [1, 2]], outcome)
-    close(loss(parts, outcome), expected)
+def test_severity_is_silent_in_training_and_has_no_gradient():
+    net, plain, image = with_severity(), lively(severity=False), torch.rand(2, 1, 16, 16, 16, requires_grad=True)
+    plain.load_state_dict({k: v for k, v in net.state_dict().items() if k in plain.state_dict()})
+    close(net.train()(image), plain.train()(image))
+    gradients = []
+    for network in (net.eval(), plain.eval()):
+        location, weight = network(image).unbind(1)
+        gradients.append(torch.autograd.grad((location * weight).sum(), image)[0])
+    close(*gradients)
 
 
 def test_severity_leaves_alone_who_is_in_no_danger():
-    severity = with_severity().severity
-    log_weight, keep = torch.full((2, 8), 1 / 8).log(), torch.ones(2, 8, dtype=torch.bool)
-    shift = severity(torch.tensor([[110.0], [20.0]]).expand(2, 8), log_weight, keep)
-    assert float(shift[0]) == 0 and float(shift[1]) != 0
+    severity = Severity(-5.0, 120.0)
+    severity.offset.fill_(5.0)
+    assert severity(torch.tensor([[115.0], [20.0]]).expand(2, 8)).tolist() == [0.0, 5.0]
+
+
+def body(*boxes: tuple[slice, slice, slice], size: int = 16) -> Tensor:
+    x = torch.zeros(1, size, size, size)
+    for box in boxes:
+        x[(0, *box)] = 1
+    return x
+
+
+def test_minkowski_functionals_of_bodies_that_are_known():
+    box = (slice(2, 5), slice(0, 4), slice(3, 8))  # 3 x 4 x 5, touching the border
+    expected = torch.tensor([[60.0, 94.0, 12.0, 1.0]])
+    close(minkowski_functionals(body(box)), expected)
+    apart = (slice(8, 11), slice(8, 12), slice(10, 15))
+    close(minkowski_functionals(body(box, apart)), 2 * expected)
+    close(minkowski_functionals(body(box, apart) / 2), expected)  # the mean over thresholds
+    ring = body((slice(2, 7), slice(2, 7), slice(2, 4))) - body((slice(4, 5), slice(4, 5), slice(2, 4)))
+    shell = body((slice(2, 7), slice(2, 7), slice(2, 7))) - body((slice(4, 5), slice(4, 5), slice(4, 5)))
+    assert minkowski_functionals(torch.cat([ring, shell]))[:, 3].tolist() == [0.0, 2.0]
+
+
+def test_hazard_head_adds_hazards_and_attributes_them_exactly():
+    danger, lung = torch.rand(2, 50) * 0.9 + 0.05, torch.ones(2, 50)
+    lung[1, 30:] = 0
+    location, log_weight = hazard_head(danger, lung, torch.tensor(2.0), 120.0)
+    for i, n in ((0, 50), (1, 30)):
+        hazards = math.exp(2.0) * danger[i, :n].numpy() / 120 / n
+        weight = log_weight[i, :n].exp().numpy()
+        assert (weight * location[i, :n].numpy()).sum() == pytest.approx(1 / (1 / 120 + hazards.sum()), rel=1e-5)
+        np.testing.assert_allclose(weight, hazards / hazards.sum(), rtol=1e-5)
+
+
+def test_mean_head_is_average_pooling_and_its_weights_are_grad_cam():
+    features, linear, bias = torch.randn(1, 40, 8, requires_grad=True), torch.randn(8), torch.tensor(60.0)
+    tokens = 30 * (features @ linear) + bias
+    patient = tokens.mean()
+    gradient = torch.autograd.grad(-patient, features, retain_graph=True)[0]
+    cam = (gradient.mean(1, keepdim=True) * features).sum(2).relu()
+    location, log_weight = mean_head(tokens, torch.ones(1, 40), bias)
+    close((location * log_weight.exp()).sum(), patient)
+    torch.testing.assert_close(log_weight.exp(), cam / cam.sum(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_patch_that_is_half_lung_counts_half():
+    location, beta = torch.randn(1, 6) * 20 + 60, torch.tensor(0.1)
+    lung = torch.tensor([[1.0, 0.5, 1.0, 0.25, 1.0, 0.75]])
+    moved, log_weight = softmin_head(location, lung, beta, True)
+    expected = -10 * math.log(float((lung * (-location / 10).exp()).sum() / lung.sum()))
+    assert float((moved * log_weight.exp()).sum()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_beta_factor_scales_beta_and_is_part_of_the_state():
@@ -384,7 +433,7 @@ def test_beta_factor_scales_beta_and_is_part_of_the_state():
     net.set_beta_factor(1e-4)
     assert (net(image)[:, 1] * 64 - 1).abs().max() < 0.01  # nearly the mean
     assert net.state_dict()["beta_factor"] == pytest.approx(1e-4)
-    steep = lively(head="softmin", beta=1.0, learn_beta=False)
+    steep = lively(head="softmin", beta=3.0, learn_beta=False)
     assert not steep.log_beta.requires_grad and net.log_beta.requires_grad
     assert steep(image)[:, 1].max() > 0.5
 
@@ -397,7 +446,7 @@ def test_an_untrained_network_says_about_loc_bias_everywhere():
 # --------------------------------------------------------------------------------------- gradients, types, errors
 
 
-@pytest.mark.parametrize("head", ["lse", "softmin"])
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_gradients_of_a_constant_image_are_finite(head, value):
     net = lively(head=head, film_context=True)
@@ -406,14 +455,15 @@ def test_gradients_of_a_constant_image_are_finite(head, value):
     (survival_map[:, 0] * survival_map[:, 1]).sum().backward()
     assert bool(image.grad.isfinite().all())
     for name, parameter in net.named_parameters():
-        assert bool(parameter.grad.isfinite().all()), name
+        assert parameter.grad is None or bool(parameter.grad.isfinite().all()), name
 
 
 def test_every_parameter_learns():
     net = lively(film_context=True, clinical_dim=2, head_layers=2)
     survival_map = net(torch.rand(2, 1, 24, 24, 24), two_lungs(), torch.randn(2, 2))
     (survival_map[:, 0] * survival_map[:, 1]).sum().backward()
-    assert [name for name, p in net.named_parameters() if p.grad is None or p.grad.abs().max() == 0] == []
+    learnt = [(name, p.grad) for name, p in net.named_parameters() if p.requires_grad]
+    assert [name for name, gradient in learnt if gradient is None or gradient.abs().max() == 0] == []
 
 
 def test_a_metatensor_is_an_image_like_any_other():
@@ -432,8 +482,9 @@ def test_torchscript_equals_eager(window):
         torch.testing.assert_close(scripted(image, lung), net(image, lung))
 
 
-def test_torchscript_keeps_severity():
-    net, image = with_severity(), torch.rand(2, 1, 16, 16, 16)
+@pytest.mark.parametrize("head", HEADS)
+def test_torchscript_keeps_head_and_severity(head):
+    net, image = with_severity(head=head), torch.rand(2, 1, 16, 16, 16)
     torch.testing.assert_close(torch.jit.script(net)(image), net(image))
 
 

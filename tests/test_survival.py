@@ -11,7 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from bundle.survival import CenTime, SurvivalMapLoss, death_by, log_pmf, mean_months, quantile_months, survival_curve
+from bundle.networks.severity import Severity
+from bundle.survival import (
+    CenTime,
+    SurvivalMapLoss,
+    death_by,
+    fit_severity,
+    log_pmf,
+    mean_months,
+    quantile_months,
+    survival_curve,
+)
 from bundle.survival.objectives import centime_log_likelihood, neighbour_difference, weight_entropy
 
 TMAX = 30
@@ -274,3 +284,47 @@ def test_loss_is_the_objective_and_its_regularisers():
         loss.set_strength(strength)
         expected = objective(survival_map, outcome) + strength * (0.2 * smoothness - 0.7 * entropy)
         torch.testing.assert_close(loss(survival_map, outcome), expected)
+
+
+# ------------------------------------------------------------------------------------------------------- severity
+
+
+def severity_data(num: int, noise: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Numbers of patients all of whom die at a linear function of them, (num, 8), outcomes, and that function."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randn(num, 8, generator=generator)
+    numbers[:, 0] = 30 + 5 * numbers[:, 0]
+    slope = torch.tensor([0.0, -6.0, 3.0, 0.0, 4.0, 0.0, 0.0, 0.0])
+    time = 45 + numbers[:, 1:] @ slope[1:] + noise * torch.randn(num, generator=generator)
+    return numbers, torch.stack([time.round(), torch.ones(num)], 1), slope
+
+
+def test_severity_fit_is_least_squares_where_all_die_well_within_the_range():
+    numbers, outcome, _ = severity_data(300, noise=4.0)
+    severity = Severity(-5.0, 120.0)
+    variance = fit_severity(severity, numbers, outcome, CenTime(), months=1e4)
+    design = np.column_stack([numbers.numpy(), np.ones(300)])
+    target = outcome[:, 0].numpy()
+    expected = design @ np.linalg.lstsq(design, target, rcond=None)[0]
+    found = (numbers[:, 0] + severity(numbers)).numpy()
+    np.testing.assert_allclose(found, expected, atol=0.05)
+    assert variance == pytest.approx(((target - expected) ** 2).mean(), rel=0.01)
+
+
+def test_severity_fit_learns_from_the_dead_and_leaves_survivors_where_they_are():
+    numbers, outcome, _ = severity_data(80, noise=0.5)
+    survivors = numbers.clone()
+    survivors[:, 0] = 118
+    both = torch.cat([numbers, survivors]), torch.cat([outcome, torch.tensor([[99.0, 0.0]]).expand(80, 2)])
+    severity = Severity(-5.0, 120.0)
+    variance = fit_severity(severity, *both, CenTime())
+    assert torch.equal(severity(survivors), torch.zeros(80))
+    assert float((numbers[:, 0] + severity(numbers) - outcome[:, 0]).abs().mean()) < 0.7
+    assert 1 <= variance < 2
+
+
+def test_severity_fit_without_deaths_moves_nobody():
+    severity = Severity(-5.0, 120.0)
+    numbers, outcome = torch.full((9, 8), 118.0), torch.tensor([[99.0, 0.0]]).expand(9, 2)
+    assert fit_severity(severity, numbers, outcome, CenTime(variance=25.0)) == 25.0
+    assert float(severity(torch.full((1, 8), 20.0))) == 0

@@ -5,9 +5,14 @@
 from __future__ import annotations
 
 import csv
+import json
 
 import pytest
+import torch
 
+from bundle.networks import SurvivalMapNet
+from bundle.settings import file_sha256
+from bundle.survival import CenTime
 from scripts import sweep
 
 
@@ -26,15 +31,15 @@ def command(tmp_path, *args):
 def test_a_killed_sweep_goes_on_and_runs_nothing_twice(tmp_path, page, monkeypatch):
     ran = []
 
-    def one_run(complexity, variant, train_scans, seed, args):
+    def row_of(runner, complexity, variant, train_scans, seed, test):
         if len(ran) == 2:
             raise KeyboardInterrupt
         ran.append((complexity, seed))
-        row = {"complexity": complexity, "variant": variant, "train_scans": train_scans, "seed": seed, "overrides": "{}"}
+        row = dict(zip(sweep.KEY, (complexity, variant, train_scans, seed, test))) | {"overrides": "{}"}
         row |= {"test_scans": 8, "train_seconds": 60 + seed, "pointing_game": 0.9 + seed / 10, "inverted": seed}
         return row | {"average_precision": 0.5, "mae_events": 1.0}
 
-    monkeypatch.setattr(sweep, "one_run", one_run)
+    monkeypatch.setattr(sweep.Runner, "row", row_of)
     monkeypatch.setattr("sys.argv", command(tmp_path, "--complexities", "10", "2", "--seeds", "0", "1"))
     with pytest.raises(KeyboardInterrupt):
         sweep.main()
@@ -48,7 +53,7 @@ def test_a_killed_sweep_goes_on_and_runs_nothing_twice(tmp_path, page, monkeypat
     assert [(r["complexity"], r["seed"]) for r in rows] == [("2", "0"), ("2", "1"), ("10", "0"), ("10", "1")]
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    line = next(line for line in text.splitlines() if line.startswith("| 2 | default | 96 | 2 |"))
+    line = next(line for line in text.splitlines() if line.startswith("| 2 | default | 100 | same | 2 |"))
     assert "0.950 (0.900–1.000)" in line  # pointing: mean over seeds, minimum, maximum
     assert "| 1 (0–1) |" in line  # inverted maps are summed
     assert "| 60 (60–61) |" in line or "| 61 (60–61) |" in line
@@ -60,5 +65,22 @@ def test_every_variant_changes_a_part_that_the_configuration_has():
     config = ConfigParser()
     config.read_config("configs/train.json")
     for overrides in sweep.VARIANTS.values():
-        for key in overrides:
+        for key in overrides.keys() - {"phantoms", "shuffle"}:
             assert key.rpartition("#")[0] in config
+
+
+def test_weights_without_severity_say_the_months_of_the_softmin(tmp_path):
+    net = SurvivalMapNet(dim=16).eval()
+    image = torch.rand(1, 1, 16, 16, 16)
+    before = net(image)
+    net.severity.slope.fill_(1.0)
+    net.severity.offset.fill_(3.0)
+    torch.save(net.state_dict(), tmp_path / "model.pt")
+    settings = {"objective": CenTime(variance=1.5).arguments, "network": net.arguments}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    assert (net(image)[0, 0] - before[0, 0]).abs().min() > 1
+    model = sweep.without_severity(tmp_path, tmp_path / "test")
+    net.load_state_dict(torch.load(model, weights_only=True))
+    torch.testing.assert_close(net(image), before)
+    found = json.loads((tmp_path / "test" / "settings.json").read_text())
+    assert found["objective"]["variance"] == 36.0 and found["weights_sha256"] == file_sha256(model)

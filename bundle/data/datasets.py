@@ -1,6 +1,6 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Datasets: training scans cached on disk, and a stream of scans of which a bad one does not end the run."""
+"""Datasets: training scans cached on disk and their order, and a stream of scans of which a bad one doesn't end the run."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from monai.data import PersistentDataset
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, Sampler
 
 from bundle.errors import InputError, input_error_of
 
-__all__ = ["ScanCache", "ScanStream"]
+__all__ = ["EventSampler", "ScanCache", "ScanStream"]
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,31 @@ class ScanCache(PersistentDataset):
         for fault in faults:
             logger.warning(f"left out: {fault}")
         self.data = good
+
+
+class EventSampler(Sampler[int]):
+    """A random order in which those who died are spread evenly, so that every batch has the cohort's share of events.
+
+    With batches of a few scans, the ups and downs of that share would be most of the gradient's noise: they move the
+    locations of all patches alike, and nothing is learnt of where the danger is.
+
+    Args:
+        dataset: whose records have `event`.
+    """
+
+    def __init__(self, dataset: ScanCache) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset.data)
+
+    def __iter__(self) -> Iterator[int]:
+        event = torch.tensor([int(record["event"]) for record in self.dataset.data])
+        place = torch.zeros(len(event))
+        for value in (0, 1):
+            (rows,) = torch.nonzero(event == value, as_tuple=True)
+            place[rows] = (torch.randperm(len(rows)) + 0.5) / max(1, len(rows))
+        return iter(place.argsort(stable=True).tolist())
 
 
 class ScanStream(IterableDataset):

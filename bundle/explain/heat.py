@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import torch
-from monai.networks.layers import GaussianFilter
 from torch import Tensor
 
 __all__ = ["patch_heat", "to_voxels"]
@@ -24,18 +23,16 @@ def patch_heat(survival_map: Tensor, death: Tensor) -> Tensor:
     return survival_map[:, -1:] * death.view(-1, 1, 1, 1, 1)
 
 
-def to_voxels(heat: Tensor, cell: int, image_shape: tuple[int, ...], lung: Tensor | None, sigma: float) -> Tensor:
+def to_voxels(heat: Tensor, cell: int, image_shape: tuple[int, ...], lung: Tensor | None) -> Tensor:
     """Bring patch heat to voxels; the total heat of a patient stays the same.
 
-    Each patch's heat is spread evenly over its grid cell and smoothed by a Gaussian; what falls outside the lung comes
-    back to the lung in proportion.
+    Each cell's heat is spread evenly over its voxels; what falls outside the lung comes back to the lung in proportion.
 
     Args:
         heat: (B, 1, d, h, w), from :func:`patch_heat`.
         cell: side of a grid cell in voxels.
         image_shape: (D, H, W) of the image the network saw.
         lung: (B, 1, D, H, W) in {0, 1}, or None for no mask.
-        sigma: of the Gaussian, in grid cells; 0 for none.
 
     Returns:
         (B, 1, D, H, W).
@@ -43,8 +40,6 @@ def to_voxels(heat: Tensor, cell: int, image_shape: tuple[int, ...], lung: Tenso
     total = heat.sum((2, 3, 4), keepdim=True)
     for axis, size in zip((2, 3, 4), image_shape):
         heat = heat.repeat_interleave(cell, axis).narrow(axis, 0, size)
-    if sigma > 0:
-        heat = GaussianFilter(3, sigma * cell, truncated=3.0)(heat)
     if lung is not None:
         heat = heat * lung
     return heat * (total / heat.sum((2, 3, 4), keepdim=True).clamp_min(torch.finfo(heat.dtype).tiny))

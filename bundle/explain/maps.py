@@ -37,7 +37,6 @@ class MapToHeatd(Transform):
         objective: whose readout to use.
         horizon: months; heat sums to P(T <= horizon).
         cell: side of a cell of the map in voxels.
-        sigma: of the smoothing, in cells.
         map_key, image_key, lung_key: names in the data.
     """
 
@@ -46,7 +45,6 @@ class MapToHeatd(Transform):
         objective: torch.nn.Module,
         horizon: int,
         cell: int,
-        sigma: float,
         map_key: str = "pred",
         image_key: str = "image",
         lung_key: str = "lung",
@@ -54,7 +52,6 @@ class MapToHeatd(Transform):
         self.objective = objective
         self.horizon = horizon
         self.cell = cell
-        self.sigma = sigma
         self.map_key = map_key
         self.image_key = image_key
         self.lung_key = lung_key
@@ -65,7 +62,7 @@ class MapToHeatd(Transform):
         image, lung = data[self.image_key], torch.as_tensor(data[self.lung_key])[None]
         pmf = self.objective.pmf(survival_map)
         heat = patch_heat(survival_map, death_by(pmf, self.horizon))
-        heat = to_voxels(heat, self.cell, tuple(image.shape[1:]), lung.to(heat.device), self.sigma)
+        heat = to_voxels(heat, self.cell, tuple(image.shape[1:]), lung.to(heat.device))
         out["pmf"] = pmf[0]
         out["heat"] = MetaTensor(heat[0], affine=image.affine)
         return out

@@ -36,7 +36,7 @@ def ceiling_map(mask: MetaTensor, image: MetaTensor, lung: torch.Tensor, cell: i
     seen = resample(mask, dst_affine=image.affine, spatial_size=shape).as_tensor()[None] * lung[None]
     pad = [n for size in reversed(shape) for n in (0, -size % cell)]
     cells = F.avg_pool3d(F.pad(seen, pad), cell)
-    best = to_voxels(cells, cell, shape, None, sigma=0)[0]
+    best = to_voxels(cells, cell, shape, None)[0]
     return to_scan_space(MetaTensor(best, affine=image.affine), mask.affine, mask.shape[1:])
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -90,7 +91,7 @@ class RunCheckpoint:
 
     After every epoch `last.pt` holds network, optimizer, scheduler, epoch and best metric; whenever the validation
     metric is at its best `model.pt` holds the network's plain state dict and `settings.json` its settings with the
-    SHA-256 of the weights. Every file is written under another name and renamed. MONAI's `CheckpointSaver` writes in
+    SHA-256 of the weights. After the last epoch the best weights go through `finish`. Every file is written under another name and renamed. MONAI's `CheckpointSaver` writes in
     place, which a kill in the wrong moment turns into a torn file.
 
     Args:
@@ -100,6 +101,10 @@ class RunCheckpoint:
         validator: the evaluator that `ValidationHandler` runs, earlier in the list of handlers.
         metric: its metric that is largest for the best weights.
         val_interval: epochs between two validations.
+        settled: first epoch whose weights may be the best for good. The likelihood of a few validation scans is often
+            best while the map is still forming; until then `model.pt` holds the best so far, and is replaced after.
+        finish: called once with the best weights in the network, before they are saved for the last time; returns the
+            arguments of the objective to be saved with them.
         patience: stop after so many epochs without a better validation; None to go through all epochs.
         resume: go on with an unfinished run of the same settings; if false, start anew.
     """
@@ -114,6 +119,8 @@ class RunCheckpoint:
         validator: Engine,
         metric: str,
         val_interval: int,
+        settled: int = 1,
+        finish: Callable[[], dict] | None = None,
         patience: int | None = None,
         resume: bool = True,
     ) -> None:
@@ -123,6 +130,8 @@ class RunCheckpoint:
         self.validator = validator
         self.metric = metric
         self.val_interval = val_interval
+        self.settled = settled
+        self.finish = finish
         self.patience = patience
         self.resume = resume
         self.best: float | None = None
@@ -152,23 +161,49 @@ class RunCheckpoint:
         if state["finished"]:
             logger.info(f"{self.ckpt_dir} is a finished run of {state['epoch']} epochs: nothing to do.")
             engine.terminate()
+        elif self.over(engine):
+            self.end(engine)
+            engine.terminate()
         else:
             logger.info(f"going on after epoch {state['epoch']} of {engine.state.max_epochs} in {self.ckpt_dir}.")
 
+    def over(self, engine: Engine) -> bool:
+        epoch = engine.state.epoch
+        return epoch >= engine.state.max_epochs or (
+            self.patience is not None and epoch - self.best_epoch >= self.patience
+        )
+
     def save(self, engine: Engine) -> None:
         epoch = engine.state.epoch
+        if epoch == self.settled:
+            self.best = None
         value = self.validator.state.metrics[self.metric] if epoch % self.val_interval == 0 else -math.inf
         if value > (-math.inf if self.best is None else self.best):
             self.best, self.best_epoch = float(value), epoch
-            model = self.ckpt_dir / "model.pt"
-            save_atomically(self.objects["network"].state_dict(), model)
-            write_json(settings_file(model), {**self.settings, "weights_sha256": file_sha256(model)})
-        impatient = self.patience is not None and epoch - self.best_epoch >= self.patience
+            self.save_model()
+        self.save_state(engine, finished=False)
+        if self.over(engine):
+            if epoch < engine.state.max_epochs:
+                logger.info(f"no better validation since epoch {self.best_epoch}: stopping early.")
+                engine.terminate()
+            self.end(engine)
+
+    def save_model(self, **changes: dict) -> None:
+        model = self.ckpt_dir / "model.pt"
+        save_atomically(self.objects["network"].state_dict(), model)
+        write_json(settings_file(model), {**self.settings, **changes, "weights_sha256": file_sha256(model)})
+
+    def save_state(self, engine: Engine, finished: bool) -> None:
         state = {name: target.state_dict() for name, target in self.objects.items()}
-        state.update(settings=self.settings, epoch=epoch, iteration=engine.state.iteration)
-        state.update(best=self.best, best_epoch=self.best_epoch)
-        state.update(finished=impatient or epoch >= engine.state.max_epochs)
+        state.update(settings=self.settings, epoch=engine.state.epoch, iteration=engine.state.iteration)
+        state.update(best=self.best, best_epoch=self.best_epoch, finished=finished)
         save_atomically(state, self.ckpt_dir / "last.pt")
-        if impatient:
-            logger.info(f"no better validation since epoch {self.best_epoch}: stopping early.")
-            engine.terminate()
+
+    def end(self, engine: Engine) -> None:
+        """The best weights, finished."""
+        model = self.ckpt_dir / "model.pt"
+        if self.finish is not None and model.is_file():
+            best = torch.load(model, map_location="cpu", weights_only=True)
+            self.objects["network"].load_state_dict(best)
+            self.save_model(objective=self.finish())
+        self.save_state(engine, finished=True)

@@ -12,6 +12,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from .heads import HEADS, bounded, hazard_head, mean_head, softmin_head
+from .severity import Severity
+
 __all__ = ["SurvivalMapNet"]
 
 
@@ -192,52 +195,17 @@ class Block(nn.Module):
         return x
 
 
-class Severity(nn.Module):
-    """How many months a patient's location is off, from how much disease the map shows and how it is spread.
-
-    The log-mean-exp softmin ties the time to the log of the disease's volume. A small MLP on four numbers a scan bends
-    that to what the times say. It reads the map and can't change it: nothing flows back from here. Patients whose map
-    shows no danger are not moved.
-
-    Args:
-        low, high: bounds of the locations, months.
-    """
-
-    def __init__(self, low: float, high: float) -> None:
-        super().__init__()
-        self.low = low
-        self.high = high
-        last = nn.Linear(32, 1)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.layers = nn.Sequential(nn.Linear(4, 32), nn.GELU(), nn.Linear(32, 32), nn.GELU(), last)
-
-    def forward(self, location: Tensor, log_weight: Tensor, keep: Tensor) -> Tensor:
-        """Months to add to each scan's location, (B, 1), from the patches' (B, N) and which of them are lung."""
-        location, log_weight = location.detach(), log_weight.detach()
-        weight = log_weight.exp() * keep
-        number = keep.sum(1, keepdim=True).to(weight.dtype).log()
-        patient = (location * weight).sum(1, keepdim=True)
-        # Two measures of the log of the share of patches that carry the weight.
-        spread = -(weight * log_weight).sum(1, keepdim=True) - number
-        core = -(weight.square().sum(1, keepdim=True)).log() - number
-        level = (patient - self.low) / (self.high - self.low)
-        features = torch.cat([4 * level - 2, spread / 3 + 1, core / 3 + 1, 8 * spread.exp() - 1], 1)
-        return 30 * (2 * (0.87 - level)).clamp(0, 1) * self.layers(features)
-
-
 class SurvivalMapNet(nn.Module):
     """CT -> survival map: for every patch of the lung a location in months and a weight.
 
-    The location of a patient is the weighted sum of the map's locations, whatever the head:
+    The location of a patient is the weighted sum of the map's locations, whatever the head (:mod:`bundle.networks.heads`):
 
-    - ``softmin``: weights ``softmin(beta * (loc_i - median))``. The readout is a mixture of the patches'
-      distributions, or the distribution at the weighted mean location.
-    - ``lse`` (default): the same weights, and locations moved together by one number a scan,
-      ``KL(weights || uniform) / beta``, so that their weighted sum is the log-mean-exp softmin
-      ``-1/beta * (logsumexp(-beta * loc_i) - log N)``. It counts lesions: twice the diseased patches, shorter life.
+    - ``lse`` (default): log-mean-exp softmin of the patches' locations, competing hazards that add up in log space.
+    - ``softmin``: softmin-weighted mean of the patches' locations, or the mixture of their distributions.
+    - ``hazard``: hazards that add up; weights are exact shares.
+    - ``mean``: average pooling, the usual head without a map; weights are its Grad-CAM.
 
-    With `severity` all locations of a scan are moved together, see :class:`Severity`.
+    With `severity` all locations of a scan are moved together once training is over, see :class:`Severity`.
 
     What a patch may say comes from a bounded neighbourhood (`window` patches a side); anything from further away only
     modulates it through FiLM. Global attention (``window=0``) is there to compare with.
@@ -252,7 +220,7 @@ class SurvivalMapNet(nn.Module):
         mlp_ratio: hidden width of the blocks' MLP over `dim`.
         clinical_dim: length of the clinical vector that enters FiLM; 0 for none.
         film_context: let the mean of a scan's tokens enter FiLM as well.
-        head: ``"lse"`` or ``"softmin"``.
+        head: ``"lse"``, ``"softmin"``, ``"hazard"`` or ``"mean"``.
         head_layers: hidden layers of the head, 1 or 2.
         loc_bias: location in months that an untrained network gives every patch; learnt.
         loc_scale: months per unit of the head's output.
@@ -269,8 +237,7 @@ class SurvivalMapNet(nn.Module):
     Shape:
         image (B, 1, D, H, W), HU window scaled to [0, 1]; lung (B, 1, D, H, W) in {0, 1}, None for no mask; clinical
         (B, clinical_dim). Output (B, 2, d, h, w): location in months and weight, d = ceil(D / stride) and so on.
-        Weights sum to 1 over a scan; outside the lung weight and location are 0. In training with `severity`
-        (B, 3, d, h, w): the locations before and after, and the weight.
+        Weights sum to 1 over a scan; outside the lung weight and location are 0.
 
     Example::
 
@@ -295,8 +262,8 @@ class SurvivalMapNet(nn.Module):
         head_layers: int = 1,
         loc_bias: float = 60.0,
         loc_scale: float = 30.0,
-        loc_range: Sequence[float] | None = (-20.0, 120.0),
-        severity: bool = False,
+        loc_range: Sequence[float] | None = (-5.0, 120.0),
+        severity: bool = True,
         beta: float = 1 / 15,
         learn_beta: bool = True,
         min_lung: float = 0.25,
@@ -313,14 +280,14 @@ class SurvivalMapNet(nn.Module):
             raise ValueError(f"dim ({dim}) must be a multiple of num_heads ({num_heads}).")
         if depth < 0 or window < 0 or clinical_dim < 0:
             raise ValueError(f"depth, window and clinical_dim can't be negative: {depth}, {window}, {clinical_dim}.")
-        if head not in ("lse", "softmin"):
-            raise ValueError(f'head must be "lse" or "softmin", got "{head}".')
+        if head not in HEADS:
+            raise ValueError(f'head must be one of {", ".join(HEADS)}, got "{head}".')
         if head_layers not in (1, 2):
             raise ValueError(f"head_layers must be 1 or 2, got {head_layers}.")
         if loc_range is not None and not (len(loc_range) == 2 and loc_range[0] < loc_bias < loc_range[1]):
             raise ValueError(f"loc_range must be two numbers with loc_bias ({loc_bias}) between them, got {loc_range}.")
-        if severity and loc_range is None:
-            raise ValueError("severity needs a loc_range.")
+        if loc_range is None and (severity or head == "hazard"):
+            raise ValueError("severity and the head hazard need a loc_range.")
         if beta <= 0:
             raise ValueError(f"beta must be positive (per month), got {beta}.")
         if not 0 < min_lung <= 1:
@@ -335,7 +302,8 @@ class SurvivalMapNet(nn.Module):
         self.loc_range = None if loc_range is None else (float(loc_range[0]), float(loc_range[1]))
         self.min_lung = min_lung
         self.embed = PatchEmbed(patch_size, self.stride, dim)
-        self.frequencies = [math.pi / 2, math.pi, 2 * math.pi, 4 * math.pi]
+        # No finer ones, by which a small cohort's lesions could be learnt by heart.
+        self.frequencies = [math.pi / 2, math.pi]
         self.position = nn.Linear(3 + 6 * len(self.frequencies), dim)
         context_dim = clinical_dim + (dim if film_context else 0)
         self.blocks = nn.ModuleList([Block(dim, num_heads, window, mlp_ratio, context_dim) for _ in range(depth)])
@@ -347,7 +315,10 @@ class SurvivalMapNet(nn.Module):
         self.to_location = nn.Sequential(*layers, last)
         self.severity = None if not severity or self.loc_range is None else Severity(*self.loc_range)
         self.loc_bias = nn.Parameter(torch.tensor(float(loc_bias)))
-        self.log_beta = nn.Parameter(torch.tensor(math.log(beta)), requires_grad=learn_beta)
+        # An untrained patch adds 5 % of the largest hazard, exp(3) / loc_range[1]: then patients start at about 60 months.
+        self.log_rate = nn.Parameter(torch.tensor(3.0), requires_grad=head == "hazard")
+        learns = learn_beta and head in ("lse", "softmin")
+        self.log_beta = nn.Parameter(torch.tensor(math.log(beta)), requires_grad=learns)
         # A schedule multiplies beta with this factor; part of the state, because the map depends on it.
         self.register_buffer("beta_factor", torch.tensor(1.0))
 
@@ -356,7 +327,7 @@ class SurvivalMapNet(nn.Module):
         self.beta_factor.fill_(factor)
 
     def locate(self, index: Tensor, counts: list[int]) -> Tensor:
-        """Fourier features of the patch centres (M, 27), from -1 to 1 over the box around the tokens of each scan.
+        """Fourier features of the patch centres (M, 15), from -1 to 1 over the box around the tokens of each scan.
 
         So they hold for any grid, and padding a scan to the size of others in its batch doesn't move its patches.
         """
@@ -392,7 +363,8 @@ class SurvivalMapNet(nn.Module):
         scans = image.shape[0]
         grid = [image.shape[2] // s, image.shape[3] // s, image.shape[4] // s]
         if lung is None:
-            keep = torch.ones([scans] + grid, dtype=torch.bool, device=image.device)
+            share = torch.ones([scans] + grid, dtype=image.dtype, device=image.device)
+            keep = share > 0
         else:
             share = F.avg_pool3d(lung, s)[:, 0]
             # A lung thinner than a patch still gets its best patches.
@@ -408,7 +380,9 @@ class SurvivalMapNet(nn.Module):
         scan = index[:, 0]
 
         x = self.embed(image, lung, index)
-        x = x + self.position(self.locate(index, counts).to(x.dtype))
+        # Scaled down, position is learnt late, when the patch itself has said what it can: lesions of a small cohort
+        # cluster, and a network that learns where they were misses the one that lies elsewhere.
+        x = x + self.position(0.1 * self.locate(index, counts).to(x.dtype))
         context = torch.zeros(scans, 0, dtype=x.dtype, device=x.device)
         if clinical is not None:
             context = clinical.to(x.dtype)
@@ -417,25 +391,26 @@ class SurvivalMapNet(nn.Module):
         for block in self.blocks:
             x = block(x, slots, mask, counts, context, scan)
 
-        tokens = self.loc_scale * self.to_location(x)[:, 0] + self.loc_bias
-        if self.loc_range is not None:
-            low, high = self.loc_range
-            tokens = low + (high - low) * torch.sigmoid((tokens - 0.5 * (low + high)) * 4 / (high - low))
-        location = torch.zeros(keep.shape, dtype=x.dtype, device=x.device)
-        location[index[:, 0], index[:, 1], index[:, 2], index[:, 3]] = tokens
-        location, keep = location.flatten(1), keep.flatten(1)
-        beta = self.log_beta.exp() * self.beta_factor
-        # Centring leaves the softmin as it is and keeps its exponents small.
-        median = torch.stack([scan_tokens.detach().median() for scan_tokens in tokens.split(counts)]).unsqueeze(1)
-        log_weight = F.log_softmax((-beta * (location - median)).masked_fill(~keep, -1e9), 1)
-        weight = log_weight.exp() * keep
-        if self.head == "lse":
-            number = keep.sum(1, keepdim=True).to(x.dtype)
-            divergence = (weight * log_weight).sum(1, keepdim=True) + number.log()
-            location = (location + divergence / beta) * keep
-        if self.severity is None:
-            return torch.stack([location, weight], 1).view([scans, 2] + grid)
-        moved = (location.detach() + self.severity(location, log_weight, keep)) * keep
-        if self.training:
-            return torch.stack([location, moved, weight], 1).view([scans, 3] + grid)
-        return torch.stack([moved, weight], 1).view([scans, 2] + grid)
+        tokens = torch.zeros(keep.shape, dtype=x.dtype, device=x.device)
+        said = self.loc_scale * self.to_location(x)[:, 0] + self.loc_bias
+        tokens[index[:, 0], index[:, 1], index[:, 2], index[:, 3]] = said
+        tokens, flat = tokens.flatten(1), (share * keep).to(x.dtype).flatten(1)
+        bounds = self.loc_range
+        location = tokens if bounds is None else bounded(tokens, bounds[0], bounds[1])
+        danger = torch.zeros_like(location)
+        if bounds is not None:
+            danger = (bounds[1] - location) / (bounds[1] - bounds[0])
+        if self.head == "hazard":
+            danger = torch.sigmoid((self.loc_bias - tokens) / self.loc_scale - 3)
+            location, log_weight = hazard_head(danger, flat, self.log_rate, 0.0 if bounds is None else bounds[1])
+        elif self.head == "mean":
+            location, log_weight = mean_head(tokens, flat, self.loc_bias)
+        else:
+            beta = self.log_beta.exp() * self.beta_factor
+            location, log_weight = softmin_head(location, flat, beta, self.head == "lse")
+        if self.severity is not None and not self.training:
+            # Detached: gradients of the patient's location say what the map reads off the image, as in training.
+            parts = [part.detach().view(keep.shape) for part in (danger, location, log_weight)]
+            numbers = self.severity.numbers(parts[0], flat.view(keep.shape), parts[1], parts[2])
+            location = location + self.severity(numbers).unsqueeze(1)
+        return torch.stack([location * (flat > 0), log_weight.exp() * (flat > 0)], 1).view([scans, 2] + grid)

@@ -4,5 +4,15 @@
 
 from .objectives import CenTime, SurvivalMapLoss
 from .readout import death_by, log_pmf, mean_months, quantile_months, survival_curve
+from .severity_fit import fit_severity
 
-__all__ = ["CenTime", "SurvivalMapLoss", "death_by", "log_pmf", "mean_months", "quantile_months", "survival_curve"]
+__all__ = [
+    "CenTime",
+    "SurvivalMapLoss",
+    "death_by",
+    "fit_severity",
+    "log_pmf",
+    "mean_months",
+    "quantile_months",
+    "survival_curve",
+]

@@ -103,17 +103,11 @@ def neighbour_difference(location: Tensor, weight: Tensor) -> Tensor:
     return total
 
 
-# The gradient of the network's severity doesn't meet that of its map, and AdamW's steps don't know the scale of a loss.
-# It only has to be small enough to leave the clipping of gradients to the map.
-SEVERITY_WEIGHT = 0.05
-
-
 class SurvivalMapLoss(nn.Module):
     """An objective plus what keeps the map honest while it learns.
 
     ``objective(map) - entropy * H(weights) + smoothness * (L2 difference of neighbouring locations)``.
-    The entropy *bonus* keeps the first lucky patch from taking all the weight, and with it all the gradient. A map with
-    three channels, as a network with severity gives in training, also pays for its locations after severity.
+    The entropy *bonus* keeps the first lucky patch from taking all the weight, and with it all the gradient.
 
     Args:
         objective: a module such as :class:`CenTime`.
@@ -133,10 +127,7 @@ class SurvivalMapLoss(nn.Module):
         self.strength = strength
 
     def forward(self, survival_map: Tensor, outcome: Tensor) -> Tensor:
-        location, weight = survival_map[:, 0], survival_map[:, -1]
-        loss = self.objective(torch.stack([location, weight], 1), outcome)
-        if survival_map.shape[1] == 3:
-            moved = torch.stack([survival_map[:, 1], weight.detach()], 1)
-            loss = loss + SEVERITY_WEIGHT * self.objective(moved, outcome)
+        location, weight = survival_map.unbind(1)
+        loss = self.objective(survival_map, outcome)
         loss = loss - self.strength * self.entropy * weight_entropy(weight).mean()
         return loss + self.strength * self.smoothness * neighbour_difference(location, weight)

@@ -1,0 +1,94 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""How bad it is: the patient's time from the amount and the shape of the disease on a finished map."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Severity", "minkowski_functionals"]
+
+
+def larger_of_neighbours(x: Tensor, axis: int) -> Tensor:
+    n = x.shape[axis] - 1
+    return torch.maximum(x.narrow(axis, 0, n), x.narrow(axis, 1, n))
+
+
+def minkowski_functionals(x: Tensor) -> Tensor:
+    """Volume, surface, mean breadth (x 2) and Euler number of a body of unit cubes, (B, 4), from (B, d, h, w) in [0, 1].
+
+    For values between 0 and 1 it is the mean over thresholds of the functionals of what lies above. By Hadwiger's theorem
+    every continuous, additive measure of a body that doesn't depend on where it lies is a linear combination of these.
+
+    Source: Legland et al., Image Analysis & Stereology 26 (2007) 83, the counts of vertices, edges, faces and cubes.
+    """
+    x = F.pad(x, [1, 1, 1, 1, 1, 1])
+    faces = [larger_of_neighbours(x, axis) for axis in (1, 2, 3)]
+    edges = [larger_of_neighbours(faces[0], 2), larger_of_neighbours(faces[0], 3), larger_of_neighbours(faces[1], 3)]
+    vertices = larger_of_neighbours(edges[0], 3)
+    n3 = x.sum((1, 2, 3))
+    n2 = torch.stack([face.sum((1, 2, 3)) for face in faces]).sum(0)
+    n1 = torch.stack([edge.sum((1, 2, 3)) for edge in edges]).sum(0)
+    n0 = vertices.sum((1, 2, 3))
+    return torch.stack([n3, 2 * n2 - 6 * n3, n1 - 2 * n2 + 3 * n3, n0 - n1 + n2 - n3], 1)
+
+
+class Severity(nn.Module):
+    """Months by which a patient's location is off, a linear function of eight numbers read off the map.
+
+    The softmin says where the danger is; how its amount becomes months is a property of the disease: linear in volume,
+    in the number of lesions, in their radius. The eight numbers are the patient's location, the Minkowski functionals of
+    the patches that are in danger (relative to the lung's volume), the log of their share, and the weights' entropy and
+    its exponential. The coefficients are fitted when training is over (:func:`bundle.survival.fit_severity`) and are 0
+    until then. So it can't change the map, and patients whose map shows no danger are not moved.
+
+    Args:
+        low, high: bounds of the locations, months.
+    """
+
+    NUMBERS = 8
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        self.low = low
+        self.high = high
+        self.register_buffer("centre", torch.zeros(self.NUMBERS))
+        self.register_buffer("spread", torch.ones(self.NUMBERS))
+        self.register_buffer("slope", torch.zeros(self.NUMBERS))
+        self.register_buffer("offset", torch.zeros(()))
+
+    def gate(self, patient: Tensor) -> Tensor:
+        """0 for patients (B,) located in the last eighth of the range, 1 from the middle down."""
+        return (3 * (0.87 - (patient - self.low) / (self.high - self.low))).clamp(0, 1)
+
+    def numbers(self, danger: Tensor, lung: Tensor, location: Tensor, log_weight: Tensor) -> Tensor:
+        """The eight numbers of each scan, (B, 8), from the patches' danger in (0, 1) and their share of lung.
+
+        All arguments (B, d, h, w).
+        """
+        volume = lung.sum((1, 2, 3))
+        diseased = (5 * (danger - 0.45)).clamp(0, 1) * lung  # a patch at the border of a lesion counts in part
+        functionals = minkowski_functionals(diseased)
+        share = functionals[:, 0] / volume
+        weight = log_weight.exp() * (lung > 0)
+        entropy = -(weight * log_weight).sum((1, 2, 3)) - volume.log()
+        return torch.stack(
+            [
+                (location * weight).sum((1, 2, 3)),
+                share,
+                functionals[:, 1] / volume ** (2 / 3),
+                functionals[:, 2] / volume ** (1 / 3),
+                functionals[:, 3],
+                (share + 1e-3).log(),
+                entropy,
+                entropy.exp(),
+            ],
+            1,
+        )
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        """Months to add to each patient's location, (B,), from :meth:`numbers`."""
+        return self.gate(numbers[:, 0]) * ((numbers - self.centre) / self.spread @ self.slope + self.offset)
