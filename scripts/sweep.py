@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import itertools
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
@@ -48,27 +48,63 @@ HELD_OUT = 10_000  # added to the seed of the phantoms to measure on
 # What differs from the shipped configuration, by name of the variant; "phantoms" are options of scripts.make_phantoms.
 VARIANTS: dict[str, dict] = {
     "default": {},
+    # heads
     "softmin": {"network_def#head": "softmin"},
+    "mixture": {"network_def#head": "softmin", "objective#mixture": True},
     "hazard": {"network_def#head": "hazard"},
     "mean": {"network_def#head": "mean"},
     "mean_global": {"network_def#head": "mean", "network_def#window": 0, "network_def#patch_size": 8},
+    # regularisers and schedules
+    "no_entropy": {"loss#entropy": 0.0},
+    "entropy_1": {"loss#entropy": 1.0},
+    "no_smoothness": {"loss#smoothness": 0.0},
+    "smoothness_0.3": {"loss#smoothness": 0.3},
+    "no_anneal": {"train#handlers#1#vc_kwargs#start": 1.0},
+    "fixed_steep": {"train#handlers#1#vc_kwargs#start": 1.0, "network_def#beta": 5.0, "network_def#learn_beta": False},
+    "fixed_beta": {"network_def#learn_beta": False},
+    "no_warmup": {"lr_scheduler#warmup_steps": 0},
+    "no_shift": {"train#random_transforms#0#prob": 0.0},
+    "no_balance": {"train#dataloader#sampler": None, "train#dataloader#shuffle": True},
+    # locations and the objective
+    "no_range": {"network_def#loc_range": None, "network_def#severity": False},
+    "loc_bias_1": {"network_def#loc_bias": 1.0},
+    "loc_bias_50": {"network_def#loc_bias": 50.0},
+    "alpha_5": {"objective#alpha_censored": 5.0},
+    "alpha_10": {"objective#alpha_censored": 10.0},
+    "variance_100": {"objective#variance": 100.0},
+    "variance_144": {"objective#variance": 144.0},
+    "variance_169": {"objective#variance": 169.0},
+    # receptive field and patches
     "no_window": {"network_def#window": 1},
     "window_4": {"network_def#window": 4},
     "global": {"network_def#window": 0, "network_def#patch_size": 8},
     "film_context": {"network_def#film_context": True},
-    "no_entropy": {"loss#entropy": 0.0},
-    "no_smoothness": {"loss#smoothness": 0.0},
-    "no_anneal": {"train#handlers#1#vc_kwargs#start": 1.0},
-    "no_range": {"network_def#loc_range": None, "network_def#severity": False},
-    "no_shift": {"train#random_transforms#0#prob": 0.0},
     "patch_8": {"network_def#patch_size": 8},
+    "overlap_50": {"network_def#overlap": 0.5, "network_def#patch_size": 8},
+    "head_layers_2": {"network_def#head_layers": 2},
+    # cohorts
+    "events_10": {"phantoms": {"feature_fraction": 0.1}},
+    "events_30": {"phantoms": {"feature_fraction": 0.3}},
+    "events_70": {"phantoms": {"feature_fraction": 0.7}},
+    "events_90": {"phantoms": {"feature_fraction": 0.9}},
+    "events_90_alpha_5": {"phantoms": {"feature_fraction": 0.9}, "objective#alpha_censored": 5.0},
+    "radius_2": {"phantoms": {"sphere_radius": "2 3"}},
+    "radius_4": {"phantoms": {"sphere_radius": "4 5"}},
+    "radius_7": {"phantoms": {"sphere_radius": "7 8"}},
+    "contrast_1": {"phantoms": {"contrast": 1.0}},
+    "contrast_0.5": {"phantoms": {"contrast": 0.5}},
+    # negative control
     "shuffled_outcomes": {"shuffle": True},
 }
 
-# What is measured of one training: other phantoms, or other weights.
+# What is measured of one training: other phantoms, moved phantoms, or weights without severity.
 TESTS: dict[str, dict] = {
     "same": {},
     "severity_off": {"weights": "severity_off"},
+    "no_refinement": {"options": {"refine": False}},
+    "one_grid": {"options": {"refine": False, "shifts": 1}},
+    "flip": {"move": lambda volume: volume[::-1]},
+    "shift": {"move": lambda volume: np.pad(volume, [(7, 0), (5, 0), (3, 0)], "reflect")[:-7, :-5, :-3]},
     "noise_x2": {"phantoms": {"noise": 0.4}},
     "contrast_80": {"phantoms": {"bright": 16.0, "noise": 0.16}},
     "contrast_120": {"phantoms": {"bright": 24.0, "noise": 0.24}},
@@ -98,15 +134,28 @@ class Runner:
     def phantoms(self, complexity: int, num: int, seed: int, options: dict) -> Path:
         """Folder of a cohort of phantoms."""
         options = {"size": 96, **options} if complexity == 9 else options
-        name = "_".join([str(complexity), str(num), str(seed), *(f"{k}{v}" for k, v in options.items())])
+        name = "_".join([str(complexity), str(num), str(seed), *(f"{k}{v}" for k, v in options.items())]).replace(" ", "-")
         folder = self.work / "phantoms" / name
         with self.locks[name]:
             self.python(
                 *("scripts.make_phantoms", "--complexity", str(complexity), "--num", str(num), "--seed", str(seed)),
-                *(text for key, value in options.items() for text in (f"--{key}", str(value))),
+                *(text for key, value in options.items() for text in (f"--{key}", *str(value).split())),
                 *("--out", str(folder)),
                 log=self.work / "phantoms" / f"{name}.log",
             )
+        return folder
+
+    def moved(self, phantoms: Path, test: str) -> Path:
+        """A copy of a cohort whose volumes, images and masks alike, went through the `move` of a test."""
+        folder = phantoms.with_name(f"{phantoms.name}_{test}")
+        with self.locks[folder.name]:
+            if not (folder / "cohort.csv").is_file():
+                for source in phantoms.glob("*/*.nii.gz"):
+                    target = folder / source.relative_to(phantoms)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    volume = nib.load(source)
+                    nib.save(nib.Nifti1Image(TESTS[test]["move"](np.asarray(volume.dataobj)), volume.affine), target)
+                shutil.copy(phantoms / "cohort.csv", folder / "cohort.csv")
         return folder
 
     def train(self, complexity: int, variant: str, train_scans: int, seed: int) -> tuple[Path, int]:
@@ -119,7 +168,8 @@ class Runner:
             return folder, int(done.read_text())
         cohort = pd.read_csv(phantoms / "cohort.csv")
         # A tenth validates, with as many events as there are in the rest.
-        cohort["split"] = ["val" if i % 20 in (9, 10) else "train" for i in range(len(cohort))]
+        validates = cohort.groupby("event").cumcount() % 10 == 5 - cohort.event
+        cohort["split"] = np.where(validates, "val", "train")
         if overrides.pop("shuffle", False):
             order = np.random.default_rng(seed).permutation(len(cohort))
             cohort[["time", "event"]] = cohort[["time", "event"]].to_numpy()[order]
@@ -144,6 +194,8 @@ class Runner:
         what = TESTS[test]
         options = {**VARIANTS[variant].get("phantoms", {}), **what.get("phantoms", {})}
         phantoms = self.phantoms(complexity, self.test_scans, seed + HELD_OUT, options)
+        if "move" in what:
+            phantoms = self.moved(phantoms, test)
         folder = run / f"test_{test}"
         model = run / "model.pt"
         if what.get("weights") == "severity_off":
@@ -151,6 +203,7 @@ class Runner:
         self.python(
             *("monai.bundle", "run", "--config_file", "configs/evaluate.json"),
             *("--cohort", str(phantoms / "cohort.csv"), "--ckpt", str(model), "--output_dir", str(folder)),
+            *(text for key, value in what.get("options", {}).items() for text in (f"--{key}", str(value))),
             log=folder / "log.txt",
         )
         found = json.loads((folder / "metrics.json").read_text())
@@ -164,6 +217,46 @@ class Runner:
         if "true_risk" in cohort:
             row["c_index_oracle"] = c_index(*(torch.tensor(cohort[k]) for k in ("true_risk", "time", "event")))
         return row
+
+
+def draw_pictures(runner: Runner, path: Path, keys: list[tuple[int, str, int, int]]) -> None:
+    """A grid of phantoms by variants: one held-out scan each, its lesion outlined, and the heat of the trained maps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    complexities, variants = sorted({key[0] for key in keys}), list(dict.fromkeys(key[1] for key in keys))
+    shape = len(complexities), len(variants) + 1
+    figure, axes = plt.subplots(*shape, figsize=(2 * shape[1], 2 * shape[0]), squeeze=False, layout="constrained")
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for complexity, variant, train_scans, seed in tqdm(keys, desc="pictures"):
+        run, _ = runner.train(complexity, variant, train_scans, seed)
+        phantoms = runner.phantoms(complexity, runner.test_scans, seed + HELD_OUT, {})
+        cohort = pd.read_csv(phantoms / "cohort.csv")
+        scan = cohort[cohort.event == 1].iloc[0]
+        folder, one = run / "picture", phantoms / "picture.csv"
+        scan.to_frame().T.to_csv(one, index=False)
+        runner.python(
+            *("monai.bundle", "run", "--config_file", "configs/inference.json", "--output_dir", str(folder)),
+            *("--cohort", str(one), "--ckpt", str(run / "model.pt")),
+            log=folder / "log.txt",
+        )
+        names = [phantoms / scan.image, phantoms / scan.gt_mask, next(folder.glob("maps/*_heat.nii.gz"))]
+        hu, mask, heat = (np.asarray(nib.load(name).dataobj) for name in names)
+        k = int(mask.sum((0, 1)).argmax())
+        row = axes[complexities.index(complexity)]
+        window = (-820, -780) if complexity in (4, 8, 12) else (-1000, 100)
+        row[0].imshow(hu[:, :, k].T, cmap="gray", vmin=window[0], vmax=window[1], origin="lower")
+        row[0].set_title(f"phantom {complexity}", fontsize=9)
+        ax = row[1 + variants.index(variant)]
+        ax.imshow(heat[:, :, k].T, cmap="inferno", origin="lower", vmin=0, vmax=max(float(np.quantile(heat, 0.999)), 1e-12))
+        ax.set_title(variant, fontsize=9)
+        for panel in (row[0], ax):
+            panel.contour(mask[:, :, k].T, [0.5], colors="deepskyblue", linewidths=0.6)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
 
 
 def without_severity(run: Path, folder: Path) -> Path:
@@ -255,14 +348,15 @@ def main() -> None:
     p.add_argument("--work", type=Path, default=Path("runs/sweep"), help="phantoms and weights (default runs/sweep)")
     p.add_argument("--page", type=Path, default=Path("docs/localisation.md"), help="page whose table is renewed")
     p.add_argument("--table", action="store_true", help="renew the table and run nothing")
+    p.add_argument("--pictures", type=Path, metavar="PNG", help="draw the maps of these runs as well: phantoms x variants")
     args = p.parse_args()
     rows = read_rows(args.results)
     if args.table:
         renew_table(args.page, rows)
         return
     done = {tuple(str(row[k]) for k in KEY) for row in rows}
-    keys = itertools.product(args.seeds, args.variants, args.complexities, args.tests)
-    wanted = [(c, v, args.train_scans, s, t) for s, v, c, t in keys]
+    pairs = [(c, v) for v in args.variants for c in args.complexities]
+    wanted = [(c, v, args.train_scans, s, t) for s in args.seeds for c, v in pairs for t in args.tests]
     todo = [key for key in wanted if tuple(map(str, key)) not in done]
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     runner = Runner(args.work.resolve(), args.test_scans, threads)
@@ -275,6 +369,8 @@ def main() -> None:
             bar.update()
             bar.write(" ".join(f"{k}={row[k]}" for k in (*KEY, "pointing_game", "average_precision", "mae_events")))
             renew_table(args.page, rows)
+    if args.pictures:
+        draw_pictures(runner, args.pictures, [(c, v, args.train_scans, args.seeds[0]) for c, v in pairs])
 
 
 if __name__ == "__main__":

@@ -67,6 +67,9 @@ def test_every_variant_changes_a_part_that_the_configuration_has():
     for overrides in sweep.VARIANTS.values():
         for key in overrides.keys() - {"phantoms", "shuffle"}:
             assert key.rpartition("#")[0] in config
+    with_options = [test.get("options", {}) for test in sweep.TESTS.values()]
+    config = json.load(open("configs/evaluate.json"))
+    assert all(key in config for options in with_options for key in options)
 
 
 def test_weights_without_severity_say_the_months_of_the_softmin(tmp_path):

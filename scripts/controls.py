@@ -1,0 +1,183 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Negative controls and causal checks of trained maps: does the map depend on what was learnt, and on the lesion alone?
+
+Takes the weights that scripts.sweep left in its folder of work, and held-out phantoms. Writes a table and a picture:
+
+- random weights: the map of an untrained network of the same kind, and its rank correlation with the trained one's;
+- shuffled voxels: the map of a scan whose voxels are shuffled, against the lesion's mask;
+- erased: slice by slice, the lesion of those who died is replaced by background; their risk must fall;
+- implanted: slice by slice, a lesion is copied into those who lived; their risk must rise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import spearmanr
+from tqdm import tqdm
+
+from bundle.data.phantoms import Phantom, phantom_cohort
+from bundle.explain import GridShiftInferer
+from bundle.metrics.localisation import average_precision
+from bundle.networks import SurvivalMapNet
+from bundle.survival import CenTime, mean_months
+
+from .sweep import HELD_OUT
+
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+class Trained:
+    """The network of a run, from HU to its map on voxels and the patient's mean time."""
+
+    def __init__(self, run: Path, trained: bool = True) -> None:
+        settings = json.loads((run / "settings.json").read_text())
+        torch.manual_seed(0)
+        self.network = SurvivalMapNet(**settings["network"]).eval()
+        if trained:
+            self.network.load_state_dict(torch.load(run / "model.pt", map_location="cpu", weights_only=True))
+        self.low, self.high = settings["preprocessing"]["hu_window"]
+        self.objective = CenTime(**settings["objective"])
+        self.inferer = GridShiftInferer(4, self.network.stride, sigma=0.5, refine=True)
+
+    def image(self, hu: np.ndarray) -> torch.Tensor:
+        hu = torch.from_numpy(hu.astype(np.float32))[None, None]
+        return ((hu - self.low) / (self.high - self.low)).clamp(0, 1)
+
+    @torch.no_grad()
+    def months(self, hu: np.ndarray) -> float:
+        """Mean predicted time, from one origin of the patch grid."""
+        return float(mean_months(self.objective.pmf(self.network(self.image(hu)))))
+
+    @torch.no_grad()
+    def weights(self, hu: np.ndarray) -> np.ndarray:
+        """Weight of each voxel."""
+        image = self.image(hu)
+        return self.inferer(image, self.network, lung=torch.ones_like(image))[0, 1].numpy()
+
+
+def first_slices(mask: np.ndarray, share: float) -> np.ndarray:
+    """The part of a mask that lies in its first slices, about `share` of its voxels."""
+    filled = mask.sum((1, 2)).cumsum()
+    return mask & (filled <= share * filled[-1] + 0.5)[:, None, None]
+
+
+def replaced(scan: Phantom, where: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The scan's HU with background drawn from elsewhere in it."""
+    free = ~scan.gt_mask if scan.confounder_mask is None else ~(scan.gt_mask | scan.confounder_mask)
+    hu = scan.image.copy()
+    hu[where] = rng.choice(scan.image[free], int(where.sum()))
+    return hu
+
+
+def controls_of(run: Path, complexity: int, seed: int, num: int) -> tuple[dict, list[dict]]:
+    """One row of the table and the points of the curves, from `num` held-out scans."""
+    rng = np.random.default_rng(seed)
+    trained, untrained = Trained(run), Trained(run, trained=False)
+    scans = [phantom for _, phantom in phantom_cohort(complexity, num, seed + HELD_OUT)]
+    dead, alive = [s for s in scans if s.event], [s for s in scans if not s.event]
+    found: dict[str, list[float]] = {name: [] for name in ("ap", "random_rho", "random_ap", "shuffled_ap", "base_rate")}
+    curves: list[dict] = []
+    for scan, survivor in zip(dead, alive):
+        heat, other = trained.weights(scan.image), untrained.weights(scan.image)
+        shuffled = rng.permutation(scan.image.ravel()).reshape(scan.image.shape)
+        found["ap"].append(average_precision(heat, scan.gt_mask))
+        found["random_rho"].append(float(spearmanr(heat.ravel(), other.ravel())[0]))
+        found["random_ap"].append(average_precision(other, scan.gt_mask))
+        found["shuffled_ap"].append(average_precision(trained.weights(shuffled), scan.gt_mask))
+        found["base_rate"].append(float(scan.gt_mask.mean()))
+        for share in SHARES:
+            part = first_slices(scan.gt_mask, share)
+            implanted = survivor.image.copy()
+            implanted[part] = scan.image[part]
+            for what, hu in (("erased", replaced(scan, part, rng)), ("implanted", implanted)):
+                point = {"complexity": complexity, "seed": seed, "what": what, "share": share}
+                curves.append(point | {"months": trained.months(hu)})
+    row = {"complexity": complexity, "seed": seed, "scans": len(found["ap"])}
+    return row | {name: float(np.mean(values)) for name, values in found.items()}, curves
+
+
+def draw(curves: pd.DataFrame, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    for ax, what, title in zip(axes, ("erased", "implanted"), ("lesion erased from the dead", "lesion copied into survivors")):
+        for complexity, group in curves[curves.what == what].groupby("complexity"):
+            mean = group.groupby("share").months.mean()
+            ax.plot(100 * mean.index, mean.to_numpy(), marker="o", label=str(complexity))
+        ax.set_title(title)
+        ax.set_xlabel("share of the lesion, %")
+    axes[0].set_ylabel("mean predicted time, months")
+    axes[1].legend(title="phantom", fontsize=8)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def page(table: pd.DataFrame, curves: pd.DataFrame, picture: str, command: str) -> str:
+    lines = [
+        "# Negative controls and causal checks",
+        "",
+        "Maps of held-out phantoms by the weights of the shipped configuration. *Random weights*: an untrained network's map, its "
+        "rank correlation with the trained one's, and its average precision. *Shuffled voxels*: average precision of the trained "
+        "map of a scan whose voxels were shuffled. Both must be about the mask's *base rate*, the precision of a guess.",
+        "",
+        "| phantom | seed | scans | AP | random weights: rank correlation | AP | shuffled voxels: AP | base rate |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in table.itertuples():
+        numbers = f"{r.ap:.3f} | {r.random_rho:.2f} | {r.random_ap:.3f} | {r.shuffled_ap:.3f} | {r.base_rate:.3f}"
+        lines.append(f"| {r.complexity} | {r.seed} | {r.scans} | {numbers} |")
+    lines += [
+        "",
+        "Causal check: mean predicted months while the lesion is erased from those who died, and copied into those who lived.",
+        "",
+        f"![predicted time against the share of the lesion]({picture})",
+        "",
+        "| phantom | what | " + " | ".join(f"{share:.0%}" for share in SHARES) + " | monotone |",
+        "|---|---|" + "---|" * (len(SHARES) + 1),
+    ]
+    for (complexity, what), group in curves.groupby(["complexity", "what"]):
+        mean = group.groupby("share").months.mean().to_numpy()
+        steps = np.diff(mean) if what == "erased" else -np.diff(mean)
+        cells = " | ".join(f"{months:.1f}" for months in mean)
+        lines.append(f"| {complexity} | {what} | {cells} | {'yes' if (steps > -0.5).all() else 'no'} |")
+    return "\n".join(lines) + f"\n\nMade by `{command}` after the sweep.\n"
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(
+        prog="python -m scripts.controls", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--work", type=Path, default=Path("runs/sweep"), help="folder of work of the sweep (default runs/sweep)")
+    p.add_argument("--complexities", type=int, nargs="+", default=[2, 4, 6, 8], help="1 to 8 (default 2 4 6 8)")
+    p.add_argument("--seed", type=int, default=0, help="of the runs (default 0)")
+    p.add_argument("--train_scans", type=int, default=100, help="of the runs (default 100)")
+    p.add_argument("--num", type=int, default=16, help="held-out scans, half of which die (default 16)")
+    p.add_argument("--page", type=Path, default=Path("docs/controls.md"), help="page to write, with a PNG beside it")
+    args = p.parse_args()
+    torch.set_flush_denormal(True)
+    rows, curves = [], []
+    for complexity in tqdm(args.complexities, unit="phantom"):
+        run = args.work / "runs" / f"{complexity}_default_{args.train_scans}_{args.seed}"
+        if not (run / "seconds.txt").is_file():
+            raise SystemExit(f"error: {run} is not a finished run; make it with python -m scripts.sweep.")
+        row, points = controls_of(run, complexity, args.seed, args.num)
+        rows.append(row)
+        curves += points
+    picture = args.page.with_suffix(".png")
+    draw(pd.DataFrame(curves), picture)
+    command = f"python -m scripts.controls --complexities {' '.join(map(str, args.complexities))} --seed {args.seed}"
+    args.page.write_text(page(pd.DataFrame(rows), pd.DataFrame(curves), picture.name, command))
+
+
+if __name__ == "__main__":
+    main()
