@@ -4,20 +4,24 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
 import os
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from monai.data import DataLoader, pad_list_data_collate
+from monai.data import DataLoader
+from monai.transforms import Compose, RandomizableTrait
 from monai.utils import set_determinism
 from tqdm import tqdm
 
 from bundle.data.cohort import read_cohort, single_scan, split_cohort
 from bundle.data.datasets import ScanCache
 from bundle.errors import InputError, plain_errors
+from bundle.explain import GridShiftInferer
 from bundle.settings import patient_digest
 from bundle.survival import fit_severity
 
@@ -97,11 +101,17 @@ def fill_caches(*datasets: ScanCache) -> None:
 
 
 def fit_network_severity(
-    network: torch.nn.Module, objective: torch.nn.Module, dataset: ScanCache, device: torch.device, seed: int
+    network: torch.nn.Module, objective: torch.nn.Module, dataset: ScanCache, device: torch.device
 ) -> dict:
     """Last step of a training: the months that the disease on the finished maps stands for, and how sure that is.
 
-    What severity reads off a map is averaged over a few random origins of the patch grid, as inference will average it.
+    What severity reads off a map is averaged over 8 origins of the patch grid, as inference averages it over all.
+
+    Args:
+        network: trained; its severity is set.
+        objective: what to fit it by.
+        dataset: training scans; read without random transforms.
+        device: of the network.
 
     Returns:
         the arguments of the objective to be saved in the settings, with the variance that was found.
@@ -109,26 +119,26 @@ def fit_network_severity(
     if network.severity is None:
         return objective.arguments
     network.eval()
-    loader = DataLoader(dataset, batch_size=4, collate_fn=pad_list_data_collate)
+    plain = copy.copy(dataset)
+    fixed = [t for t in dataset.transform.flatten().transforms if not isinstance(t, RandomizableTrait)]
+    plain.transform = Compose(fixed)
+    loader = DataLoader(plain, batch_size=1)
+    inferer = GridShiftInferer(math.gcd(2, network.stride), network.stride)
     read: list[torch.Tensor] = []
-    hook = network.severity.register_forward_pre_hook(lambda module, args: read.append(args[0]))
-    passes, outcomes = [], []
+    hook = network.severity.register_forward_pre_hook(lambda module, args: read.append(args[0].cpu()))
+    numbers, outcomes = [], []
     try:
-        for i in range(4):
-            set_determinism((seed * 1_000_003 + 999_983 + i) % 2**32)
-            dataset.transform.set_random_state(seed + i)
+        for batch in tqdm(loader, desc="severity", unit="scan"):
+            image, outcome, _, extra = prepare_batch(batch, device)
+            with torch.no_grad():
+                inferer(image, network, **extra)
+            numbers.append(torch.stack(read).mean(0))
+            outcomes.append(outcome.cpu())
             read.clear()
-            outcomes.clear()
-            for batch in tqdm(loader, desc=f"severity {i + 1}/4", unit="batch", leave=False):
-                image, outcome, _, extra = prepare_batch(batch, device)
-                with torch.no_grad():
-                    network(image, **extra)
-                outcomes.append(outcome)
-            passes.append(torch.cat(read))
     finally:
         hook.remove()
-    numbers, outcome = torch.stack(passes).mean(0).cpu(), torch.cat(outcomes).cpu()
-    return {**objective.arguments, "variance": fit_severity(network.severity, numbers, outcome, objective)}
+    variance = fit_severity(network.severity, torch.cat(numbers), torch.cat(outcomes), objective)
+    return {**objective.arguments, "variance": variance}
 
 
 def scans_to_evaluate(cohort: str | None, settings: dict | None, split: str | None, on_fault: str) -> list[dict]:
