@@ -36,7 +36,7 @@ Three questions, each answered by measurements made side by side in one run:
                whole grid with a padding mask), with all of the image lung and with 35 % of it. Steps of the rivals
                alternate, so that a busy machine slows all of them.
   forward      a whole CT, without gradients, in a process of its own: time, and peak memory over that of the imports;
-               once, and from all 64 origins of the patch grid, as inference does.
+               once, and from all 64 origins of the patch grid with refinement, as inference does.
   scaling      train step of one scan from 32 to 256 voxels a side, fitted to time = a * voxels ** exponent.
 
 Times are medians. Let nothing else run beside it; a loaded machine makes them useless.
@@ -157,7 +157,7 @@ def alone(task: str, name: str, shape: tuple[int, ...], batch: int, share: float
         network, lung = build(name, max(shape)).eval(), two_lungs(shape, share, batch)
         image = torch.rand(batch, 1, *shape)
 
-        run = GridShiftInferer(4, network.stride) if task == "map" else SimpleInferer()
+        run = GridShiftInferer(4, network.stride, 0.5, refine=True) if task == "map" else SimpleInferer()
 
         @torch.no_grad()
         def step() -> None:

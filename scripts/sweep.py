@@ -13,22 +13,26 @@ import csv
 import io
 import json
 import os
+import queue
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock
 from tqdm import tqdm
 
 from bundle.metrics.survival import c_index
+from bundle.networks.severity import minkowski_functionals
 from bundle.settings import file_sha256, settings_file, write_json
 
 KEY = ["complexity", "variant", "train_scans", "seed", "test"]
@@ -42,7 +46,7 @@ MAP = [
     "survivor_heat",
     "inverted",
 ]
-COLUMNS = [*KEY, "overrides", "test_scans", "train_seconds", *MAP, *SURVIVAL, "c_index_oracle"]
+COLUMNS = [*KEY, "overrides", "test_scans", "train_seconds", *MAP, *SURVIVAL, "c_index_oracle", "mae_oracle"]
 HELD_OUT = 10_000  # added to the seed of the phantoms to measure on
 
 # What differs from the shipped configuration, by name of the variant; "phantoms" are options of scripts.make_phantoms.
@@ -120,7 +124,12 @@ class Runner:
         self.work = work
         self.test_scans = test_scans
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        self.locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
+
+    def lock(self, name: str) -> FileLock:
+        """One process at a time makes a thing, on all machines that share the folder of work."""
+        folder = self.work / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder / f"{name}.lock")
 
     def python(self, *args: str, log: Path) -> None:
         """Run a module of this repository; a failure shows the end of its log."""
@@ -136,7 +145,7 @@ class Runner:
         options = {"size": 96, **options} if complexity == 9 else options
         name = "_".join([str(complexity), str(num), str(seed), *(f"{k}{v}" for k, v in options.items())]).replace(" ", "-")
         folder = self.work / "phantoms" / name
-        with self.locks[name]:
+        with self.lock(name):
             self.python(
                 *("scripts.make_phantoms", "--complexity", str(complexity), "--num", str(num), "--seed", str(seed)),
                 *(text for key, value in options.items() for text in (f"--{key}", *str(value).split())),
@@ -148,7 +157,7 @@ class Runner:
     def moved(self, phantoms: Path, test: str) -> Path:
         """A copy of a cohort whose volumes, images and masks alike, went through the `move` of a test."""
         folder = phantoms.with_name(f"{phantoms.name}_{test}")
-        with self.locks[folder.name]:
+        with self.lock(folder.name):
             if not (folder / "cohort.csv").is_file():
                 for source in phantoms.glob("*/*.nii.gz"):
                     target = folder / source.relative_to(phantoms)
@@ -175,7 +184,7 @@ class Runner:
             cohort[["time", "event"]] = cohort[["time", "event"]].to_numpy()[order]
         table = phantoms / f"split_{variant}.csv"
         cohort.to_csv(table, index=False)
-        config = ["configs/train.json", f"configs/cohort/{'chest_' if complexity == 9 else ''}phantom.json"]
+        config = ["configs/train.json"] + ([] if complexity == 9 else ["configs/cohort/phantom.json"])
         start = time.time()
         self.python(
             *("monai.bundle", "run", "--config_file", str(config)),
@@ -189,10 +198,10 @@ class Runner:
 
     def row(self, complexity: int, variant: str, train_scans: int, seed: int, test: str) -> dict:
         """Train, unless that is done, and evaluate: one row of the table."""
-        with self.locks[f"{complexity} {variant} {train_scans} {seed}"]:
+        with self.lock(f"{complexity}_{variant}_{train_scans}_{seed}"):
             run, seconds = self.train(complexity, variant, train_scans, seed)
-        what = TESTS[test]
-        options = {**VARIANTS[variant].get("phantoms", {}), **what.get("phantoms", {})}
+        what, own = TESTS[test], VARIANTS[variant].get("phantoms", {})
+        options = {**own, **what.get("phantoms", {})}
         phantoms = self.phantoms(complexity, self.test_scans, seed + HELD_OUT, options)
         if "move" in what:
             phantoms = self.moved(phantoms, test)
@@ -216,7 +225,29 @@ class Runner:
         row["inverted"] = int((scans.auroc < 0.5).sum())  # a map that ranks its lesion below the rest
         if "true_risk" in cohort:
             row["c_index_oracle"] = c_index(*(torch.tensor(cohort[k]) for k in ("true_risk", "time", "event")))
+        else:
+            run_phantoms = self.phantoms(complexity, train_scans, seed, own)
+            row["mae_oracle"] = mae_of_true_masks(run_phantoms, phantoms)
         return row
+
+
+def mae_of_true_masks(train: Path, test: Path) -> float:
+    """What severity could reach on a perfect map: a linear function of the true masks' Minkowski functionals, fitted by
+    least squares to the training scans of those who die; its mean absolute error on those of `test`, months."""
+    numbers, times = {}, {}
+    for folder in (train, test):
+        cohort = pd.read_csv(folder / "cohort.csv").query("event == 1")
+        rows = []
+        for scan in cohort.itertuples():
+            mask = torch.from_numpy(np.asarray(nib.load(folder / scan.gt_mask).dataobj) > 0).float()
+            volume = mask.numel()
+            if isinstance(getattr(scan, "lung_mask", None), str):
+                volume = int(np.asarray(nib.load(folder / scan.lung_mask).dataobj).sum())
+            scale = torch.tensor([volume, volume ** (2 / 3), volume ** (1 / 3), 1.0])
+            rows.append((minkowski_functionals(mask[None])[0] / scale).tolist() + [1.0])
+        numbers[folder], times[folder] = np.array(rows), cohort.time.to_numpy()
+    fit = np.linalg.lstsq(numbers[train], times[train], rcond=None)[0]
+    return float(np.abs(numbers[test] @ fit - times[test]).mean())
 
 
 def draw_pictures(runner: Runner, path: Path, keys: list[tuple[int, str, int, int]]) -> None:
@@ -303,6 +334,7 @@ def markdown(rows: list[dict]) -> str:
     names = {"pointing_game": "pointing", "average_precision": "AP", "average_precision_ceiling": "AP ceiling"}
     names |= {"mass_accuracy": "heat in mask", "confounder_mass": "heat in confounder", "survivor_heat": "survivors / dead"}
     names |= {"inverted": "inverted maps", "c_index": "C-index", "c_index_oracle": "of the oracle", "mae_events": "MAE events, months"}
+    names |= {"mae_oracle": "of true masks"}
     names |= {"correlation": "correlation", "mean_time_censored": "mean time of censored", "train_seconds": "training, s"}
     lines = ["| phantom | variant | scans | measured on | seeds | " + " | ".join(names.values()) + " |", "|" + "---|" * (len(names) + 5)]
     for (complexity, variant, scans, test), group in table.groupby(KEY[:3] + KEY[4:]):
@@ -312,7 +344,7 @@ def markdown(rows: list[dict]) -> str:
             if not len(values):
                 cells.append("–")
                 continue
-            digits = 0 if name in ("train_seconds", "mean_time_censored", "inverted") else 2 if name == "mae_events" else 3
+            digits = 0 if name in ("train_seconds", "mean_time_censored", "inverted") else 2 if "mae" in name else 3
             spread = f" ({values.min():.{digits}f}–{values.max():.{digits}f})" if len(values) > 1 else ""
             cells.append(f"{values.sum() if name == 'inverted' else values.mean():.{digits}f}{spread}")
         lines.append(f"| {complexity} | {variant} | {scans} | {test} | {len(group)} | " + " | ".join(cells) + " |")
@@ -330,6 +362,55 @@ def renew_table(page: Path, rows: list[dict]) -> None:
     os.replace(temporary, page)
 
 
+def rows_of_threads(work: Path, test_scans: int, todo: list[tuple], jobs: int) -> Iterator[dict | Exception]:
+    """Rows of the runs as they are done, or what went wrong with one; `jobs` at a time on this machine."""
+    runner = Runner(work, test_scans, max(1, (os.cpu_count() or 1) // jobs))
+    with ThreadPoolExecutor(jobs) as pool:
+        for future in as_completed([pool.submit(runner.row, *key) for key in todo]):
+            try:
+                yield future.result()
+            except Exception as e:  # one run's failure must not end the others
+                yield e
+
+
+def rows_of_ray(work: Path, test_scans: int, todo: list[tuple], jobs: int) -> Iterator[dict | Exception]:
+    """The same through Ray Tune, on a local Ray or the cluster that RAY_ADDRESS names.
+
+    The folder of work must be shared by its machines; each run takes as many CPUs as a job would here.
+    """
+    try:
+        from ray import tune
+    except ImportError:
+        raise SystemExit("error: --engine ray needs Ray: pip install 'ray[tune]'.") from None
+    cpus, here, done = max(1, (os.cpu_count() or 1) // jobs), os.getcwd(), queue.Queue()
+
+    class Collect(tune.Callback):
+        def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+            done.put(json.loads(trial.last_result["row"]))
+
+        def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+            done.put(RuntimeError(f"the run {trial.config['key']} failed; see {trial.error_file}"))
+
+    def run(config: dict) -> None:
+        os.chdir(here)
+        tune.report({"row": json.dumps(Runner(work, test_scans, cpus).row(*config["key"]))})
+
+    tuner = tune.Tuner(
+        tune.with_resources(run, {"cpu": cpus}),
+        param_space={"key": tune.grid_search([list(key) for key in todo])},
+        tune_config=tune.TuneConfig(max_concurrent_trials=jobs),
+        run_config=tune.RunConfig(storage_path=str(work / "ray"), callbacks=[Collect()], verbose=0),
+    )
+    thread = threading.Thread(target=tuner.fit, daemon=True)
+    thread.start()
+    for _ in todo:
+        yield done.get()
+    thread.join()
+
+
+ENGINES = {"threads": rows_of_threads, "ray": rows_of_ray}
+
+
 def main() -> None:
     p = argparse.ArgumentParser(
         prog="python -m scripts.sweep",
@@ -344,6 +425,7 @@ def main() -> None:
     p.add_argument("--train_scans", type=int, default=100, help="scans a run, a tenth for validation (default 100)")
     p.add_argument("--test_scans", type=int, default=24, help="held-out scans a run (default 24)")
     p.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default 1)")
+    p.add_argument("--engine", choices=ENGINES, default="threads", help="ray: by Ray Tune, here or on a cluster")
     p.add_argument("--results", type=Path, default=Path("docs/results/localisation.csv"), help="the tidy CSV")
     p.add_argument("--work", type=Path, default=Path("runs/sweep"), help="phantoms and weights (default runs/sweep)")
     p.add_argument("--page", type=Path, default=Path("docs/localisation.md"), help="page whose table is renewed")
@@ -358,18 +440,22 @@ def main() -> None:
     pairs = [(c, v) for v in args.variants for c in args.complexities]
     wanted = [(c, v, args.train_scans, s, t) for s in args.seeds for c, v in pairs for t in args.tests]
     todo = [key for key in wanted if tuple(map(str, key)) not in done]
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    runner = Runner(args.work.resolve(), args.test_scans, threads)
-    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(wanted), initial=len(wanted) - len(todo)) as bar:
-        futures = [pool.submit(runner.row, *key) for key in todo]
-        for future in as_completed(futures):
-            row = future.result()
+    work, failed = args.work.resolve(), 0
+    with tqdm(total=len(wanted), initial=len(wanted) - len(todo)) as bar:
+        for row in ENGINES[args.engine](work, args.test_scans, todo, args.jobs) if todo else ():
+            if isinstance(row, Exception):
+                failed += 1
+                bar.write(f"failed, the others go on: {row}")
+                continue
             rows.append(row)
             write_rows(args.results, rows)
             bar.update()
             bar.write(" ".join(f"{k}={row[k]}" for k in (*KEY, "pointing_game", "average_precision", "mae_events")))
             renew_table(args.page, rows)
+    if failed:
+        raise SystemExit(f"error: {failed} of {len(todo)} runs failed; the same command tries them again.")
     if args.pictures:
+        runner = Runner(work, args.test_scans, os.cpu_count() or 1)
         draw_pictures(runner, args.pictures, [(c, v, args.train_scans, args.seeds[0]) for c, v in pairs])
 
 

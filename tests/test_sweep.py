@@ -24,7 +24,7 @@ def page(tmp_path):
 
 
 def command(tmp_path, *args):
-    where = ["--results", str(tmp_path / "results.csv"), "--page", str(tmp_path / "page.md")]
+    where = ["--work", str(tmp_path), "--results", str(tmp_path / "results.csv"), "--page", str(tmp_path / "page.md")]
     return ["sweep", *where, *args]
 
 
@@ -57,6 +57,22 @@ def test_a_killed_sweep_goes_on_and_runs_nothing_twice(tmp_path, page, monkeypat
     assert "0.950 (0.900–1.000)" in line  # pointing: mean over seeds, minimum, maximum
     assert "| 1 (0–1) |" in line  # inverted maps are summed
     assert "| 60 (60–61) |" in line or "| 61 (60–61) |" in line
+
+
+def test_a_run_that_fails_does_not_take_the_others_with_it(tmp_path, page, monkeypatch, capsys):
+    def row_of(runner, complexity, variant, train_scans, seed, test):
+        if complexity == 2:
+            raise RuntimeError("no such luck")
+        return dict(zip(sweep.KEY, (complexity, variant, train_scans, seed, test))) | dict.fromkeys(
+            ("pointing_game", "average_precision", "mae_events", "inverted"), 1
+        )
+
+    monkeypatch.setattr(sweep.Runner, "row", row_of)
+    monkeypatch.setattr("sys.argv", command(tmp_path, "--complexities", "2", "3", "--seeds", "0"))
+    with pytest.raises(SystemExit, match="1 of 2 runs failed"):
+        sweep.main()
+    assert "no such luck" in capsys.readouterr().out
+    assert [r["complexity"] for r in csv.DictReader((tmp_path / "results.csv").open())] == ["3"]
 
 
 def test_every_variant_changes_a_part_that_the_configuration_has():
