@@ -128,7 +128,9 @@ def page(table: pd.DataFrame, curves: pd.DataFrame, picture: str, command: str) 
         "",
         "Maps of held-out phantoms by the weights of the shipped configuration. *Random weights*: an untrained network's map, its "
         "rank correlation with the trained one's, and its average precision. *Shuffled voxels*: average precision of the trained "
-        "map of a scan whose voxels were shuffled. Both must be about the mask's *base rate*, the precision of a guess.",
+        "map of a scan whose voxels were shuffled. A guess has the mask's *base rate*. What is above it was there before anything was "
+        "learnt, or is known without looking: any network answers to brightness, so that an average precision on bright spheres (2, 6) "
+        "proves little by itself; and the lesion of 4 always lies in the same corner.",
         "",
         "| phantom | seed | scans | AP | random weights: rank correlation | AP | shuffled voxels: AP | base rate |",
         "|---|---|---|---|---|---|---|---|",

@@ -13,16 +13,13 @@ import csv
 import io
 import json
 import os
-import queue
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -258,8 +255,8 @@ def draw_pictures(runner: Runner, path: Path, keys: list[tuple[int, str, int, in
     import matplotlib.pyplot as plt
 
     complexities, variants = sorted({key[0] for key in keys}), list(dict.fromkeys(key[1] for key in keys))
-    shape = len(complexities), len(variants) + 1
-    figure, axes = plt.subplots(*shape, figsize=(2 * shape[1], 2 * shape[0]), squeeze=False, layout="constrained")
+    shape = len(variants) + 1, len(complexities)
+    figure, axes = plt.subplots(*shape, figsize=(1.6 * shape[1], 1.75 * shape[0]), squeeze=False, layout="constrained")
     for ax in axes.flat:
         ax.set_axis_off()
     for complexity, variant, train_scans, seed in tqdm(keys, desc="pictures"):
@@ -277,15 +274,16 @@ def draw_pictures(runner: Runner, path: Path, keys: list[tuple[int, str, int, in
         names = [phantoms / scan.image, phantoms / scan.gt_mask, next(folder.glob("maps/*_heat.nii.gz"))]
         hu, mask, heat = (np.asarray(nib.load(name).dataobj) for name in names)
         k = int(mask.sum((0, 1)).argmax())
-        row = axes[complexities.index(complexity)]
+        column = axes[:, complexities.index(complexity)]
         window = (-820, -780) if complexity in (4, 8, 12) else (-1000, 100)
-        row[0].imshow(hu[:, :, k].T, cmap="gray", vmin=window[0], vmax=window[1], origin="lower")
-        row[0].set_title(f"phantom {complexity}", fontsize=9)
-        ax = row[1 + variants.index(variant)]
-        ax.imshow(heat[:, :, k].T, cmap="inferno", origin="lower", vmin=0, vmax=max(float(np.quantile(heat, 0.999)), 1e-12))
-        ax.set_title(variant, fontsize=9)
-        for panel in (row[0], ax):
-            panel.contour(mask[:, :, k].T, [0.5], colors="deepskyblue", linewidths=0.6)
+        column[0].imshow(hu[:, :, k].T, cmap="gray", vmin=window[0], vmax=window[1], origin="lower")
+        column[0].set_title(f"phantom {complexity}", fontsize=9)
+        ax = column[1 + variants.index(variant)]
+        top = max(float(np.quantile(heat[heat > 0], 0.99)) if (heat > 0).any() else 0.0, 1e-12)
+        ax.imshow(heat[:, :, k].T, cmap="inferno", origin="lower", vmin=0, vmax=top)
+        ax.set_title(f"heat, {variant}", fontsize=9)
+        for panel in (column[0], ax):
+            panel.contour(mask[:, :, k].T, [0.5], colors="deepskyblue", linewidths=0.7)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
@@ -382,30 +380,37 @@ def rows_of_ray(work: Path, test_scans: int, todo: list[tuple], jobs: int) -> It
         from ray import tune
     except ImportError:
         raise SystemExit("error: --engine ray needs Ray: pip install 'ray[tune]'.") from None
-    cpus, here, done = max(1, (os.cpu_count() or 1) // jobs), os.getcwd(), queue.Queue()
-
-    class Collect(tune.Callback):
-        def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            done.put(json.loads(trial.last_result["row"]))
-
-        def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            done.put(RuntimeError(f"the run {trial.config['key']} failed; see {trial.error_file}"))
+    cpus, here = max(1, (os.cpu_count() or 1) // jobs), os.getcwd()
+    folder = work / "ray_rows"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
     def run(config: dict) -> None:
         os.chdir(here)
-        tune.report({"row": json.dumps(Runner(work, test_scans, cpus).row(*config["key"]))})
+        try:
+            found = {"row": Runner(work, test_scans, cpus).row(*config["key"])}
+        except Exception as e:
+            found = {"error": str(e)}
+        write_json(folder / f"{'_'.join(map(str, config['key']))}.json", found)
 
     tuner = tune.Tuner(
         tune.with_resources(run, {"cpu": cpus}),
         param_space={"key": tune.grid_search([list(key) for key in todo])},
         tune_config=tune.TuneConfig(max_concurrent_trials=jobs),
-        run_config=tune.RunConfig(storage_path=str(work / "ray"), callbacks=[Collect()], verbose=0),
+        run_config=tune.RunConfig(storage_path=str(work / "ray"), verbose=0),
     )
-    thread = threading.Thread(target=tuner.fit, daemon=True)
-    thread.start()
-    for _ in todo:
-        yield done.get()
-    thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        fit = pool.submit(tuner.fit)
+        seen: set[Path] = set()
+        while len(seen) < len(todo):
+            over = fit.done()
+            for path in sorted(set(folder.glob("*.json")) - seen):
+                seen.add(path)
+                found = json.loads(path.read_text())
+                yield found["row"] if "row" in found else RuntimeError(found["error"])
+            if over and len(seen) < len(todo):
+                raise SystemExit(f"error: Ray ended with {len(todo) - len(seen)} runs missing; see {work / 'ray'}.")
+            time.sleep(0.5)
 
 
 ENGINES = {"threads": rows_of_threads, "ray": rows_of_ray}
