@@ -60,6 +60,7 @@ VARIANTS: dict[str, dict] = {
     "entropy_1": {"loss#entropy": 1.0},
     "no_smoothness": {"loss#smoothness": 0.0},
     "smoothness_0.3": {"loss#smoothness": 0.3},
+    "no_ease": {"train#handlers#2#vc_kwargs#end": 1.0},
     "no_anneal": {"train#handlers#1#vc_kwargs#start": 1.0},
     "fixed_steep": {"train#handlers#1#vc_kwargs#start": 1.0, "network_def#beta": 5.0, "network_def#learn_beta": False},
     "fixed_beta": {"network_def#learn_beta": False},

@@ -91,8 +91,8 @@ class RunCheckpoint:
 
     After every epoch `last.pt` holds network, optimizer, scheduler, epoch and best metric; whenever the validation
     metric is at its best `model.pt` holds the network's plain state dict and `settings.json` its settings with the
-    SHA-256 of the weights. After the last epoch the best weights go through `finish`. Every file is written under another name and renamed. MONAI's `CheckpointSaver` writes in
-    place, which a kill in the wrong moment turns into a torn file.
+    SHA-256 of the weights. After the last epoch the best weights go through `finish`. Every file is written under another
+    name and renamed. MONAI's `CheckpointSaver` writes in place, which a kill in the wrong moment turns into a torn file.
 
     Args:
         ckpt_dir: folder of the run.
