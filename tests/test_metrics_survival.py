@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from ignite.engine import Engine
-from lifelines.utils import concordance_index
+from lifelines import KaplanMeierFitter
+from lifelines.utils import concordance_index, restricted_mean_survival_time
 from monai.handlers import IgniteMetricHandler, from_engine
 from scipy.stats import chisquare
 from sksurv import metrics as sksurv
@@ -23,11 +25,24 @@ from bundle.metrics.survival import (
     integrated_brier,
     mae_censored,
     mae_events,
+    mae_pseudo_observation,
     mean_time_censored,
     rae_events,
+    rmst_bias,
 )
+from bundle.survival import mean_months, restricted_mean_months
 
 TMAX = 120
+DAY = 1 / 30.4375  # months
+TABLES = {
+    # file: time, its unit in months, event, its value for a death, what to predict from
+    "gbsg2_686.csv": ("time", DAY, "cens", 1, "age"),
+    "ncctg_lung_228.csv": ("time", DAY, "status", 1, "age"),
+    "nsclc_radiogenomics_143.csv": ("Survival.time", DAY, "deadstatus.event", 1, "Age at Histological Diagnosis"),
+    "rossi_432.csv": ("week", 1.0, "arrest", 1, "age"),
+    "veteran_lung_137.csv": ("Survival_in_days", DAY, "Status", "dead", "Age_in_years"),
+    "whas500_500.csv": ("lenfol", DAY, "fstat", 1, "age"),
+}
 
 
 def cohort(seed: int, num: int = 80, whole: bool = True) -> tuple[torch.Tensor, ...]:
@@ -37,43 +52,71 @@ def cohort(seed: int, num: int = 80, whole: bool = True) -> tuple[torch.Tensor, 
     time = np.minimum(death, censoring)
     time = np.ceil(time) if whole else time
     location = np.round(death + rng.normal(0, 20, num), -1)
+    return predictions(location, time, death <= censoring)
+
+
+def predictions(location: np.ndarray, time: np.ndarray, event: np.ndarray) -> tuple[torch.Tensor, ...]:
+    """Risk and pmf of a normal distribution around each location, with time and event."""
     month = np.arange(1, TMAX + 1)
     pmf = np.exp(-((month - location[:, None]) ** 2) / 400)
     pmf /= pmf.sum(1, keepdims=True)
-    return (
-        torch.tensor(-location).float(),
-        torch.tensor(time).float(),
-        torch.tensor(death <= censoring).float(),
-        torch.tensor(pmf).float(),
-    )
+    return tuple(torch.tensor(np.asarray(values, float)) for values in (-location, time, event, pmf))
+
+
+def real_cohort(path) -> tuple[torch.Tensor, ...]:
+    """risk, time in months, event and pmf of a real table, predicted from the age alone, with its ties.
+
+    A death at the last time has weight 0 here and is refused by scikit-survival; such deaths are left out.
+    """
+    time, unit, event, died, age = TABLES[path.name]
+    table = pd.read_csv(path)
+    time, event, age = table[time].to_numpy() * unit, table[event].to_numpy() == died, table[age].to_numpy(float)
+    keep = (time < time.max()) | ~event
+    return predictions(110 - age[keep], time[keep], event[keep])
 
 
 def structured(time: torch.Tensor, event: torch.Tensor) -> np.ndarray:
     return Surv.from_arrays(event.numpy() == 1, time.numpy())
 
 
+def assert_equal_to_scikit_survival(risk, time, event, pmf):
+    here = structured(time, event)
+    expected = sksurv.concordance_index_censored(event.numpy() == 1, time.numpy(), risk.numpy())[0]
+    assert c_index(risk, time, event) == pytest.approx(expected, abs=1e-6)
+    # Truncated at the last time, because scikit-survival has no weight for a death there.
+    expected = sksurv.concordance_index_ipcw(here, here, risk.numpy(), tau=float(time.max()))[0]
+    assert c_index_ipcw(risk, time, event) == pytest.approx(expected, abs=1e-6)
+    months = np.arange(np.ceil(time.min().item()), np.ceil(time.max().item()))
+    survival = 1 - pmf.cumsum(1).numpy()[:, months.astype(int) - 1]
+    expected = sksurv.integrated_brier_score(here, here, survival, months)
+    assert integrated_brier(pmf, time, event) == pytest.approx(expected, abs=1e-6)
+    for horizon in (12, 24, 36, 60):
+        dead = bool(((time <= horizon) & (event == 1)).any())
+        if not dead or horizon >= time.max():
+            assert cumulative_auc(risk, time, event, horizon) is None
+            continue
+        expected = sksurv.cumulative_dynamic_auc(here, here, risk.numpy(), [horizon])[0][0]
+        assert cumulative_auc(risk, time, event, horizon) == pytest.approx(expected, abs=1e-6)
+
+
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("num", [12, 80, 400])
 def test_equal_to_scikit_survival_with_ties(num, whole):
     for seed in range(3):
-        risk, time, event, pmf = cohort(seed, num, whole)
-        here = structured(time, event)
-        expected = sksurv.concordance_index_censored(event.numpy() == 1, time.numpy(), risk.numpy())[0]
-        assert c_index(risk, time, event) == pytest.approx(expected, abs=1e-6)
-        # Truncated at the last time, because scikit-survival has no weight for a death there.
-        expected = sksurv.concordance_index_ipcw(here, here, risk.numpy(), tau=float(time.max()))[0]
-        assert c_index_ipcw(risk, time, event) == pytest.approx(expected, abs=1e-6)
-        months = np.arange(np.ceil(time.min().item()), np.ceil(time.max().item()))
-        survival = 1 - pmf.double().cumsum(1).numpy()[:, months.astype(int) - 1]
-        expected = sksurv.integrated_brier_score(here, here, survival, months)
-        assert integrated_brier(pmf, time, event) == pytest.approx(expected, abs=1e-6)
-        for horizon in (12, 24, 36, 60):
-            dead = bool(((time <= horizon) & (event == 1)).any())
-            if not dead or horizon >= time.max():
-                assert cumulative_auc(risk, time, event, horizon) is None
-                continue
-            expected = sksurv.cumulative_dynamic_auc(here, here, risk.numpy(), [horizon])[0][0]
-            assert cumulative_auc(risk, time, event, horizon) == pytest.approx(expected, abs=1e-6)
+        assert_equal_to_scikit_survival(*cohort(seed, num, whole))
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_equal_to_the_oracles_on_real_tables(shared_data, table):
+    risk, time, event, pmf = real_cohort(shared_data / "survival" / table)
+    assert 5 < event.sum() and len(time) > 100
+    assert_equal_to_scikit_survival(risk, time, event, pmf)
+    assert c_index(risk, time, event) == pytest.approx(concordance_index(time, -risk, event), abs=1e-6)
+    assert d_calibration(pmf, time, event) == pytest.approx(d_calibration_by_a_loop(pmf, time, event), rel=1e-6)
+    expected = mae_pseudo_observation_by_a_loop(-risk, time, event)
+    assert mae_pseudo_observation(-risk, time, event) == pytest.approx(expected, abs=1e-6)
+    for horizon in (12, 24):
+        assert rmst_bias(pmf, time, event, horizon) == pytest.approx(rmst_bias_by_lifelines(pmf, time, event, horizon))
 
 
 def test_equal_to_scikit_survival_with_the_training_cohorts_censoring():
@@ -91,7 +134,7 @@ def test_equal_to_scikit_survival_with_the_training_cohorts_censoring():
         # scikit-survival refuses test times beyond the training follow-up: give them the largest it takes.
         inside = structured(time.clamp_max(end), torch.where(time > end, 0, event))
         months = np.arange(np.ceil(time.min().item()), min(np.ceil(time.max().item()), np.ceil(end)))
-        survival = 1 - pmf.double().cumsum(1).numpy()[:, months.astype(int) - 1]
+        survival = 1 - pmf.cumsum(1).numpy()[:, months.astype(int) - 1]
         expected = sksurv.integrated_brier_score(there, inside, survival, months)
         assert integrated_brier(pmf, time, event, training) == pytest.approx(expected, abs=1e-6)
         expected = sksurv.cumulative_dynamic_auc(there, inside, risk.numpy(), [36])[0][0]
@@ -131,6 +174,27 @@ def test_what_a_cohort_cannot_tell_is_none():
     assert correlation(time * 0, time, alive + 1) is None
     assert correlation(time[:2] + 1, time[:2], alive[:2] + 1) is None
     assert d_calibration(pmf[:0], time[:0], event[:0]) is None
+    assert mae_pseudo_observation(time, time, alive) is None and mae_pseudo_observation(*[time[:0]] * 3) is None
+    assert rmst_bias(pmf[:0], time[:0], event[:0], 12) is None
+    assert rmst_bias(pmf, time, alive, float(time.max()) + 1) is None  # nobody was followed so far
+    assert rmst_bias(pmf, time, alive + 1, 200) is not None  # nobody lived so long
+
+
+def test_all_ties_have_a_value_or_none():
+    """One time, one risk, one distribution for all: nobody can be ranked, but errors have their values."""
+    risk, time, pmf = torch.zeros(6), torch.full((6,), 30.0), torch.full((6, TMAX), 1 / TMAX)
+    died = torch.tensor([1.0, 1, 1, 0, 0, 0])
+    assert c_index(risk, time, died) == 0.5  # deaths against the censored, who live on
+    assert c_index_ipcw(risk, time, died) is None  # nobody was followed longer, so no pair has a weight
+    assert cumulative_auc(risk, time, died, 30) is None and integrated_brier(pmf, time, died) is None
+    assert d_calibration(pmf, time, died) < 1
+    assert mae_events(time + 2, time, died) == mae_censored(time - 2, time, died) == 2
+    assert correlation(time, time, died) is None
+    # S falls to 1/2 at 30, and on to 0 at 60: a mean of 0.75 * 30 + 0.25 * 30 = 30 months for all six.
+    # Without one of the censored: 3 of 5 die, S is 2/5 until it reaches 0 at 50, the mean 0.7 * 30 + 0.2 * 20 = 25.
+    surrogate = 6 * 30 - 5 * 25
+    expected = (3 * 0 + 3 * 0.5 * (surrogate - 30)) / (3 + 3 * 0.5)
+    assert mae_pseudo_observation(time, time, died) == pytest.approx(expected)
 
 
 def test_errors_by_hand():
@@ -143,19 +207,92 @@ def test_errors_by_hand():
     assert correlation(predicted, time, event * 0 + 1) == pytest.approx(np.corrcoef(predicted, time)[0, 1])
 
 
-def test_d_calibration_bins_by_a_loop_over_patients():
-    _, time, event, pmf = cohort(2, 50, whole=False)
+def d_calibration_by_a_loop(pmf, time, event):
     counts = np.zeros(10)
     edges = np.arange(TMAX + 1) + 0.5
-    for t, died, p in zip(time.tolist(), event.tolist(), pmf.double().numpy()):
+    for t, died, p in zip(time.tolist(), event.tolist(), pmf.numpy()):
         s = 1 - np.interp(t, edges, np.concatenate([[0], p.cumsum()]))
         if died:
             counts[min(int(s * 10), 9)] += 1
         else:
             for k in range(10):
                 counts[k] += max(0, min(s, (k + 1) / 10) - k / 10) / s
-    assert counts.sum() == pytest.approx(50)
-    assert d_calibration(pmf, time, event) == pytest.approx(chisquare(counts).pvalue, rel=1e-6)
+    assert counts.sum() == pytest.approx(len(time))
+    return chisquare(counts).pvalue
+
+
+def test_d_calibration_bins_by_a_loop_over_patients():
+    for seed in range(3):
+        _, time, event, pmf = cohort(seed, 50, whole=False)
+        assert d_calibration(pmf, time, event) == pytest.approx(d_calibration_by_a_loop(pmf, time, event), rel=1e-6)
+
+
+def mean_lifetime(time, event):
+    """Area under lifelines' Kaplan-Meier curve: linear between deaths, then on the line from (0, 1) through its end."""
+    curve = KaplanMeierFitter().fit(time, event).survival_function_.iloc[:, 0]
+    knots = [0.0, *np.unique(time[event == 1]), time.max()]
+    values = curve.loc[knots].to_numpy()
+    return np.trapezoid(values, knots) + values[-1] * (knots[-1] / (1 - values[-1]) - knots[-1]) / 2
+
+
+def mae_pseudo_observation_by_a_loop(predicted, time, event, training=None):
+    """Straight from the paper: each censored patient's own two Kaplan-Meier curves."""
+    predicted, time, event = (values.numpy() for values in (predicted, time, event))
+    known = (time, event) if training is None else tuple(values.numpy() for values in training)
+    curve = KaplanMeierFitter().fit(*known)
+    errors, weights = [], []
+    whole = mean_lifetime(*known)
+    for i in range(len(time)):
+        target, weight = time[i], 1.0
+        if event[i] == 0:
+            weight = 1 - curve.predict(time[i])
+            if training is None:
+                others = np.arange(len(time)) != i
+                target = len(time) * whole - (len(time) - 1) * mean_lifetime(time[others], event[others])
+            else:
+                among = mean_lifetime(np.append(known[0], time[i]), np.append(known[1], 0))
+                target = (len(known[0]) + 1) * among - len(known[0]) * whole
+        errors.append(abs(predicted[i] - target))
+        weights.append(weight)
+    return np.average(errors, weights=weights)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_mae_pseudo_observation_by_a_loop_over_patients(whole):
+    for seed in range(3):
+        risk, time, event, _ = cohort(seed, 40, whole)
+        training = cohort(seed + 7, 60, whole)[1:3]
+        ends = (training, (training[0].clamp_max(40), training[1]), (training[0] + 50, training[1]))
+        for known in (None, *ends):
+            expected = mae_pseudo_observation_by_a_loop(-risk, time, event, known)
+            assert mae_pseudo_observation(-risk, time, event, known) == pytest.approx(expected, abs=1e-6)
+        died = torch.ones(40)
+        assert mae_pseudo_observation(-risk, time, died) == pytest.approx(mae_events(-risk, time, died))
+
+
+def test_mae_pseudo_observation_tells_a_good_prediction_for_the_censored_from_a_hinge_that_cannot():
+    rng = np.random.default_rng(0)
+    death, censoring = torch.tensor(rng.exponential(35, 400)), torch.tensor(rng.uniform(5, 60, 400))
+    time, event = torch.minimum(death, censoring), (death <= censoring).double()
+    late = torch.where(event == 1, death, 500.0)
+    assert mae_censored(late, time, event) == mae_censored(death, time, event) == 0
+    assert mae_pseudo_observation(death, time, event) < 0.2 * mae_pseudo_observation(late, time, event)
+
+
+def rmst_bias_by_lifelines(pmf, time, event, horizon):
+    observed = restricted_mean_survival_time(KaplanMeierFitter().fit(time, event), horizon)
+    alive = np.concatenate([np.ones((len(pmf), 1)), 1 - pmf.cumsum(1).numpy()], 1)[:, :-1]  # at 0, 1, ... months
+    lived = np.clip(horizon - np.arange(TMAX), 0, 1)  # of the month that follows
+    return (alive @ lived).mean() - observed
+
+
+@pytest.mark.parametrize("horizon", [12, 24.5, 36])
+def test_restricted_means_equal_lifelines(horizon):
+    for seed in range(2):
+        _, time, event, pmf = cohort(seed, 80)
+        expected = rmst_bias_by_lifelines(pmf, time, event, horizon)
+        assert rmst_bias(pmf, time, event, horizon) == pytest.approx(expected, abs=1e-6)
+    assert restricted_mean_months(pmf, TMAX).allclose(mean_months(pmf))
 
 
 def test_d_calibration_accepts_the_true_distribution_and_rejects_a_wrong_one():
@@ -182,19 +319,22 @@ def test_metric_has_every_key_with_an_interval_around_the_value():
     assert deaths == int(event.sum())
     assert list(result) == [
         *("c_index", "c_index_ipcw", "integrated_brier", "auc_12m", "auc_24m", "auc_36m", "auc_60m", "d_calibration_p"),
-        *("mae_events", "rae_events", "mae_censored", "correlation", "mean_time_censored"),
+        *("mae_events", "rae_events", "mae_censored", "mae_pseudo_observation"),
+        *("rmst_bias_12m", "rmst_bias_24m", "rmst_bias_36m", "rmst_bias_60m", "correlation", "mean_time_censored"),
     ]
     for name, entry in result.items():
         assert list(entry) == ["value", "lower", "upper", "num_scans"]
         if name != "d_calibration_p":  # repeated patients make a resample look worse calibrated
             assert entry["lower"] < entry["value"] < entry["upper"]
     assert result["mae_events"]["num_scans"] == deaths and result["mae_censored"]["num_scans"] == 80 - deaths
-    mean = (pmf * torch.arange(1, TMAX + 1)).sum(1)
+    mean = mean_months(pmf)
     assert result["c_index"]["value"] == pytest.approx(concordance_index(time, mean, event), abs=1e-6)
     median = torch.tensor([row["median_months"] for row in metric.rows()])
     assert result["mae_events"]["value"] == pytest.approx(mae_events(median, time, event))
     assert [row["time"] for row in metric.rows()] == time.tolist()
-    assert torch.tensor([row["mean_months"] for row in metric.rows()]).allclose(mean)
+    assert [row["mean_months"] for row in metric.rows()] == pytest.approx(mean.tolist())
+    assert [row["death_24m"] for row in metric.rows()] == pytest.approx(pmf[:, :24].sum(1).tolist())
+    assert [row["rmst_60m"] for row in metric.rows()] == pytest.approx(restricted_mean_months(pmf, 60).tolist())
 
 
 def test_order_batches_and_repeated_patients_change_nothing():

@@ -69,7 +69,8 @@ def test_writes_metrics_and_one_row_a_scan(tmp_path):
     assert metrics["survival"]["auc_60m"] == {"value": None, "lower": None, "upper": None, "num_scans": 0}
     with open(folder / "metrics_per_scan.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0])[:6] == ["patient_id", "time", "event", "median_months", "mean_months", "pointing_game"]
+    assert list(rows[0])[:6] == ["patient_id", "time", "event", "median_months", "mean_months", "death_12m"]
+    assert list(rows[0])[9:11] == ["rmst_60m", "pointing_game"]
     assert [row["patient_id"] for row in rows] == [f"p{i}" for i in range(NUM)]
     assert rows[2]["time"] == "13" and rows[2]["event"] == "1" and 0 < float(rows[2]["auroc"]) <= 1
     assert rows[1]["auroc"] == "" and rows[1]["num_lesions"] == "0" and rows[6]["num_lesions"] == ""

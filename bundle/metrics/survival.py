@@ -8,6 +8,8 @@ median. A metric is None where the cohort can't tell: the docstrings say when.
 
 Metrics that weight by the probability of not being censored (IPCW) estimate it by Kaplan-Meier on `training`, a pair
 (time, event), or on the scored patients themselves if that is None. They use what lies within its follow-up only.
+
+Functions compute in the precision they are given; :class:`SurvivalMetric` gives them double.
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ from torch import Tensor
 from torchsurv.metrics.auc import Auc
 from torchsurv.metrics.brier_score import BrierScore
 from torchsurv.metrics.cindex import ConcordanceIndex
-from torchsurv.stats.ipcw import get_ipcw
 
 from ..errors import InputError
-from ..survival import mean_months, quantile_months, survival_curve
+from ..survival import death_by, mean_months, quantile_months, restricted_mean_months, survival_curve
 from .bootstrap import with_interval
+from .kaplan_meier import kaplan_meier, kaplan_meier_censoring, restricted_mean
 from .patient_ids import decode_ids, encode_ids, unique_scans
 
 __all__ = [
@@ -41,8 +43,10 @@ __all__ = [
     "integrated_brier",
     "mae_censored",
     "mae_events",
+    "mae_pseudo_observation",
     "mean_time_censored",
     "rae_events",
+    "rmst_bias",
 ]
 
 HORIZONS = (12, 24, 36, 60)
@@ -60,8 +64,8 @@ def _mean(values: Tensor) -> float | None:
 
 def _censoring_weight(at: Tensor, time: Tensor, event: Tensor, training: Outcome | None) -> Tensor:
     """1 / P(not censored by `at`), and 0 where that probability is 0."""
-    known_time, known_event = training or (time, event)
-    return get_ipcw(known_event == 1, known_time, at.to(known_time))
+    free = torch.from_numpy(kaplan_meier_censoring(*(training or (time, event))).evaluate(at)).to(time)
+    return torch.where(free > 0, 1 / free, 0)
 
 
 def _follow_up(time: Tensor, training: Outcome | None) -> float:
@@ -106,7 +110,7 @@ def c_index_ipcw(risk: Tensor, time: Tensor, event: Tensor, training: Outcome | 
     """
     if not (event == 1).any():
         return None
-    weight = _censoring_weight(time, time, event, training).double()
+    weight = _censoring_weight(time.double(), time.double(), event, training)
     return _concordance(risk, time, event, weight, training[0].max() if training else None)
 
 
@@ -138,8 +142,8 @@ def cumulative_auc(
 ) -> float | None:
     """Cumulative/dynamic AUC: does risk tell those dead by the horizon from those alive after it? 0.5 is chance.
 
-    The dead are weighted by 1 / P(not censored by their death), ties count half. Computed by torchsurv; Uno et al.,
-    JASA 2007. Shapes as in :func:`c_index`.
+    The dead are weighted by 1 / P(not censored by their death), equal risks count half. Computed by torchsurv;
+    Uno et al., JASA 2007. Shapes as in :func:`c_index`.
 
     Args:
         horizon: months.
@@ -164,7 +168,7 @@ def d_calibration(pmf: Tensor, time: Tensor, event: Tensor, bins: int = 10) -> f
     degrees of freedom; rough below about 5 patients a bin. Bin t of the distribution is spread evenly over the month
     that ends half a month after t, so whole-month times aren't biased to one side. Haider et al., JMLR 2020.
 
-    Shapes as in :func:`integrated_brier`. None only for no patients.
+    Shapes as in :func:`integrated_brier`. None only for no patients; without deaths it has a value, but little power.
     """
     if not len(time):
         return None
@@ -202,6 +206,68 @@ def mae_censored(predicted: Tensor, time: Tensor, event: Tensor) -> float | None
     return _mean((time - predicted)[event != 1].clamp_min(0))
 
 
+def mae_pseudo_observation(
+    predicted: Tensor, time: Tensor, event: Tensor, training: Outcome | None = None
+) -> float | None:
+    """Weighted mean |predicted - time| of all patients, months, with pseudo-observations for the censored (MAE-PO).
+
+    The pseudo-observation of a patient is what they add to the mean lifetime of the N patients they are among:
+    N * mean(all) - (N - 1) * mean(all others). A censored patient has weight 1 - S(c), a death 1. The mean lifetime is
+    the area under the Kaplan-Meier curve, taken as linear between deaths and, from the last time on, along the line
+    from (0, 1) through the last point down to 0. The others are `training` if given, else the other scored patients.
+    Qi et al., An effective meaningful way to evaluate survival models, ICML 2023; same as their package SurvivalEVAL.
+
+    Returns:
+        None without deaths to estimate the curve from, or if all weights are 0: no deaths are scored, and all were
+        censored before the first death.
+    """
+    predicted, time = predicted.double(), time.double()
+    known_time, known_event = (time, event) if training is None else (training[0].double(), training[1])
+    if not (known_event == 1).any():
+        return None
+    deaths, count = known_time[known_event == 1].unique(return_counts=True)
+    at_risk = (known_time >= deaths.unsqueeze(1)).sum(1)
+    order = known_time.sort().values
+    censored = time[event != 1]
+
+    def mean_lifetime(at_risk: Tensor, last: Tensor) -> Tensor:
+        curve = (1 - count / at_risk.double()).cumprod(1)
+        curve = torch.cat([torch.ones_like(curve[:, :1]), curve, curve[:, -1:]], 1)
+        knots = torch.cat([torch.zeros_like(last), deaths.expand(len(last), -1), last], 1)
+        end = curve[:, -1]
+        return torch.trapezoid(curve, knots) + 0.5 * end.square() / (1 - end) * last[:, 0]
+
+    if training is None:
+        change, last = -1, torch.where(censored == order[-1], order[-2:][0], order[-1])
+    else:
+        change, last = 1, censored.clamp_min(order[-1])
+    base = mean_lifetime(at_risk.unsqueeze(0), order[-1:].unsqueeze(1))
+    other = mean_lifetime(at_risk + change * (deaths <= censored.unsqueeze(1)), last.unsqueeze(1))
+    size = len(known_time)
+    target, weight = time.clone(), torch.ones_like(time)
+    target[event != 1] = change * ((size + change) * other - size * base)
+    weight[event != 1] -= torch.from_numpy(kaplan_meier(known_time, known_event).evaluate(censored))
+    return _number((weight * (predicted - target).abs()).sum() / weight.sum())
+
+
+def rmst_bias(pmf: Tensor, time: Tensor, event: Tensor, horizon: float) -> float | None:
+    """Mean predicted minus observed restricted mean survival time, months: above 0 if predictions are too hopeful.
+
+    Predicted is the mean of E[min(T, horizon)] over patients, observed the area under their Kaplan-Meier curve from 0
+    to the horizon. It measures calibration in the large, in months and without the tail that nobody has seen. No one's own
+    RMST is known while censored, so this is a difference of means; each patient's is in :meth:`SurvivalMetric.rows`.
+
+    Args:
+        pmf, time, event: as in :func:`integrated_brier`.
+        horizon: months.
+
+    Returns:
+        None with no patients, or if the horizon lies beyond the last time and that is of a censored patient.
+    """
+    observed = restricted_mean(time, event, horizon)
+    return None if observed is None else float(restricted_mean_months(pmf, horizon).mean()) - observed
+
+
 def correlation(predicted: Tensor, time: Tensor, event: Tensor) -> float | None:
     """Pearson correlation of predicted and actual time of those who died.
 
@@ -237,7 +303,7 @@ class SurvivalMetric(CumulativeIterationMetric):
     def __init__(self, training: Outcome | None = None, num_resamples: int = 200, seed: int = 0) -> None:
         super().__init__()
         if training is not None:
-            time, event = (torch.as_tensor(values, dtype=torch.float32) for values in training)
+            time, event = (torch.as_tensor(values, dtype=torch.float64) for values in training)
             _check_outcome(torch.stack([time, event], 1))
             if not (event == 1).any():
                 raise InputError("The training cohort has no death (event 1); the censoring weights need one.")
@@ -269,7 +335,7 @@ class SurvivalMetric(CumulativeIterationMetric):
         return self._compute_tensor(pmf, outcome, **kwargs)
 
     def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, patient_id: Any = None) -> list[Tensor]:
-        pmf, outcome = (torch.as_tensor(t).detach().float() for t in (y_pred, y))
+        pmf, outcome = (torch.as_tensor(t).detach().double() for t in (y_pred, y))
         if pmf.ndim != 2 or outcome.shape != (len(pmf), 2):
             raise InputError(
                 f"expected probabilities (B, tmax) and outcomes (B, 2), got {tuple(pmf.shape)}, {tuple(outcome.shape)}."
@@ -284,16 +350,28 @@ class SurvivalMetric(CumulativeIterationMetric):
         """pmf (N, tmax), time, event (N,) and patient ids of all processes' scans, on the CPU."""
         buffers = self.get_buffer()
         if buffers is None:
-            return torch.zeros(0, 1), torch.zeros(0), torch.zeros(0), []
+            empty = torch.zeros(0, dtype=torch.float64)
+            return empty.unsqueeze(1), empty, empty, []
         keep = unique_scans(buffers[2])
         pmf, outcome, ids = (buffer.cpu()[keep] for buffer in buffers)
         return pmf, outcome[:, 0], outcome[:, 1], decode_ids(ids)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One dict a patient: `patient_id` (None if not given), `time`, `event`, `median_months`, `mean_months`."""
+        """One dict a patient: `patient_id` (None if not given), `time`, `event`, then what was predicted.
+
+        `median_months`, `mean_months`, `death_12m` ..., P(T <= 12 months), and `rmst_60m`, the restricted mean.
+        """
         pmf, time, event, ids = self._table()
-        table = zip(ids, time.tolist(), event.tolist(), quantile_months(pmf, 0.5).tolist(), mean_months(pmf).tolist())
-        return [dict(zip(("patient_id", "time", "event", "median_months", "mean_months"), row)) for row in table]
+        columns = {
+            "time": time,
+            "event": event,
+            "median_months": quantile_months(pmf, 0.5),
+            "mean_months": mean_months(pmf),
+            **{f"death_{horizon}m": death_by(pmf, horizon) for horizon in HORIZONS},
+            f"rmst_{HORIZONS[-1]}m": restricted_mean_months(pmf, HORIZONS[-1]),
+        }
+        values = zip(*(column.tolist() for column in columns.values()))
+        return [{"patient_id": name, **dict(zip(columns, row))} for name, row in zip(ids, values)]
 
     def aggregate(self) -> dict[str, Any]:
         """Each metric as ``{"value", "lower", "upper", "num_scans"}``, then the counts `num_scans`, `num_events`."""
@@ -312,6 +390,13 @@ class SurvivalMetric(CumulativeIterationMetric):
             "mae_events": (lambda i: mae_events(median[i], time[i], event[i]), deaths),
             "rae_events": (lambda i: rae_events(median[i], time[i], event[i]), deaths),
             "mae_censored": (lambda i: mae_censored(median[i], time[i], event[i]), total - deaths),
+            "mae_pseudo_observation": (
+                lambda i: mae_pseudo_observation(median[i], time[i], event[i], training),
+                total,
+            ),
+            **{
+                f"rmst_bias_{h}m": (lambda i, h=h: rmst_bias(pmf[i], time[i], event[i], h), total) for h in HORIZONS
+            },
             "correlation": (lambda i: correlation(mean[i], time[i], event[i]), deaths),
             "mean_time_censored": (lambda i: mean_time_censored(mean[i], event[i]), total - deaths),
         }

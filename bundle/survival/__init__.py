@@ -3,7 +3,7 @@
 """Readouts of a survival map and the objectives it is trained for."""
 
 from .objectives import CenTime, SurvivalMapLoss
-from .readout import death_by, log_pmf, mean_months, quantile_months, survival_curve
+from .readout import death_by, log_pmf, mean_months, quantile_months, restricted_mean_months, survival_curve
 from .severity_fit import fit_severity
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "log_pmf",
     "mean_months",
     "quantile_months",
+    "restricted_mean_months",
     "survival_curve",
 ]

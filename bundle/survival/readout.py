@@ -7,7 +7,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["death_by", "log_pmf", "mean_months", "months", "normal_log_pmf", "quantile_months", "survival_curve"]
+__all__ = [
+    "death_by",
+    "log_pmf",
+    "mean_months",
+    "months",
+    "normal_log_pmf",
+    "quantile_months",
+    "restricted_mean_months",
+    "survival_curve",
+]
 
 
 def months(tmax: int, like: Tensor) -> Tensor:
@@ -59,6 +68,11 @@ def survival_curve(pmf: Tensor) -> Tensor:
 def mean_months(pmf: Tensor) -> Tensor:
     """Expected time in months, (B,), from P(T = t), (B, tmax)."""
     return (pmf * months(pmf.shape[-1], pmf)).sum(-1)
+
+
+def restricted_mean_months(pmf: Tensor, horizon: float) -> Tensor:
+    """Restricted mean survival time E[min(T, horizon)] in months, (B,): the mean time lived up to the horizon."""
+    return (pmf * months(pmf.shape[-1], pmf).clamp_max(horizon)).sum(-1)
 
 
 def quantile_months(pmf: Tensor, probability: float) -> Tensor:
