@@ -83,6 +83,10 @@ def test_train_leaves_weights_settings_and_what_resuming_needs(trained):
     assert settings["network"]["dim"] == 16 and settings["preprocessing"]["lung_mask"] == "none"
     assert settings["objective"]["tmax"] == 100
     assert torch.load(folder / "last.pt", weights_only=True)["epoch"] == 4
+    history = pd.read_csv(folder / "history.csv")
+    assert history.epoch.tolist() == [1, 2, 3, 4] and history.notna().all(axis=None)
+    assert list(history.columns) == ["epoch", "train_loss", "val_log_likelihood", "val_c_index"]
+    assert sorted(p.name for p in (folder / "figures").iterdir()) == ["training_curves.png", "training_curves.svg"]
     assert not list(folder.glob(".*tmp"))
     assert not any("p3" == digest for digest in settings["trained_on"])
 
@@ -107,6 +111,7 @@ def test_a_stopped_run_goes_on_to_the_very_same_weights(tiny_cohort, tmp_path, t
     for name, value in once["network"].items():
         assert torch.equal(value, twice["network"][name]), name
     assert once["best"] == twice["best"]
+    assert (tmp_path / "history.csv").read_bytes() == (trained.parent / "history.csv").read_bytes()
 
 
 def test_a_run_stopped_while_finishing_finishes_to_the_very_same_weights(tiny_cohort, tmp_path, trained, monkeypatch):
@@ -268,6 +273,8 @@ def test_evaluation_scores_unseen_scans_and_the_maps_of_other_tools(tiny_cohort,
     assert len(rows) == 16 - len(trained_on) > 0
     assert {"c_index", "integrated_brier", "mae_events"} <= metrics["survival"].keys()
     assert {"value", "lower", "upper", "num_scans"} <= metrics["localisation"]["average_precision"].keys()
+    assert len(list((tmp_path / "own" / "figures").glob("*.png"))) == 4
+    assert (tmp_path / "own" / "report.html").read_text().count("<img") == 4
     # Maps that are the masks themselves score 1; every scan counts, because nobody trained on them.
     maps = tmp_path / "maps"
     maps.mkdir()
@@ -277,9 +284,15 @@ def test_evaluation_scores_unseen_scans_and_the_maps_of_other_tools(tiny_cohort,
     found = json.loads((tmp_path / "other" / "metrics.json").read_text())["localisation"]
     assert found["pointing_game"]["value"] == found["average_precision"]["value"] == 1
     assert found["mass_accuracy"]["num_scans"] == 8 and found["num_empty_mask"] == 8
+    assert sorted(p.name for p in (tmp_path / "other").iterdir()) == ["metrics.json", "metrics_per_scan.csv", "report.html"]
     (maps / "p5_heat.nii.gz").unlink()
     with pytest.raises(InputError, match="p5"):
         run("configs/evaluate.json", cohort=str(tiny_cohort), maps_dir=str(maps), output_dir=str(tmp_path / "gone"))
+
+
+def test_evaluation_without_figures_writes_the_metrics_alone(tiny_cohort, tmp_path, trained):
+    run("configs/evaluate.json", cohort=str(tiny_cohort), ckpt=str(trained), output_dir=str(tmp_path), figures=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.json", "metrics_per_scan.csv"]
 
 
 def test_overrides_that_contradict_training_are_errors(tiny_cohort, tmp_path, trained):

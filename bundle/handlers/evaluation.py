@@ -17,26 +17,37 @@ from tqdm import tqdm
 from bundle.errors import InputError
 from bundle.explain.heat import to_voxels
 from bundle.explain.maps import to_scan_space
-from bundle.metrics import LocalisationMetric, SurvivalMetric
+from bundle.metrics import LocalisationMetric, MapDistribution, SurvivalMetric
 from bundle.transforms import LoadCTd
 
-__all__ = ["ScoreScans", "ceiling_map", "score_maps"]
+__all__ = ["ScoreScans", "ceiling_map", "mask_cells", "score_maps"]
 
 
-def ceiling_map(mask: MetaTensor, image: MetaTensor, lung: torch.Tensor, cell: int) -> MetaTensor:
-    """The mask as a map with cells of `cell` voxels can best show it, on the mask's own grid.
+def mask_cells(
+    mask: MetaTensor, image: MetaTensor, lung: torch.Tensor, cell: int, grid: tuple[int, int, int]
+) -> torch.Tensor:
+    """Share of each cell of the map that the mask covers inside the lung, (1, d, h, w).
 
     Args:
         mask: ground truth on the scan's grid, (1, D, H, W).
         image, lung: what the network saw, (1, D', H', W').
         cell: side of a cell of the map, in voxels of `image`.
+        grid: cells of the map, (d, h, w); they cover the image and may reach beyond its end.
     """
     shape = tuple(image.shape[1:])
     resample = SpatialResample(mode="bilinear", padding_mode="zeros", dtype=torch.float32)
     seen = resample(mask, dst_affine=image.affine, spatial_size=shape).as_tensor()[None] * lung[None]
-    pad = [n for size in reversed(shape) for n in (0, -size % cell)]
-    cells = F.avg_pool3d(F.pad(seen, pad), cell)
-    best = to_voxels(cells, cell, shape, None)[0]
+    pad = [n for cells, size in zip(reversed(grid), reversed(shape)) for n in (0, cells * cell - size)]
+    return F.avg_pool3d(F.pad(seen, pad), cell)[0]
+
+
+def ceiling_map(cells: torch.Tensor, mask: MetaTensor, image: MetaTensor, cell: int) -> MetaTensor:
+    """The mask as a map with cells of `cell` voxels can best show it, on the mask's own grid.
+
+    Args:
+        cells: from :func:`mask_cells`, with the other arguments as there.
+    """
+    best = to_voxels(cells[None], cell, tuple(image.shape[1:]), None)[0]
     return to_scan_space(MetaTensor(best, affine=image.affine), mask.affine, mask.shape[1:])
 
 
@@ -49,12 +60,16 @@ class ScoreScans:
     Args:
         survival: metric of the predicted distributions.
         localisation: metric of the maps.
+        distribution: of the maps' locations and weights.
         cell: side of a cell of the map in voxels of the network's grid.
     """
 
-    def __init__(self, survival: SurvivalMetric, localisation: LocalisationMetric, cell: int) -> None:
+    def __init__(
+        self, survival: SurvivalMetric, localisation: LocalisationMetric, distribution: MapDistribution, cell: int
+    ) -> None:
         self.survival = survival
         self.localisation = localisation
+        self.distribution = distribution
         self.cell = cell
 
     def attach(self, engine: Engine) -> None:
@@ -64,15 +79,20 @@ class ScoreScans:
     def reset(self, engine: Engine) -> None:
         self.survival.reset()
         self.localisation.reset()
+        self.distribution.reset()
 
     def add(self, engine: Engine) -> None:
         for scan, output in zip(engine.state.batch, engine.state.output):
             who = [scan["patient_id"]]
             self.survival(output["pmf"].cpu()[None], output["label"].cpu()[None], patient_id=who)
             mask = scan.get("gt_mask")
-            ceiling = None
+            survival_map, cells, ceiling = output["pred"].cpu(), None, None
             if mask is not None and bool(mask.any()):
-                ceiling = ceiling_map(mask, scan["image"], torch.as_tensor(scan["lung"]), self.cell)
+                lung, grid = torch.as_tensor(scan["lung"]), tuple(survival_map.shape[1:])
+                cells = mask_cells(mask, scan["image"], lung, self.cell, grid)
+                ceiling = ceiling_map(cells, mask, scan["image"], self.cell)
+                cells = cells[0]
+            self.distribution([survival_map], [cells], who)
             time, event = output["label"].cpu()
             self.localisation(
                 [output["scan_heat"].cpu()], [mask], [scan.get("confounder_mask")], [ceiling], [time], [event], who

@@ -1,17 +1,22 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
-"""How a run is watched: a progress bar and Weights & Biases."""
+"""How a run is watched: a progress bar, a table of its epochs, and Weights & Biases."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from pathlib import Path
 
+import ignite.distributed as idist
+import pandas as pd
 import wandb
 from ignite.engine import Engine, Events
 from tqdm import tqdm
 
-__all__ = ["Progress", "WandbHandler"]
+from .prediction_writer import write_atomically
+
+__all__ = ["HistoryWriter", "Progress", "WandbHandler"]
 
 
 class Progress:
@@ -47,6 +52,45 @@ class Progress:
 
     def finish(self, engine: Engine) -> None:
         self.bar.close()
+
+
+class HistoryWriter:
+    """Write `history.csv`: the mean training loss of each epoch, and the metrics of its validation if it had one.
+
+    The file is read and rewritten after every epoch, before `RunCheckpoint` saves it, and rows of this epoch and later
+    ones are dropped. So a resumed run goes on in it, and one started anew begins it anew.
+
+    Args:
+        path: of the file.
+        validator: the evaluator that `ValidationHandler` runs, earlier in the list of handlers.
+    """
+
+    def __init__(self, path: str, validator: Engine) -> None:
+        self.path = Path(path)
+        self.validator = validator
+        self.losses: list[float] = []
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, lambda engine: self.losses.clear())
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.add)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.write)
+
+    def add(self, engine: Engine) -> None:
+        self.losses.append(engine.state.output["loss"].item())
+
+    def write(self, engine: Engine) -> None:
+        epoch = engine.state.epoch
+        row = {"epoch": epoch, "train_loss": sum(self.losses) / len(self.losses)}
+        if self.validator.state.epoch == epoch:
+            row.update({k: v for k, v in self.validator.state.metrics.items() if isinstance(v, (int, float))})
+        if idist.get_rank() != 0:
+            return
+        rows = [row]
+        if epoch > 1 and self.path.is_file():
+            before = pd.read_csv(self.path)
+            rows = [*before[before["epoch"] < epoch].to_dict("records"), row]
+        table = pd.DataFrame(rows)
+        write_atomically(self.path, lambda p: table.to_csv(p, index=False, float_format="%.7g"))
 
 
 class WandbHandler:

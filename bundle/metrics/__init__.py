@@ -3,7 +3,8 @@
 """How right the predicted times are, and how right the maps are: metrics with bootstrap intervals."""
 
 from .bootstrap import bootstrap, with_interval
+from .distribution import MapDistribution
 from .localisation import LocalisationMetric
 from .survival import SurvivalMetric
 
-__all__ = ["LocalisationMetric", "SurvivalMetric", "bootstrap", "with_interval"]
+__all__ = ["LocalisationMetric", "MapDistribution", "SurvivalMetric", "bootstrap", "with_interval"]

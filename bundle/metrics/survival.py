@@ -254,8 +254,9 @@ def rmst_bias(pmf: Tensor, time: Tensor, event: Tensor, horizon: float) -> float
     """Mean predicted minus observed restricted mean survival time, months: above 0 if predictions are too hopeful.
 
     Predicted is the mean of E[min(T, horizon)] over patients, observed the area under their Kaplan-Meier curve from 0
-    to the horizon. It measures calibration in the large, in months and without the tail that nobody has seen. No one's own
-    RMST is known while censored, so this is a difference of means; each patient's is in :meth:`SurvivalMetric.rows`.
+    to the horizon. It measures calibration in the large, in months and without the tail that nobody has seen. It is a
+    difference of means, because a censored patient's own is not known; the predicted ones are in
+    :meth:`SurvivalMetric.rows`.
 
     Args:
         pmf, time, event: as in :func:`integrated_brier`.

@@ -1,7 +1,7 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The HTML report of an inference run and its pictures."""
+"""The HTML reports of an inference run and of an evaluation, their pictures and figures."""
 
-from .report import failed_section, patient_section, write_report
+from .report import failed_section, patient_section, write_evaluation_report, write_report
 
-__all__ = ["failed_section", "patient_section", "write_report"]
+__all__ = ["failed_section", "patient_section", "write_evaluation_report", "write_report"]

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import io
 
+import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-__all__ = ["heat_figure", "plane", "png", "survival_figure"]
+__all__ = ["heat_figure", "plane", "png", "survival_figure", "svg"]
 
 LUNG_WINDOW = (-1350.0, 150.0)  # HU
 PLANES = (("axial", 2, "RLAP"), ("coronal", 1, "RLSI"), ("sagittal", 0, "APSI"))
@@ -108,4 +109,12 @@ def png(figure: Figure, dpi: int = 90) -> bytes:
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)
     figure.savefig(buffer, dpi=dpi, format="png", facecolor=figure.get_facecolor())
+    return buffer.getvalue()
+
+
+def svg(figure: Figure) -> bytes:
+    """A figure as SVG with its text as text; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "survival map", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()

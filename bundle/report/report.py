@@ -1,6 +1,6 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
-"""One self-contained HTML page about the scans of an inference run."""
+"""One self-contained HTML page about the scans of an inference run, or about an evaluation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .pictures import png, survival_figure
 
-__all__ = ["failed_section", "patient_section", "write_report"]
+__all__ = ["failed_section", "patient_section", "write_evaluation_report", "write_report"]
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -31,6 +31,17 @@ COLUMNS = {
     "death_24m": ("24", "{:.1%}"),
     "death_36m": ("36", "{:.1%}"),
     "death_60m": ("60", "{:.1%}"),
+}
+
+
+CAPTIONS = {
+    "predicted_against_real": "An arrow is a censored patient, last seen alive at that time: death comes later, so an "
+    "arrow above the line is no error.",
+    "kaplan_meier_by_risk": "Survival of those above and below the median predicted risk (minus the mean predicted "
+    "time), with 95 % bands. A tick is a censored patient.",
+    "calibration": "Share of deaths predicted and observed, in groups of similar predicted risk, with 95 % intervals "
+    "(none where nobody or everybody died).",
+    "map_distribution": "Locations and weights of the maps' cells. Every scan counts the same.",
 }
 
 
@@ -88,18 +99,61 @@ def write_report(path: str | Path, sections: list[str], rows: list[dict], settin
         settings: of the weights.
     """
     shown = {k: v for k, v in settings.items() if k != "trained_on"}
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Survival Map report</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
-        "<h1>Survival Map report</h1><p><b>Research use only, not for diagnosis or treatment.</b></p>"
+    body = (
         "<p>Heat is the share of the patient's risk of death by the horizon that a voxel carries: it adds up to that "
         "risk over the lung, and can be compared between patients. Each picture is scaled to its own hottest voxel; "
         "see the bar beside it.</p>"
         f"{table(rows)}{''.join(sections)}"
         f"<details><summary>Settings of the model</summary><pre>{escape(json.dumps(shown, indent=2))}</pre></details>"
-        "</body></html>\n"
     )
-    path = Path(path)
+    _write_page(Path(path), "Survival Map report", body)
+
+
+def write_evaluation_report(path: str | Path, metrics: dict, pictures: dict[str, bytes]) -> None:
+    """Write the page about an evaluation to a temporary name, then rename.
+
+    Args:
+        path: of the HTML file.
+        metrics: what `metrics.json` holds.
+        pictures: PNGs by the figure's name, in the order to show them.
+    """
+    figures = "".join(figure_section(*item) for item in pictures.items())
+    tables = "".join(metric_table(title, group) for title, group in metrics.items() if isinstance(group, dict))
+    _write_page(Path(path), "Survival Map evaluation", figures + tables)
+
+
+def figure_section(name: str, content: bytes) -> str:
+    """HTML about one figure, from its name and its PNG."""
+    title = name.replace("_", " ").capitalize()
+    note = f'<p class="note">{escape(CAPTIONS[name])}</p>'
+    return f"<section><h2>{title}</h2><p>{picture(content, title)}</p>{note}</section>"
+
+
+def metric_table(title: str, group: dict) -> str:
+    """One set of metrics with their 95 % bootstrap intervals; a dash where there is no value."""
+
+    def cells(entry: dict) -> str:
+        values = ("–" if entry[key] is None else f"{entry[key]:.3f}" for key in ("value", "lower", "upper"))
+        return "".join(f"<td>{value}</td>" for value in (*values, entry["num_scans"]))
+
+    entries = {name: entry for name, entry in group.items() if isinstance(entry, dict)}
+    numbers = {k.removeprefix("num_").replace("_", " "): v for k, v in group.items() if isinstance(v, int)}
+    counts = ", ".join(f"{number} {what}" for what, number in numbers.items())
+    head = "<tr><th>metric</th><th>value</th><th>2.5 %</th><th>97.5 %</th><th>scans</th></tr>"
+    rows = "".join(f"<tr><td>{escape(name)}</td>{cells(entry)}</tr>" for name, entry in entries.items())
+    return (
+        f'<section><h2>{escape(title.capitalize())}</h2><p class="note">{escape(counts)}</p>'
+        f"<table>{head}{rows}</table></section>"
+    )
+
+
+def _write_page(path: Path, title: str, body: str) -> None:
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
+        f"<h1>{title}</h1><p><b>Research use only, not for diagnosis or treatment.</b></p>"
+        f"{body}</body></html>\n"
+    )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(page, encoding="utf-8")
     os.replace(temporary, path)

@@ -1,0 +1,76 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Save the figures of a training and of an evaluation, and put an evaluation's into a report."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import ignite.distributed as idist
+import pandas as pd
+from matplotlib.figure import Figure
+
+from bundle.metrics import MapDistribution, SurvivalMetric
+from bundle.report import write_evaluation_report
+from bundle.report.figures import (
+    calibration,
+    kaplan_meier_by_risk,
+    map_distribution,
+    predicted_against_real,
+    training_curves,
+)
+from bundle.report.pictures import png, svg
+
+from .prediction_writer import write_atomically
+
+__all__ = ["draw_training", "report_evaluation", "save_figure"]
+
+logger = logging.getLogger(__name__)
+
+CALIBRATION_AT = (12, 24, 60)
+
+
+def save_figure(figure: Figure, folder: Path, name: str) -> bytes:
+    """Write `<name>.png` and `<name>.svg` into a folder, made if it isn't there; returns the PNG."""
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = png(figure, dpi=150)
+    write_atomically(folder / f"{name}.png", lambda path: path.write_bytes(picture))
+    write_atomically(folder / f"{name}.svg", lambda path: path.write_bytes(svg(figure)))
+    return picture
+
+
+def draw_training(ckpt_dir: str) -> None:
+    """Draw `history.csv` of a training into `figures/training_curves.png` and `.svg` beside it, if there is one."""
+    history = Path(ckpt_dir) / "history.csv"
+    if idist.get_rank() == 0 and history.is_file():
+        save_figure(training_curves(pd.read_csv(history)), history.parent / "figures", "training_curves")
+
+
+def report_evaluation(output_dir: str, survival: SurvivalMetric, distribution: MapDistribution) -> None:
+    """Draw an evaluation into `figures/` and write `report.html` with its figures and what `metrics.json` holds.
+
+    Args:
+        output_dir: where :class:`~bundle.handlers.MetricsWriter` wrote.
+        survival: the metric of the predictions; without any (maps of another tool) there is nothing to draw.
+        distribution: of the maps' locations and weights.
+    """
+    table, groups = pd.DataFrame(survival.rows()), distribution.aggregate()  # every process takes part in the gather
+    if idist.get_rank() != 0:
+        return
+    folder = Path(output_dir)
+    figures = {}
+    if len(table):
+        outcome = table["time"], table["event"]
+        death = {horizon: table[f"death_{horizon}m"] for horizon in CALIBRATION_AT}
+        figures = {
+            "predicted_against_real": predicted_against_real(table["median_months"], *outcome),
+            "kaplan_meier_by_risk": kaplan_meier_by_risk(-table["mean_months"], *outcome),
+            "calibration": calibration(death, *outcome),
+            "map_distribution": map_distribution(groups),
+        }
+    pictures = {name: save_figure(figure, folder / "figures", name) for name, figure in figures.items()}
+    metrics = json.loads((folder / "metrics.json").read_text())
+    write_evaluation_report(folder / "report.html", metrics, pictures)
+    logger.info(f"report: {folder / 'report.html'}")
