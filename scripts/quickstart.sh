@@ -12,7 +12,7 @@ python -m monai.bundle run --config_file configs/train.json \
     --cohort "$out/phantoms/cohort.csv" --ckpt_dir "$out/train" --output_dir "$out/train"
 
 echo "== 3/4 evaluating the maps of held-out scans against their masks"
-[ -f "$out/evaluate/metrics.json" ] && [ "$out/evaluate/metrics.json" -nt "$out/train/model.pt" ] ||
+[ -f "$out/evaluate/report.html" ] && [ "$out/evaluate/report.html" -nt "$out/train/model.pt" ] ||
     python -m monai.bundle run --config_file configs/evaluate.json \
         --cohort "$out/phantoms/cohort.csv" --ckpt "$out/train/model.pt" --output_dir "$out/evaluate"
 
@@ -27,5 +27,6 @@ from bundle.handlers.metrics_writer import format_metrics_table
 print(format_metrics_table(json.load(open(sys.argv[1]))))
 PY
 echo
-echo "report:   $PWD/$out/inference/report.html"
-echo "heat map: $PWD/$out/inference/maps/chest_ct_heat.nii.gz (opens on top of demo/chest_ct.nii.gz in any viewer)"
+echo "evaluation: $PWD/$out/evaluate/report.html"
+echo "report:     $PWD/$out/inference/report.html"
+echo "heat map:   $PWD/$out/inference/maps/chest_ct_heat.nii.gz (opens on top of demo/chest_ct.nii.gz in any viewer)"

@@ -210,6 +210,7 @@ class Runner:
         self.python(
             *("monai.bundle", "run", "--config_file", "configs/evaluate.json"),
             *("--cohort", str(phantoms / "cohort.csv"), "--ckpt", str(model), "--output_dir", str(folder)),
+            *("--figures", "false"),
             *(text for key, value in what.get("options", {}).items() for text in (f"--{key}", str(value))),
             log=folder / "log.txt",
         )

@@ -12,8 +12,9 @@ import torch
 from ignite.engine import Engine, Events
 
 from bundle.errors import InputError
+from bundle.handlers import report_evaluation
 from bundle.handlers.metrics_writer import MetricsWriter, format_metrics_table, merge_rows
-from bundle.metrics import LocalisationMetric, SurvivalMetric
+from bundle.metrics import LocalisationMetric, MapDistribution, SurvivalMetric
 
 NUM = 7
 
@@ -32,9 +33,10 @@ def scan(index: int) -> dict:
     }
 
 
-def evaluator(output_dir) -> Engine:
-    """An engine over scan indices that fills both metrics and writes them."""
+def evaluator(output_dir, report: bool = False) -> Engine:
+    """An engine over scan indices that fills both metrics and writes them, and the report if wanted."""
     survival, localisation = SurvivalMetric(num_resamples=5), LocalisationMetric(num_resamples=5)
+    distribution = MapDistribution()
 
     def step(engine: Engine, indices: list[int]) -> None:
         batch = [scan(i) for i in indices]
@@ -43,11 +45,14 @@ def evaluator(output_dir) -> Engine:
         )
         survival(pmf, outcome, patient_id=names)
         localisation(heat, mask, event=[float(o[1]) for o in outcome], patient_id=names)
+        distribution([torch.cat([h, h / h.sum()]) for h in heat], [None if m is None else m[0] for m in mask], names)
 
     engine = Engine(step)
     engine.add_event_handler(Events.EPOCH_STARTED, lambda _: (survival.reset(), localisation.reset()))
     writer = MetricsWriter(output_dir, {"survival": survival, "localisation": localisation}, extra={"horizon": 60})
     writer.attach(engine)
+    if report:
+        engine.add_event_handler(Events.COMPLETED, lambda _: report_evaluation(output_dir, survival, distribution))
     return engine
 
 
@@ -125,13 +130,14 @@ def test_table_shows_values_intervals_counts_and_gaps():
 
 def _distributed_run(rank: int, folder: str) -> None:
     # Scan 2 comes to both, as a sampler that pads would have it.
-    evaluator(f"{folder}/two/{idist.get_rank()}").run([[0, 2], [4]] if rank == 0 else [[1, 2, 3, 5, 6]], max_epochs=1)
+    engine = evaluator(f"{folder}/two/{idist.get_rank()}", report=True)
+    engine.run([[0, 2], [4]] if rank == 0 else [[1, 2, 3, 5, 6]], max_epochs=1)
 
 
 def test_two_processes_write_what_one_does(tmp_path):
-    evaluator(tmp_path / "one").run([list(range(NUM))], max_epochs=1)
+    evaluator(tmp_path / "one", report=True).run([list(range(NUM))], max_epochs=1)
     with idist.Parallel(backend="gloo", nproc_per_node=2, start_method="spawn") as parallel:
         parallel.run(_distributed_run, str(tmp_path))
     assert [p.name for p in (tmp_path / "two").iterdir()] == ["0"]
-    for name in ("metrics.json", "metrics_per_scan.csv"):
+    for name in ("metrics.json", "metrics_per_scan.csv", "report.html", "figures/map_distribution.svg"):
         assert (tmp_path / "two" / "0" / name).read_text() == (tmp_path / "one" / name).read_text()

@@ -57,6 +57,8 @@ class Progress:
 class HistoryWriter:
     """Write `history.csv`: the mean training loss of each epoch, and the metrics of its validation if it had one.
 
+    The loss has its regularisers in it, so a step of their schedule is a step of the curve.
+
     The file is read and rewritten after every epoch, before `RunCheckpoint` saves it, and rows of this epoch and later
     ones are dropped. So a resumed run goes on in it, and one started anew begins it anew.
 
