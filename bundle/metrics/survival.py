@@ -237,6 +237,7 @@ def mae_pseudo_observation(
         end = curve[:, -1]
         return torch.trapezoid(curve, knots) + 0.5 * end.square() / (1 - end) * last[:, 0]
 
+    # A patient who leaves (or joins) is missing (or counts) among those at risk up to c, and may move the last time.
     if training is None:
         change, last = -1, torch.where(censored == order[-1], order[-2:][0], order[-1])
     else:

@@ -34,14 +34,27 @@ COLUMNS = {
 }
 
 
-CAPTIONS = {
-    "predicted_against_real": "An arrow is a censored patient, last seen alive at that time: death comes later, so an "
-    "arrow above the line is no error.",
-    "kaplan_meier_by_risk": "Survival of those above and below the median predicted risk (minus the mean predicted "
-    "time), with 95 % bands. A tick is a censored patient.",
-    "calibration": "Share of deaths predicted and observed, in groups of similar predicted risk, with 95 % intervals "
-    "(none where nobody or everybody died).",
-    "map_distribution": "Locations and weights of the maps' cells. Every scan counts the same.",
+FIGURES = {
+    # name: heading, note
+    "predicted_against_real": (
+        "Predicted against real time",
+        "An arrow is a censored patient, last seen alive at that time: death comes later, so an arrow above the line is "
+        "no error.",
+    ),
+    "kaplan_meier_by_risk": (
+        "Kaplan-Meier curves by risk",
+        "Those above and below the median predicted risk (minus the mean predicted time), with 95 % bands. A tick is a "
+        "censored patient.",
+    ),
+    "calibration": (
+        "Calibration",
+        "Share of deaths predicted and observed, in groups of similar predicted risk, with 95 % intervals (none where "
+        "nobody or everybody died).",
+    ),
+    "map_distribution": (
+        "Locations and weights",
+        "How they are distributed over the cells of the maps. Every scan counts the same.",
+    ),
 }
 
 
@@ -115,7 +128,7 @@ def write_evaluation_report(path: str | Path, metrics: dict, pictures: dict[str,
     Args:
         path: of the HTML file.
         metrics: what `metrics.json` holds.
-        pictures: PNGs by the figure's name, in the order to show them.
+        pictures: PNGs by their name in FIGURES, in the order to show them.
     """
     figures = "".join(figure_section(*item) for item in pictures.items())
     tables = "".join(metric_table(title, group) for title, group in metrics.items() if isinstance(group, dict))
@@ -123,10 +136,9 @@ def write_evaluation_report(path: str | Path, metrics: dict, pictures: dict[str,
 
 
 def figure_section(name: str, content: bytes) -> str:
-    """HTML about one figure, from its name and its PNG."""
-    title = name.replace("_", " ").capitalize()
-    note = f'<p class="note">{escape(CAPTIONS[name])}</p>'
-    return f"<section><h2>{title}</h2><p>{picture(content, title)}</p>{note}</section>"
+    """HTML about one of FIGURES, from its PNG."""
+    title, note = FIGURES[name]
+    return f'<section><h2>{title}</h2><p>{picture(content, title)}</p><p class="note">{note}</p></section>'
 
 
 def metric_table(title: str, group: dict) -> str:
