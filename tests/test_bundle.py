@@ -284,7 +284,8 @@ def test_evaluation_scores_unseen_scans_and_the_maps_of_other_tools(tiny_cohort,
     found = json.loads((tmp_path / "other" / "metrics.json").read_text())["localisation"]
     assert found["pointing_game"]["value"] == found["average_precision"]["value"] == 1
     assert found["mass_accuracy"]["num_scans"] == 8 and found["num_empty_mask"] == 8
-    assert sorted(p.name for p in (tmp_path / "other").iterdir()) == ["metrics.json", "metrics_per_scan.csv", "report.html"]
+    files = sorted(p.name for p in (tmp_path / "other").iterdir())
+    assert files == ["metrics.json", "metrics_per_scan.csv", "report.html"]
     (maps / "p5_heat.nii.gz").unlink()
     with pytest.raises(InputError, match="p5"):
         run("configs/evaluate.json", cohort=str(tiny_cohort), maps_dir=str(maps), output_dir=str(tmp_path / "gone"))

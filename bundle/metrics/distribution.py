@@ -21,8 +21,8 @@ NUM_QUANTILES = 201
 class MapDistribution(Cumulative):
     """Quantiles of the locations and of the weights of each scan, inside and outside the lesions, to draw.
 
-    Quantiles, because all cells of a cohort's maps don't fit in memory; every scan then counts the same. Each scan has as
-    many (NaN where a group is empty), so MONAI's gather between processes works as it is. Scans that come twice, by
+    Quantiles, because all cells of a cohort's maps don't fit in memory; every scan then counts the same. Each scan has
+    as many (NaN where a group is empty), so MONAI's gather between processes works as it is. Scans that come twice, by
     `patient_id`, count once.
     """
 

@@ -38,8 +38,8 @@ FIGURES = {
     # name: heading, note
     "predicted_against_real": (
         "Predicted against real time",
-        "An arrow is a censored patient, last seen alive at that time: death comes later, so an arrow above the line is "
-        "no error.",
+        "An arrow is a censored patient, last seen alive at that time: death comes later, so an arrow above the line "
+        "is no error.",
     ),
     "kaplan_meier_by_risk": (
         "Kaplan-Meier curves by risk",
