@@ -30,6 +30,7 @@ __all__ = [
     "fill_caches",
     "fit_network_severity",
     "flag",
+    "location_range",
     "make_folder",
     "margin_voxels",
     "prepare_batch",
@@ -92,6 +93,18 @@ def training_cohort(
     parts = split_cohort(records, fold=fold, seed=seed)
     logger.info("cohort: " + ", ".join(f"{len(rows)} {part}" for part, rows in parts.items()) + " scans.")
     return parts
+
+
+def location_range(records: list[dict], tmax: int) -> list[float]:
+    """Months between which a patch's location lies: from a year before the earliest death of the training scans to
+    1.2 `tmax`.
+
+    The lower bound decides how much of a lesion the map covers. If it lies far below all times, a small part of the
+    lesion explains a death, and the rest is never learnt; if it lies above them, no lesion is ever enough, and the heat
+    spreads to what lies beside it.
+    """
+    earliest = min((r["time"] for r in records if r["event"]), default=0.0)
+    return [min(earliest - 12.0, 0.3 * tmax), 1.2 * tmax]
 
 
 def fill_caches(*datasets: ScanCache) -> None:
