@@ -61,7 +61,8 @@ def training_settings(
     """What a training run is, as plain JSON: equal for two runs exactly when the second may go on with the first.
 
     Args:
-        network, objective: constructor arguments.
+        network: constructor arguments.
+        objective: its name and constructor arguments.
         preprocessing: spacing (mm), hu_window (HU), lung_mask (method), margin (mm).
         training: seed, max_epochs, batch_size and what else shapes the weights.
         horizon: of the heat, months.

@@ -23,16 +23,17 @@ from bundle.data.datasets import ScanCache
 from bundle.errors import InputError, plain_errors
 from bundle.explain import GridShiftInferer
 from bundle.settings import patient_digest
-from bundle.survival import fit_severity
+from bundle.survival import fit_severity, objective_from, patient_numbers
 
 __all__ = [
     "begin",
     "fill_caches",
-    "fit_network_severity",
+    "finish_training",
     "flag",
     "location_range",
     "make_folder",
     "margin_voxels",
+    "outcomes",
     "prepare_batch",
     "require",
     "scans_to_evaluate",
@@ -113,24 +114,31 @@ def fill_caches(*datasets: ScanCache) -> None:
         dataset.fill(partial(tqdm, desc="preprocessing", unit="scan"))
 
 
-def fit_network_severity(
-    network: torch.nn.Module, objective: torch.nn.Module, dataset: ScanCache, device: torch.device
-) -> dict:
-    """Last step of a training: the months that the disease on the finished maps stands for, and how sure that is.
+def outcomes(records: list[dict]) -> torch.Tensor:
+    """(time in months, event) of each record, (N, 2)."""
+    return torch.tensor([[r["time"], r["event"]] for r in records]).view(-1, 2)
 
-    What severity reads off a map is averaged over 8 origins of the patch grid, as inference averages it over all.
+
+def finish_training(network: torch.nn.Module, settings: dict, dataset: ScanCache, device: torch.device) -> dict:
+    """Last step of a training: what can only be fitted to finished maps of the training scans.
+
+    That is severity (the months that the disease on the maps stands for, and how sure that is) for an objective whose
+    locations are months, and the baseline hazard of proportional hazards. Maps are averaged over 8 origins of the patch
+    grid, as inference averages them over all.
 
     Args:
         network: trained; its severity is set.
-        objective: what to fit it by.
+        settings: name and arguments of the objective, as learnt.
         dataset: training scans; read without random transforms.
         device: of the network.
 
     Returns:
-        the arguments of the objective to be saved in the settings, with the variance that was found.
+        the settings of the objective with what was fitted.
     """
-    if network.severity is None:
-        return objective.arguments
+    objective = objective_from(settings)
+    severity = network.severity if hasattr(objective, "variance") else None
+    if severity is None and not hasattr(objective, "fit_baseline"):
+        return settings
     network.eval()
     plain = copy.copy(dataset)
     fixed = [t for t in dataset.transform.flatten().transforms if not isinstance(t, RandomizableTrait)]
@@ -138,20 +146,26 @@ def fit_network_severity(
     loader = DataLoader(plain, batch_size=1)
     inferer = GridShiftInferer(math.gcd(2, network.stride), network.stride)
     read: list[torch.Tensor] = []
-    hook = network.severity.register_forward_pre_hook(lambda module, args: read.append(args[0].cpu()))
-    numbers, outcomes = [], []
+    hook = severity and severity.register_forward_pre_hook(lambda module, args: read.append(args[0].cpu()))
+    numbers, patients, known = [], [], []
     try:
-        for batch in tqdm(loader, desc="severity", unit="scan"):
+        for batch in tqdm(loader, desc="finishing", unit="scan"):
             image, outcome, _, extra = prepare_batch(batch, device)
             with torch.no_grad():
-                inferer(image, network, **extra)
-            numbers.append(torch.stack(read).mean(0))
-            outcomes.append(outcome.cpu())
-            read.clear()
+                survival_map = inferer(image, network, **extra)
+            patients.append(patient_numbers(survival_map.cpu()))
+            known.append(outcome.cpu())
+            if severity:
+                numbers.append(torch.stack(read).mean(0))
+                read.clear()
     finally:
-        hook.remove()
-    variance = fit_severity(network.severity, torch.cat(numbers), torch.cat(outcomes), objective)
-    return {**objective.arguments, "variance": variance}
+        if hook:
+            hook.remove()
+    (location, extra), outcome = map(torch.cat, zip(*patients)), torch.cat(known)
+    if severity:
+        return {**settings, "variance": fit_severity(severity, torch.cat(numbers), outcome, objective, extra=extra)}
+    objective.fit_baseline(location, outcome)
+    return {**settings, **objective.arguments}
 
 
 def scans_to_evaluate(cohort: str | None, settings: dict | None, split: str | None, on_fault: str) -> list[dict]:

@@ -26,7 +26,7 @@ from bundle.data.phantoms import Phantom, phantom_cohort
 from bundle.explain import GridShiftInferer
 from bundle.metrics.localisation import average_precision
 from bundle.networks import SurvivalMapNet
-from bundle.survival import CenTime, mean_months
+from bundle.survival import mean_months, objective_from
 
 from .sweep import HELD_OUT
 
@@ -43,7 +43,7 @@ class Trained:
         if trained:
             self.network.load_state_dict(torch.load(run / "model.pt", map_location="cpu", weights_only=True))
         self.low, self.high = settings["preprocessing"]["hu_window"]
-        self.objective = CenTime(**settings["objective"])
+        self.objective = objective_from(settings["objective"])
         self.inferer = GridShiftInferer(4, self.network.stride, sigma=0.5, refine=True)
 
     def image(self, hu: np.ndarray) -> torch.Tensor:

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from bundle.metrics.survival import c_index
 from bundle.networks.severity import minkowski_functionals
 from bundle.settings import file_sha256, settings_file, write_json
+from bundle.survival import OBJECTIVES
 
 KEY = ["complexity", "variant", "train_scans", "seed", "test"]
 SURVIVAL = ["c_index", "mae_events", "correlation", "mean_time_censored"]
@@ -46,7 +47,8 @@ MAP = [
 COLUMNS = [*KEY, "overrides", "test_scans", "train_seconds", *MAP, *SURVIVAL, "c_index_oracle", "mae_oracle"]
 HELD_OUT = 10_000  # added to the seed of the phantoms to measure on
 
-# What differs from the shipped configuration, by name of the variant; "phantoms" are options of scripts.make_phantoms.
+# What differs from the shipped configuration, by name of the variant; "phantoms" are options of scripts.make_phantoms,
+# "config" is a file stacked on top.
 VARIANTS: dict[str, dict] = {
     "default": {},
     # heads
@@ -76,6 +78,10 @@ VARIANTS: dict[str, dict] = {
     "variance_100": {"objective#variance": 100.0},
     "variance_144": {"objective#variance": 144.0},
     "variance_169": {"objective#variance": 169.0},
+    **{name: {"config": f"configs/objective/{name}.json"} for name in OBJECTIVES if name != "centime"},
+    "logistic_ipcw": {"config": "configs/objective/logistic.json", "ipcw": True},
+    "learn_variance": {"objective#learn_variance": True},
+    "predict_variance": {"objective#predict_variance": True},
     # receptive field and patches
     "no_window": {"network_def#window": 1},
     "window_4": {"network_def#window": 4},
@@ -183,6 +189,7 @@ class Runner:
         table = phantoms / f"split_{variant}.csv"
         cohort.to_csv(table, index=False)
         config = ["configs/train.json"] + ([] if complexity == 9 else ["configs/cohort/phantom.json"])
+        config += [overrides.pop("config")] if "config" in overrides else []
         start = time.time()
         self.python(
             *("monai.bundle", "run", "--config_file", str(config)),

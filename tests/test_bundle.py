@@ -25,6 +25,7 @@ from bundle.data.datasets import EventSampler
 from bundle.errors import InputError, input_error_of
 from bundle.networks import SurvivalMapNet
 from bundle.settings import file_sha256
+from bundle.survival import OBJECTIVES
 
 from .conftest import write_scan
 
@@ -114,6 +115,60 @@ def test_a_stopped_run_goes_on_to_the_very_same_weights(tiny_cohort, tmp_path, t
     assert (tmp_path / "history.csv").read_bytes() == (trained.parent / "history.csv").read_bytes()
 
 
+@pytest.mark.parametrize("name, override", [("cox_memory", {"objective#memory": 8}), ("logistic_hazard", {"objective#learn_variance": True})])
+def test_a_stopped_run_of_another_objective_goes_on_to_the_very_same_bits(
+    name, override, tiny_cohort, tmp_path, monkeypatch
+):
+    from bundle.handlers import RunCheckpoint
+
+    config = [*TRAIN, f"configs/objective/{name}.json"]
+    save = RunCheckpoint.save
+
+    def save_then_die(self, engine):
+        save(self, engine)
+        if engine.state.epoch == 2:
+            raise KeyboardInterrupt
+
+    train(tiny_cohort, tmp_path / "once", config, **override)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunCheckpoint, "save", save_then_die)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny_cohort, tmp_path / "twice", config, **override)
+    train(tiny_cohort, tmp_path / "twice", config, **override)
+    once, twice = (torch.load(tmp_path / folder / "last.pt", weights_only=True) for folder in ("once", "twice"))
+    assert once["objective"]["log_factor"] != 0
+    for part in ("network", "objective"):
+        assert all(torch.equal(value, twice[part][key]) for key, value in once[part].items())
+    settings = [json.loads((tmp_path / folder / "settings.json").read_text()) for folder in ("once", "twice")]
+    assert settings[0]["objective"] == settings[1]["objective"] and settings[0]["objective"]["name"] == name
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_trains_infers_and_evaluates(name, tiny_cohort, tmp_path):
+    model = train(tiny_cohort, tmp_path / "run", [*TRAIN, f"configs/objective/{name}.json"], max_epochs=2)
+    one = pd.read_csv(tiny_cohort)[:2].assign(image=[str(tiny_cohort.parent / f"p{i}.nii.gz") for i in (0, 1)])
+    one[["patient_id", "image"]].to_csv(tmp_path / "two.csv", index=False)
+    run("configs/inference.json", cohort=str(tmp_path / "two.csv"), ckpt=str(model), output_dir=str(tmp_path), shifts=1)
+    table, curves = (pd.read_csv(tmp_path / file) for file in ("predictions.csv", "survival_curves.csv"))
+    assert (table.status == "ok").all()
+    assert np.allclose(1 - curves["survival_60m"], table["death_60m"], atol=1e-4)
+    run("configs/evaluate.json", cohort=str(tiny_cohort), ckpt=str(model), output_dir=str(tmp_path / "eval"), shifts=1)
+    assert json.loads((tmp_path / "eval" / "metrics.json").read_text())["survival"]["c_index"]["value"] is not None
+
+
+def test_training_scans_without_deaths_teach_cox_nothing(tiny_cohort, tmp_path):
+    table = pd.read_csv(tiny_cohort)
+    for column in ("image", "gt_mask", "confounder_mask"):
+        table[column] = [str(tiny_cohort.parent / name) for name in table[column]]
+    table["split"] = ["val" if event else "train" for event in table.event]
+    table.to_csv(tmp_path / "c.csv", index=False)
+    with pytest.raises(InputError, match="none of the 8 training scans has event 1"):
+        train(tmp_path / "c.csv", tmp_path / "run", [*TRAIN, "configs/objective/cox.json"])
+    with pytest.raises(InputError, match="0 training scans died by then and 8"):
+        train(tmp_path / "c.csv", tmp_path / "run", [*TRAIN, "configs/objective/logistic.json"], ipcw=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_stopped_while_finishing_finishes_to_the_very_same_weights(tiny_cohort, tmp_path, trained, monkeypatch):
     from bundle.handlers import RunCheckpoint
 
@@ -121,6 +176,7 @@ def test_a_run_stopped_while_finishing_finishes_to_the_very_same_weights(tiny_co
         patch.setattr(RunCheckpoint, "end", lambda self, engine: None)
         train(tiny_cohort, tmp_path)
     assert file_sha256(tmp_path / "model.pt") != file_sha256(trained)  # severity says nothing yet
+    (tmp_path / "settings.json").unlink()  # a kill between the two files leaves none that fits
     train(tiny_cohort, tmp_path)
     once, twice = (torch.load(folder / "model.pt", weights_only=True) for folder in (trained.parent, tmp_path))
     assert all(torch.equal(value, twice[name]) for name, value in once.items())

@@ -177,6 +177,23 @@ def test_the_patient_location_is_the_mean_of_the_grids(shape):
     torch.testing.assert_close((location * weight).sum((1, 2, 3)), patient)
 
 
+def test_extra_channels_go_through_the_grids_and_change_nothing_else():
+    net = SurvivalMapNet(patch_size=4, dim=16, extra=2).eval()
+    nn.init.normal_(net.to_location[-1].weight, std=0.2)
+    nn.init.normal_(net.to_extra.weight, std=0.2)
+    image, lung = torch.rand(2, 1, 13, 9, 10), random_lung(13, 9, 10)
+    inferer = GridShiftInferer(2, 4, sigma=0.5, refine=True)
+    survival_map = inferer(image, net, lung=lung)
+    patient = torch.zeros(2, 2)
+    for shift in product((0, 2), repeat=3):
+        pad = [n for start, size in zip(reversed(shift), (10, 9, 13)) for n in (start, -size % 4)]
+        one = net(F.pad(image, pad, mode="replicate"), F.pad(lung, pad))
+        patient += (one[:, 1:3] * one[:, 3:]).sum((2, 3, 4)) / 8
+    torch.testing.assert_close((survival_map[:, 1:3] * survival_map[:, 3:]).sum((2, 3, 4)), patient)
+    net.to_extra, net.extra = None, 0
+    torch.testing.assert_close(survival_map[:, [0, 3]], inferer(image, net, lung=lung))
+
+
 def test_a_wall_one_voxel_thick_stays_thin():
     """Every patch that holds some of the wall is hot alike; the shifted grids tell which voxel of it that was."""
 

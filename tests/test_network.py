@@ -471,6 +471,30 @@ def test_a_metatensor_is_an_image_like_any_other():
     close(torch.Tensor(net(MetaTensor(image), MetaTensor(lung)).detach()), net(image, lung))
 
 
+def test_extra_channels_start_at_zero_and_leave_location_and_weight_alone():
+    image, lung = torch.rand(2, 1, 24, 24, 24), two_lungs()
+    torch.manual_seed(1)
+    plain = SurvivalMapNet(**SMALL).eval()
+    torch.manual_seed(1)
+    net = SurvivalMapNet(**SMALL, extra=3).eval()
+    assert net.state_dict().keys() - plain.state_dict().keys() == {"to_extra.weight"}
+    survival_map = net(image, lung)
+    assert survival_map.shape == (2, 5, 6, 6, 6)
+    assert bool((survival_map[:, 1:4] == 0).all())
+    assert torch.equal(survival_map[:, [0, 4]], plain(image, lung))
+    nn.init.normal_(net.to_extra.weight, std=5.0)
+    survival_map = net(image, lung)
+    assert torch.equal(survival_map[:, [0, 4]], plain(image, lung))
+    inside = survival_map[:, 4] > 0
+    extra = survival_map[:, 1:4].transpose(0, 1)
+    assert bool((extra[:, ~inside] == 0).all()) and 1 < float(extra.abs().max()) <= 3
+
+
+def test_torchscript_keeps_extra_channels():
+    net, image = lively(extra=2), torch.rand(2, 1, 24, 24, 24)
+    torch.testing.assert_close(torch.jit.script(net)(image, two_lungs()), net(image, two_lungs()))
+
+
 @pytest.mark.parametrize("window", [0, 2, 4])
 def test_torchscript_equals_eager(window):
     net = lively(window=window, film_context=True, overlap=0.5)
@@ -505,6 +529,7 @@ def test_torchscript_takes_a_clinical_vector():
         ({"depth": -1}, "negative"),
         ({"window": -1}, "negative"),
         ({"clinical_dim": -1}, "negative"),
+        ({"extra": -1}, "negative"),
         ({"head": "max"}, "head"),
         ({"head_layers": 3}, "head_layers"),
         ({"beta": 0.0}, "beta"),

@@ -323,6 +323,18 @@ def test_severity_fit_learns_from_the_dead_and_leaves_survivors_where_they_are()
     assert 1 <= variance < 2
 
 
+def test_severity_fit_takes_the_patients_extra_numbers_as_given():
+    """Half of the patients are said to be 9 times as uncertain: what is fitted is the variance of the other half."""
+    numbers, outcome, _ = severity_data(400, noise=4.0)
+    sure = torch.arange(400) % 2 == 0
+    numbers[:, 1:] = numbers[:, 1:] * 0.01  # nothing to explain the times by
+    outcome[:, 0] = (50 + torch.randn(400) * torch.where(sure, 3.0, 9.0)).round()
+    numbers[:, 0] = 50 + torch.randn(400) * 1e-3
+    objective = CenTime(predict_variance=True)
+    extra = torch.where(sure, 0.0, math.log(9.0)).unsqueeze(1)
+    assert fit_severity(Severity(-5.0, 120.0), numbers, outcome, objective, extra=extra) == pytest.approx(9, rel=0.2)
+
+
 def test_severity_fit_without_deaths_moves_nobody():
     severity = Severity(-5.0, 120.0)
     numbers, outcome = torch.full((9, 8), 118.0), torch.tensor([[99.0, 0.0]]).expand(9, 2)

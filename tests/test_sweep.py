@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,8 +82,9 @@ def test_every_variant_changes_a_part_that_the_configuration_has():
     config = ConfigParser()
     config.read_config("configs/train.json")
     for overrides in sweep.VARIANTS.values():
-        for key in overrides.keys() - {"phantoms", "shuffle"}:
+        for key in overrides.keys() - {"phantoms", "shuffle", "config"}:
             assert key.rpartition("#")[0] in config
+        assert "config" not in overrides or Path(overrides["config"]).is_file()
     with_options = [test.get("options", {}) for test in sweep.TESTS.values()]
     config = json.load(open("configs/evaluate.json"))
     assert all(key in config for options in with_options for key in options)

@@ -45,8 +45,8 @@ class GridShiftInferer(Inferer):
        number that carry the weight (1 / sum of squares), and `share` = min(1, weighted mean of cells * months): where
        brightness explains nothing, as with a texture, the map stays as it is.
 
-    The patient's location is the mean of the grids', and the result is a survival map like any other, with cells of
-    ``stride / shifts`` voxels.
+    The patient's location is the mean of the grids', and so are extra channels of the map. The result is a survival map
+    like any other, with cells of ``stride / shifts`` voxels.
 
     Args:
         shifts: origins an axis, a divisor of the network's stride; 1 runs the network once.
@@ -76,8 +76,7 @@ class GridShiftInferer(Inferer):
         cell = self.stride // self.shifts
         grid = [-(-size // self.stride) * self.shifts for size in inputs.shape[2:]]
         scans = inputs.shape[0]
-        total = torch.zeros(scans, 3, *grid, device=inputs.device)
-        patient = torch.zeros(scans, device=inputs.device)
+        total, patient = torch.zeros(()), torch.zeros(())
         gradient, gradients = torch.zeros_like(inputs), 0
         for shift in product(range(self.shifts), repeat=3):
             # In front the shift, behind what makes the unshifted grid whole, so that every grid covers the image.
@@ -88,19 +87,19 @@ class GridShiftInferer(Inferer):
             with torch.set_grad_enabled(wanted):
                 image = inputs.clone().requires_grad_(wanted)
                 survival_map = network(F.pad(image, pad, mode="replicate"), *args, **moved)
-                loc, weight = survival_map.unbind(1)
-                months = (loc * weight).sum((1, 2, 3))
+                said, weight = survival_map[:, :-1], survival_map[:, -1:]
+                sums = (said * weight).sum((2, 3, 4))
                 if wanted:
-                    gradient, gradients = gradient + torch.autograd.grad(months.sum(), image)[0], gradients + 1
-            loc, weight, months = loc.detach(), weight.detach(), months.detach()
-            patient = patient + months
-            inside = (weight > 0) | (loc != 0)
+                    gradient, gradients = gradient + torch.autograd.grad(sums[:, 0].sum(), image)[0], gradients + 1
+            said, weight = said.detach(), weight.detach()
+            patient = patient + sums.detach()
+            inside = (weight > 0) | (said[:, :1] != 0)
             log = torch.where(inside, weight.clamp_min(torch.finfo(weight.dtype).tiny).log(), 0.0)
-            part = torch.stack([loc, log, inside.to(loc.dtype)], 1)
+            part = torch.cat([said, log, inside.to(said.dtype)], 1)
             for axis, start in zip((2, 3, 4), shift):
                 part = part.repeat_interleave(self.shifts, axis).narrow(axis, start, grid[axis - 2])
             total = total + part
-        location, log_weight, count = total.unbind(1)
+        said, log_weight, count = total[:, :-2], total[:, -2], total[:, -1]
         inside = count > 0
         # Few patches reach a cell at the lung's border; their mean is noisy, and must not win for that.
         log_weight = log_weight / count.clamp_min(1) + 2 * count.clamp_min(1).log()
@@ -116,7 +115,8 @@ class GridShiftInferer(Inferer):
             share = (weight * months).sum((1, 2, 3), keepdim=True).clamp_max(1)
             weight = weight * (1 + share * months.clamp_max(50))
             weight = weight / weight.sum((1, 2, 3), keepdim=True)
-        location = location / count.clamp_min(1)
-        off = patient / self.shifts**3 - (location * weight).sum((1, 2, 3))
-        location = (location + off.view(-1, 1, 1, 1)) * inside
-        return torch.stack([location, weight], 1)
+        weight, inside, count = weight.unsqueeze(1), inside.unsqueeze(1), count.unsqueeze(1)
+        said = said / count.clamp_min(1)
+        off = patient / self.shifts**3 - (said * weight).sum((2, 3, 4))
+        said = (said + off.view(scans, -1, 1, 1, 1)) * inside
+        return torch.cat([said, weight], 1)

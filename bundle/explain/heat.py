@@ -14,7 +14,7 @@ def patch_heat(survival_map: Tensor, death: Tensor) -> Tensor:
     """heat_i = P(T <= horizon) * weight_i for each patch.
 
     Args:
-        survival_map: (B, 2, d, h, w), see :class:`~bundle.networks.SurvivalMapNet`.
+        survival_map: (B, C, d, h, w), see :class:`~bundle.networks.SurvivalMapNet`.
         death: P(T <= horizon) of each patient, (B,).
 
     Returns:

@@ -89,22 +89,24 @@ class GradientClip:
 class RunCheckpoint:
     """Keep the best weights and all that is needed to go on; resume a run that was stopped.
 
-    After every epoch `last.pt` holds network, optimizer, scheduler, epoch and best metric; whenever the validation
-    metric is at its best `model.pt` holds the network's plain state dict and `settings.json` its settings with the
-    SHA-256 of the weights. After the last epoch the best weights go through `finish`. Every file is written under another
-    name and renamed. MONAI's `CheckpointSaver` writes in place, which a kill in the wrong moment turns into a torn file.
+    After every epoch `last.pt` holds network, objective, optimizer, scheduler, epoch and best metric; whenever the
+    validation metric is at its best `model.pt` holds the network's plain state dict and `settings.json` its settings
+    with the SHA-256 of the weights. After the last epoch the best weights go through `finish`. Every file is written
+    under another name and renamed. MONAI's `CheckpointSaver` writes in place, which a kill in the wrong moment turns
+    into a torn file.
 
     Args:
         ckpt_dir: folder of the run.
         settings: of the run; see :func:`bundle.settings.training_settings`.
-        network, optimizer, lr_scheduler: what has a state.
+        network, objective, optimizer, lr_scheduler: what has a state; the objective's arguments, as learnt by then, go
+            into `settings.json`.
         validator: the evaluator that `ValidationHandler` runs, earlier in the list of handlers.
         metric: its metric that is largest for the best weights.
         val_interval: epochs between two validations.
         settled: first epoch whose weights may be the best for good. The likelihood of a few validation scans is often
             best while the map is still forming; until then `model.pt` holds the best so far, and is replaced after.
-        finish: called once with the best weights in the network, before they are saved for the last time; returns the
-            arguments of the objective to be saved with them.
+        finish: called once with the best weights in the network and the settings of the objective that belong to them,
+            before they are saved for the last time; returns the settings of the objective to be saved with them.
         patience: stop after so many epochs without a better validation; None to go through all epochs.
         resume: go on with an unfinished run of the same settings; if false, start anew.
     """
@@ -114,19 +116,21 @@ class RunCheckpoint:
         ckpt_dir: str,
         settings: dict,
         network: torch.nn.Module,
+        objective: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
         validator: Engine,
         metric: str,
         val_interval: int,
         settled: int = 1,
-        finish: Callable[[], dict] | None = None,
+        finish: Callable[[dict], dict] | None = None,
         patience: int | None = None,
         resume: bool = True,
     ) -> None:
         self.ckpt_dir = Path(ckpt_dir)
         self.settings = settings
-        self.objects = {"network": network, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
+        self.objects = {"network": network, "objective": objective, "optimizer": optimizer}
+        self.objects["lr_scheduler"] = lr_scheduler
         self.validator = validator
         self.metric = metric
         self.val_interval = val_interval
@@ -136,6 +140,7 @@ class RunCheckpoint:
         self.resume = resume
         self.best: float | None = None
         self.best_epoch = 0
+        self.best_objective: dict = settings["objective"]
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.load)
@@ -157,7 +162,7 @@ class RunCheckpoint:
         for name, target in self.objects.items():
             target.load_state_dict(state[name])
         engine.state.epoch, engine.state.iteration = state["epoch"], state["iteration"]
-        self.best, self.best_epoch = state["best"], state["best_epoch"]
+        self.best, self.best_epoch, self.best_objective = state["best"], state["best_epoch"], state["best_objective"]
         if state["finished"]:
             logger.info(f"{self.ckpt_dir} is a finished run of {state['epoch']} epochs: nothing to do.")
             engine.terminate()
@@ -180,7 +185,8 @@ class RunCheckpoint:
         value = self.validator.state.metrics[self.metric] if epoch % self.val_interval == 0 else -math.inf
         if value > (-math.inf if self.best is None else self.best):
             self.best, self.best_epoch = float(value), epoch
-            self.save_model()
+            self.best_objective = {**self.settings["objective"], **self.objects["objective"].arguments}
+            self.save_model(self.best_objective)
         self.save_state(engine, finished=False)
         if self.over(engine):
             if epoch < engine.state.max_epochs:
@@ -188,15 +194,16 @@ class RunCheckpoint:
                 engine.terminate()
             self.end(engine)
 
-    def save_model(self, **changes: dict) -> None:
+    def save_model(self, objective: dict) -> None:
         model = self.ckpt_dir / "model.pt"
         save_atomically(self.objects["network"].state_dict(), model)
-        write_json(settings_file(model), {**self.settings, **changes, "weights_sha256": file_sha256(model)})
+        changes = {"objective": objective, "weights_sha256": file_sha256(model)}
+        write_json(settings_file(model), {**self.settings, **changes})
 
     def save_state(self, engine: Engine, finished: bool) -> None:
         state = {name: target.state_dict() for name, target in self.objects.items()}
         state.update(settings=self.settings, epoch=engine.state.epoch, iteration=engine.state.iteration)
-        state.update(best=self.best, best_epoch=self.best_epoch, finished=finished)
+        state.update(best=self.best, best_epoch=self.best_epoch, best_objective=self.best_objective, finished=finished)
         save_atomically(state, self.ckpt_dir / "last.pt")
 
     def end(self, engine: Engine) -> None:
@@ -205,5 +212,5 @@ class RunCheckpoint:
         if self.finish is not None and model.is_file():
             best = torch.load(model, map_location="cpu", weights_only=True)
             self.objects["network"].load_state_dict(best)
-            self.save_model(objective=self.finish())
+            self.save_model(self.finish(self.best_objective))
         self.save_state(engine, finished=True)

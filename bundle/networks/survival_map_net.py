@@ -230,14 +230,15 @@ class SurvivalMapNet(nn.Module):
         beta: steepness of the softmin per month.
         learn_beta: learn beta, starting there.
         min_lung: smallest share of lung in a patch that makes it a token.
+        extra: further numbers a patch that an objective asks for, bounded by 3, 0 in an untrained network.
 
     Raises:
         ValueError: an argument is out of range; in `forward`, an input has another shape, or a scan has no lung.
 
     Shape:
         image (B, 1, D, H, W), HU window scaled to [0, 1]; lung (B, 1, D, H, W) in {0, 1}, None for no mask; clinical
-        (B, clinical_dim). Output (B, 2, d, h, w): location in months and weight, d = ceil(D / stride) and so on.
-        Weights sum to 1 over a scan; outside the lung weight and location are 0.
+        (B, clinical_dim). Output (B, 2 + extra, d, h, w): location in months, extra numbers, weight; d = ceil(D /
+        stride) and so on. Weights sum to 1 over a scan; outside the lung all channels are 0.
 
     Example::
 
@@ -267,6 +268,7 @@ class SurvivalMapNet(nn.Module):
         beta: float = 1 / 15,
         learn_beta: bool = True,
         min_lung: float = 0.25,
+        extra: int = 0,
     ) -> None:
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
@@ -278,8 +280,9 @@ class SurvivalMapNet(nn.Module):
             raise ValueError(f"overlap must be in [0, 1), got {overlap}.")
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"dim ({dim}) must be a multiple of num_heads ({num_heads}).")
-        if depth < 0 or window < 0 or clinical_dim < 0:
-            raise ValueError(f"depth, window and clinical_dim can't be negative: {depth}, {window}, {clinical_dim}.")
+        if min(depth, window, clinical_dim, extra) < 0:
+            given = f"{depth}, {window}, {clinical_dim}, {extra}"
+            raise ValueError(f"depth, window, clinical_dim and extra can't be negative: {given}.")
         if head not in HEADS:
             raise ValueError(f'head must be one of {", ".join(HEADS)}, got "{head}".')
         if head_layers not in (1, 2):
@@ -301,6 +304,7 @@ class SurvivalMapNet(nn.Module):
         self.loc_scale = loc_scale
         self.loc_range = None if loc_range is None else (float(loc_range[0]), float(loc_range[1]))
         self.min_lung = min_lung
+        self.extra = extra
         self.embed = PatchEmbed(patch_size, self.stride, dim)
         # No finer ones, by which a small cohort's lesions could be learnt by heart.
         self.frequencies = [math.pi / 2, math.pi]
@@ -321,6 +325,9 @@ class SurvivalMapNet(nn.Module):
         self.log_beta = nn.Parameter(torch.tensor(math.log(beta)), requires_grad=learns)
         # A schedule multiplies beta with this factor; part of the state, because the map depends on it.
         self.register_buffer("beta_factor", torch.tensor(1.0))
+        self.to_extra = nn.Linear(dim, extra, bias=False) if extra > 0 else None
+        if self.to_extra is not None:
+            nn.init.zeros_(self.to_extra.weight)
 
     def set_beta_factor(self, factor: float) -> None:
         """Multiply beta by `factor`: below 1 the softmin is nearer to the mean, so that every patch learns."""
@@ -413,4 +420,11 @@ class SurvivalMapNet(nn.Module):
             parts = [part.detach().view(keep.shape) for part in (danger, location, log_weight)]
             numbers = self.severity.numbers(parts[0], flat.view(keep.shape), parts[1], parts[2])
             location = location + self.severity(numbers).unsqueeze(1)
-        return torch.stack([location * (flat > 0), log_weight.exp() * (flat > 0)], 1).view([scans, 2] + grid)
+        inside = flat > 0
+        channels = [location * inside]
+        if self.to_extra is not None:
+            extra = torch.zeros(list(keep.shape) + [self.extra], dtype=x.dtype, device=x.device)
+            extra[index[:, 0], index[:, 1], index[:, 2], index[:, 3]] = 3 * torch.tanh(self.to_extra(x))
+            channels += extra.flatten(1, 3).unbind(2)
+        channels.append(log_weight.exp() * inside)
+        return torch.stack(channels, 1).view([scans, 2 + self.extra] + grid)

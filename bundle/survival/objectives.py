@@ -8,9 +8,60 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .readout import log_pmf, months
+from ..errors import InputError
+from .readout import log_pmf, months, patient_numbers
 
-__all__ = ["CenTime", "SurvivalMapLoss", "centime_log_likelihood", "neighbour_difference", "weight_entropy"]
+__all__ = [
+    "CenTime",
+    "Classical",
+    "MonthsObjective",
+    "Objective",
+    "SurvivalMapLoss",
+    "centime_log_likelihood",
+    "classical_log_likelihood",
+    "learnt_factor",
+    "neighbour_difference",
+    "whole_months",
+    "weight_entropy",
+]
+
+
+def whole_months(time: Tensor, event: Tensor, tmax: int) -> Tensor:
+    """The month, 1..tmax, of each time, (B,).
+
+    Raises:
+        InputError: a death after tmax, or a censoring time at or above it, for which no likelihood exists.
+    """
+    bins = time.round().clamp_min(1).long()
+    if bool((bins > tmax - 1 + event).any()):
+        raise InputError(f"times must lie below tmax = {tmax} months, got {float(time.max())}.")
+    return bins
+
+
+def classical_log_likelihood(log_p: Tensor, time: Tensor, event: Tensor, log_share: Tensor | None = None) -> Tensor:
+    """Log-likelihood of each patient whose censoring says nothing of the death, (B,).
+
+    A death at t gives log p(t); a patient censored at c gives log P(T > c) = log sum_{t > c} p(t).
+
+    Source: Kalbfleisch and Prentice, The Statistical Analysis of Failure Time Data, 2002, section 3.2.
+
+    Args:
+        log_p: log P(T = 1..tmax), (B, tmax).
+        time: months, (B,), rounded to whole months, at least 1.
+        event: 1 died, 0 censored, (B,).
+        log_share: added to log_p(t) in the sum of the censored, (tmax,).
+
+    Raises:
+        InputError: a death after tmax, or a censoring time at or above it, for which no likelihood exists.
+    """
+    tmax = log_p.shape[-1]
+    bins = whole_months(time, event, tmax).unsqueeze(1)
+    death = log_p.gather(1, bins - 1).squeeze(1)
+    share = log_p if log_share is None else log_p + log_share
+    share = share.masked_fill(months(tmax, log_p) <= bins, -torch.inf)
+    # The row of a death may have no bin left above it: its logsumexp is never used, but its gradient must be finite.
+    share = torch.where((event > 0).unsqueeze(1), log_p, share)
+    return torch.where(event > 0, death, torch.logsumexp(share, 1))
 
 
 def centime_log_likelihood(log_p: Tensor, time: Tensor, event: Tensor) -> Tensor:
@@ -22,63 +73,142 @@ def centime_log_likelihood(log_p: Tensor, time: Tensor, event: Tensor) -> Tensor
     Source: Shahin et al., CenTime: Event-conditional modelling of censoring in survival analysis, Medical Image
     Analysis 2024.
 
-    Args:
-        log_p: log P(T = 1..tmax), (B, tmax).
-        time: months, (B,), rounded to whole months, at least 1.
-        event: 1 died, 0 censored, (B,).
-
-    Raises:
-        ValueError: a death after tmax, or a censoring time at or above it, for which no likelihood exists.
+    Arguments and errors as in :func:`classical_log_likelihood`.
     """
-    tmax = log_p.shape[-1]
-    bins = time.round().clamp_min(1)
-    if bool((bins > tmax - 1 + event).any()):
-        raise ValueError(f"times must lie below tmax = {tmax} months, got {float(time.max())}.")
-    death = log_p.gather(1, bins.long().unsqueeze(1) - 1).squeeze(1)
-    t = months(tmax, log_p)
-    after = t > bins.unsqueeze(1)
-    share = (log_p - (t - 1).clamp_min(1).log()).masked_fill(~after, -torch.inf)
-    # The row of a death may have no bin left above it: its logsumexp is never used, but its gradient must be finite.
-    share = torch.where((event > 0).unsqueeze(1), log_p, share)
-    return torch.where(event > 0, death, torch.logsumexp(share, 1))
+    t = months(log_p.shape[-1], log_p)
+    return classical_log_likelihood(log_p, time, event, -(t - 1).clamp_min(1).log())
 
 
-class CenTime(nn.Module):
-    """CenTime objective: the loss is the mean negative log-likelihood, the readout a discretised normal.
+def learnt_factor(x: Tensor) -> Tensor:
+    """exp(x) for small x, but between exp(-3) and exp(3): what is learnt can't run away from where it started."""
+    return torch.exp(3 * torch.tanh(x / 3))
+
+
+class Objective(nn.Module):
+    """A readout of survival maps (B, C, d, h, w), and a loss to train them by.
 
     Args:
         tmax: last month of the distribution; above the largest time in the cohort.
-        variance: of the discretised normal, months squared.
-        alpha_censored: weight of censored patients in the mean; a death has weight 1.
-        mixture: read a mixture over patches off the map instead of one normal; see :func:`log_pmf`.
+
+    Raises:
+        InputError: an argument is out of range.
     """
 
-    def __init__(
-        self, tmax: int = 100, variance: float = 36.0, alpha_censored: float = 1.0, mixture: bool = False
-    ) -> None:
+    name = ""  # of the objective in settings.json and of its file in configs/objective
+    extra = 0  # channels that it needs between location and weight
+
+    def __init__(self, tmax: int) -> None:
         super().__init__()
-        self.arguments = dict(tmax=tmax, variance=variance, alpha_censored=alpha_censored, mixture=mixture)
-        if tmax < 2 or variance <= 0 or alpha_censored < 0:
-            raise ValueError(f"need tmax > 1, variance > 0, alpha_censored >= 0: {tmax}, {variance}, {alpha_censored}.")
+        if tmax < 2:
+            raise InputError(f"tmax must be at least 2 months, got {tmax}.")
         self.tmax = tmax
-        self.variance = variance
-        self.alpha_censored = alpha_censored
-        self.mixture = mixture
+
+    @property
+    def arguments(self) -> dict:
+        """Constructor arguments, as JSON can hold them, that make this objective again with all it learnt."""
+        raise NotImplementedError
 
     def log_pmf(self, survival_map: Tensor) -> Tensor:
         """log P(T = 1..tmax months), (B, tmax)."""
-        return log_pmf(survival_map, self.tmax, self.variance, self.mixture)
+        raise NotImplementedError
 
     def pmf(self, survival_map: Tensor) -> Tensor:
         """P(T = 1..tmax months), (B, tmax)."""
         return self.log_pmf(survival_map).exp()
 
     def forward(self, survival_map: Tensor, outcome: Tensor) -> Tensor:
-        """Loss of a survival map (B, 2, d, h, w) given `outcome` (B, 2) = (time in months, event)."""
+        """Loss, the mean over patients, of a survival map given `outcome` (B, 2) = (time in months, event)."""
+        raise NotImplementedError
+
+    def check(self, outcome: Tensor) -> None:
+        """Raise an InputError if nothing can be learnt from the `outcome` (N, 2) of the training scans."""
+
+
+class MonthsObjective(Objective):
+    """An objective that says when: the location is the middle of a distribution over months, of some variance.
+
+    Args:
+        tmax: last month of the distribution; above the largest time in the cohort.
+        variance: months squared.
+        learn_variance: learn one variance for all, starting there, of up to 20 times more or less.
+    """
+
+    def __init__(self, tmax: int, variance: float, learn_variance: bool) -> None:
+        super().__init__(tmax)
+        if variance <= 0:
+            raise InputError(f"variance must be above 0 months squared, got {variance}.")
+        self.variance = variance
+        self.log_factor = nn.Parameter(torch.zeros(())) if learn_variance else None
+
+    @property
+    def arguments(self) -> dict:
+        factor = 1.0 if self.log_factor is None else learnt_factor(self.log_factor).item()
+        return dict(tmax=self.tmax, variance=self.variance * factor, learn_variance=self.log_factor is not None)
+
+    def spread(self) -> Tensor | float:
+        """The variance as it stands, months squared."""
+        return self.variance if self.log_factor is None else self.variance * learnt_factor(self.log_factor)
+
+
+class CenTime(MonthsObjective):
+    """CenTime objective: the loss is the mean negative log-likelihood, the readout a discretised normal.
+
+    ``P(T = t)`` is proportional to ``exp(-(t - location)^2 / 2 variance)`` on t = 1..tmax; for the likelihood see
+    :func:`centime_log_likelihood`.
+
+    Args:
+        tmax: last month of the distribution; above the largest time in the cohort.
+        variance: of the discretised normal, months squared.
+        alpha_censored: weight of censored patients in the mean; a death has weight 1.
+        mixture: read a mixture over patches off the map instead of one normal; see :func:`log_pmf`.
+        learn_variance: learn one variance for all, starting at `variance`.
+        predict_variance: a variance for each patient, `variance * exp(x)` with x the map's extra channel.
+    """
+
+    name = "centime"
+    log_likelihood = staticmethod(centime_log_likelihood)
+
+    def __init__(
+        self,
+        tmax: int = 100,
+        variance: float = 36.0,
+        alpha_censored: float = 1.0,
+        mixture: bool = False,
+        learn_variance: bool = False,
+        predict_variance: bool = False,
+    ) -> None:
+        super().__init__(tmax, variance, learn_variance)
+        if alpha_censored < 0:
+            raise InputError(f"alpha_censored can't be negative, got {alpha_censored}.")
+        if mixture and predict_variance:
+            raise InputError("mixture and predict_variance exclude each other: patches have one variance in a mixture.")
+        self.alpha_censored = alpha_censored
+        self.mixture = mixture
+        self.extra = int(predict_variance)
+
+    @property
+    def arguments(self) -> dict:
+        own = dict(alpha_censored=self.alpha_censored, mixture=self.mixture, predict_variance=self.extra == 1)
+        return {**super().arguments, **own}
+
+    def log_pmf(self, survival_map: Tensor) -> Tensor:
+        variance = self.spread()
+        if self.extra:
+            variance = variance * patient_numbers(survival_map)[1][:, 0].exp()
+        return log_pmf(survival_map, self.tmax, variance, self.mixture)
+
+    def forward(self, survival_map: Tensor, outcome: Tensor) -> Tensor:
         time, event = outcome.unbind(1)
-        likelihood = centime_log_likelihood(self.log_pmf(survival_map), time, event)
+        likelihood = self.log_likelihood(self.log_pmf(survival_map), time, event)
         weight = torch.where(event > 0, 1.0, self.alpha_censored)
         return -(weight * likelihood).mean()
+
+
+class Classical(CenTime):
+    """As :class:`CenTime`, with the usual likelihood of the censored, P(T > c): :func:`classical_log_likelihood`."""
+
+    name = "classical"
+    log_likelihood = staticmethod(classical_log_likelihood)
 
 
 def weight_entropy(weight: Tensor) -> Tensor:
@@ -127,7 +257,7 @@ class SurvivalMapLoss(nn.Module):
         self.strength = strength
 
     def forward(self, survival_map: Tensor, outcome: Tensor) -> Tensor:
-        location, weight = survival_map.unbind(1)
+        location, weight = survival_map[:, 0], survival_map[:, -1]
         loss = self.objective(survival_map, outcome)
         loss = loss - self.strength * self.entropy * weight_entropy(weight).mean()
         return loss + self.strength * self.smoothness * neighbour_difference(location, weight)

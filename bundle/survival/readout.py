@@ -13,6 +13,7 @@ __all__ = [
     "mean_months",
     "months",
     "normal_log_pmf",
+    "patient_numbers",
     "quantile_months",
     "restricted_mean_months",
     "survival_curve",
@@ -22,6 +23,20 @@ __all__ = [
 def months(tmax: int, like: Tensor) -> Tensor:
     """The time bins 1, 2, ..., tmax (months), of the type and on the device of `like`."""
     return torch.arange(1, tmax + 1, dtype=like.dtype, device=like.device)
+
+
+def patient_numbers(survival_map: Tensor) -> tuple[Tensor, Tensor]:
+    """Each patient's location (months), (B,), and extra numbers, (B, C - 2): the map's weighted sums over patches.
+
+    The extra numbers shape the distribution around the location. They take the weights as they are, without a gradient:
+    what sets the weights is the location alone.
+
+    Args:
+        survival_map: (B, C, d, h, w): location, C - 2 extra channels, weight.
+    """
+    flat = survival_map.flatten(2)
+    weight = flat[:, -1:]
+    return (flat[:, 0] * weight[:, 0]).sum(1), (flat[:, 1:-1] * weight.detach()).sum(2)
 
 
 def normal_log_pmf(location: Tensor, variance: Tensor | float, tmax: int) -> Tensor:
@@ -43,18 +58,18 @@ def normal_log_pmf(location: Tensor, variance: Tensor | float, tmax: int) -> Ten
 
 
 def log_pmf(survival_map: Tensor, tmax: int, variance: Tensor | float, mixture: bool = False) -> Tensor:
-    """log P(T = 1..tmax months) of each patient, (B, tmax), from a survival map (B, 2, d, h, w).
+    """log P(T = 1..tmax months) of each patient, (B, tmax), from a survival map (B, C, d, h, w).
 
     Args:
-        survival_map: location (months) and weight of each patch.
+        survival_map: location (months) of each patch first, its weight last.
         tmax: last bin (months).
-        variance: of the discretised normal, months squared.
+        variance: of the discretised normal, months squared; a number, or one a patient (B,) if not a mixture.
         mixture: if true, the softmin mixture sum_i w_i N(loc_i, variance); else N(sum_i w_i loc_i, variance). The
             mixture of an ``lse`` map is wider, because its patches differ by about 1/beta.
     """
-    location, weight = survival_map.flatten(2).unbind(1)
     if not mixture:
-        return normal_log_pmf((location * weight).sum(1), variance, tmax)
+        return normal_log_pmf(patient_numbers(survival_map)[0], variance, tmax)
+    location, weight = survival_map[:, 0].flatten(1), survival_map[:, -1].flatten(1)
     # A log of 0 would have no finite gradient; a patch of weight 1e-30 adds nothing.
     log_weight = weight.clamp_min(1e-30).log().unsqueeze(-1)
     return torch.logsumexp(log_weight + normal_log_pmf(location, variance, tmax), 1)

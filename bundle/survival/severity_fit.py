@@ -15,9 +15,14 @@ __all__ = ["fit_severity"]
 
 
 def fit_severity(
-    severity: nn.Module, numbers: Tensor, outcome: Tensor, objective: nn.Module, months: float = 10.0
+    severity: nn.Module,
+    numbers: Tensor,
+    outcome: Tensor,
+    objective: nn.Module,
+    months: float = 10.0,
+    extra: Tensor | None = None,
 ) -> float:
-    """Set the coefficients of a :class:`~bundle.networks.severity.Severity`, in place; returns the variance that is left.
+    """Set the coefficients of a :class:`~bundle.networks.severity.Severity`, in place; returns the variance left.
 
     Coefficients and variance are where the objective of the moved locations plus ``|slope|^2 / (2 months^2)`` is least:
     the largest posterior under a normal prior. Few unknowns, a smooth function: L-BFGS from zero in float64. The
@@ -30,8 +35,10 @@ def fit_severity(
         outcome: (time in months, event), (n, 2).
         objective: a module with a `variance`, such as :class:`~bundle.survival.CenTime`; it stays as it is.
         months: standard deviation of the prior of a slope.
+        extra: extra numbers of the patients, (n, K), if the objective reads any.
     """
     numbers, outcome = numbers.double(), outcome.double()
+    extra = numbers[:, :0] if extra is None else extra.double()
     told = severity.gate(numbers[:, 0]) > 0
     if told.sum() < 2:
         return float(objective.variance)  # nobody to learn from: nobody is moved
@@ -48,7 +55,8 @@ def fit_severity(
         optimizer.zero_grad()
         location = numbers[:, 0] + gate * (standard @ coefficients[:-2] + coefficients[-2])
         trial.variance = coefficients[-1].exp() + 1
-        survival_map = torch.stack([location, torch.ones_like(location)], 1).view(-1, 2, 1, 1, 1)
+        channels = torch.cat([location.unsqueeze(1), extra, torch.ones_like(gate).unsqueeze(1)], 1)
+        survival_map = channels.view(len(numbers), -1, 1, 1, 1)
         prior = coefficients[:-2].square().sum() / (2 * months**2)
         value = trial(survival_map, outcome) + prior / len(numbers)
         value.backward()

@@ -1,0 +1,192 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Proportional hazards: the order of deaths, not their months, is what the map is trained for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from ..errors import InputError
+from .objectives import Objective, learnt_factor, whole_months
+from .readout import months, patient_numbers
+
+__all__ = ["Cox", "CoxMemory", "breslow_baseline", "partial_log_likelihood"]
+
+
+def partial_log_likelihood(log_hazard: Tensor, time: Tensor, event: Tensor, ties: str = "efron") -> Tensor:
+    """Cox's log partial likelihood, the sum over deaths; 0 without deaths.
+
+    A death i gives ``log_hazard_i - log sum_{j at risk} exp(log_hazard_j)``; at risk is who has a time of at least i's.
+    Of m deaths at the same time, all have that sum with Breslow's ties; with Efron's the l-th, l = 0..m-1, has the sum
+    less l / m of what the m deaths bring to it. All in log space and of the type of its input, which torchsurv's is
+    not.
+
+    Source: Cox, JRSS B 1972; Breslow, Biometrics 1974; Efron, JASA 1977.
+
+    Args:
+        log_hazard: (N,).
+        time: (N,).
+        event: 1 died, 0 censored, (N,).
+        ties: ``"efron"`` or ``"breslow"``.
+    """
+    order = time.argsort(descending=True)
+    log_hazard, died = log_hazard[order], event[order] > 0
+    _, group, sizes = torch.unique_consecutive(time[order], return_inverse=True, return_counts=True)
+    at_risk = log_hazard.logcumsumexp(0)[sizes.cumsum(0) - 1]
+    risk = at_risk[group[died]]
+    if ties == "efron":
+        groups, rank = group[died], torch.arange(int(died.sum()), device=time.device)
+        deaths = torch.zeros_like(sizes).index_add(0, groups, torch.ones_like(groups))
+        before = (rank - (deaths.cumsum(0) - deaths)[groups]).to(risk.dtype) / deaths[groups]
+        # The deaths' part of the risk, in (0, 1]: a difference of two sums of exponentials would cancel.
+        part = torch.zeros_like(at_risk).index_add(0, groups, (log_hazard[died] - risk).exp())
+        risk = risk + torch.log1p(-before * part[groups].clamp_max(1))
+    return (log_hazard[died] - risk).sum()
+
+
+def breslow_baseline(log_hazard: Tensor, time: Tensor, event: Tensor, tmax: int) -> Tensor:
+    """Cumulative baseline hazard at t = 1..tmax months, (tmax,), by Breslow's estimator.
+
+    ``H0(t)``: the sum over deaths up to month t of 1 / (sum of exp(log_hazard) over those at risk at that death).
+
+    Source: Breslow, discussion of Cox, JRSS B 1972. Shapes as in :func:`partial_log_likelihood`, times in whole months.
+    """
+    t = months(tmax, time).unsqueeze(1)
+    at_risk = torch.where(time >= t, log_hazard, -torch.inf).logsumexp(1)
+    deaths = ((time == t) & (event > 0)).sum(1)
+    return torch.where(deaths > 0, deaths * (-at_risk).exp(), 0.0).cumsum(0)
+
+
+class Cox(Objective):
+    """Cox's partial likelihood: the loss is -:func:`partial_log_likelihood` over the number of patients.
+
+    The log hazard of a patient is ``(tmax / 2 - location) / scale`` against that of one located in the middle. Risk
+    sets are those of a batch. A batch without deaths has loss 0; so has a death that nobody else is at risk with.
+
+    The readout is ``S(t) = exp(-H0(t) exp(log hazard))``. H0 is fitted when training is over (:meth:`fit_baseline`);
+    until then it is Gompertz's ``exp((t - tmax / 2) / scale)``, by which a patient's cumulative hazard is 1 at the
+    location. Beyond the last death of the training scans H0 stays as it is: nothing is known there, and what is left of
+    the probability lies in the last month, so that P(T <= t) is right for all t < tmax.
+
+    Args:
+        tmax: last month of the distribution; above the largest time in the cohort.
+        scale: months of location in which the hazard changes by a factor e, where learning starts.
+        ties: ``"efron"`` or ``"breslow"``.
+        baseline: H0 at t = 1..tmax, where it is fitted.
+    """
+
+    name = "cox"
+
+    def __init__(
+        self, tmax: int = 100, scale: float = 15.0, ties: str = "efron", baseline: Sequence[float] | None = None
+    ) -> None:
+        super().__init__(tmax)
+        if scale <= 0:
+            raise InputError(f"scale must be above 0 months, got {scale}.")
+        if ties not in ("efron", "breslow"):
+            raise InputError(f'ties must be "efron" or "breslow", got "{ties}".')
+        if baseline is not None and len(baseline) != tmax:
+            raise InputError(f"baseline must have {tmax} numbers, one a month up to tmax, got {len(baseline)}.")
+        self.scale = scale
+        self.ties = ties
+        self.baseline = None if baseline is None else [float(hazard) for hazard in baseline]
+        self.log_factor = nn.Parameter(torch.zeros(()))
+
+    @property
+    def arguments(self) -> dict:
+        scale = self.scale * learnt_factor(self.log_factor).item()
+        return dict(tmax=self.tmax, scale=scale, ties=self.ties, baseline=self.baseline)
+
+    def log_hazard(self, location: Tensor) -> Tensor:
+        """Log hazard of patients located at `location` months, of any shape."""
+        return (self.tmax / 2 - location) / (self.scale * learnt_factor(self.log_factor))
+
+    def log_pmf(self, survival_map: Tensor) -> Tensor:
+        pmf = self.pmf(survival_map)
+        return pmf.clamp_min(torch.finfo(pmf.dtype).tiny).log()
+
+    def pmf(self, survival_map: Tensor) -> Tensor:
+        location, _ = patient_numbers(survival_map)
+        # A sum of logs rather than a product, of which one factor could overflow while the other is 0.
+        if self.baseline is None:
+            log_baseline = -self.log_hazard(months(self.tmax, location))
+        else:
+            log_baseline = torch.tensor(self.baseline, dtype=location.dtype, device=location.device).log()
+        alive = torch.exp(-torch.exp(log_baseline + self.log_hazard(location).unsqueeze(1)))
+        first, last = torch.ones_like(alive[:, :1]), torch.zeros_like(alive[:, :1])
+        return -torch.cat([first, alive[:, :-1], last], 1).diff(dim=1)
+
+    def likelihood(self, location: Tensor, time: Tensor, event: Tensor) -> Tensor:
+        """:func:`partial_log_likelihood` of patients located at `location` months, all (N,)."""
+        return partial_log_likelihood(self.log_hazard(location), time, event, self.ties)
+
+    def forward(self, survival_map: Tensor, outcome: Tensor) -> Tensor:
+        location, _ = patient_numbers(survival_map)
+        return -self.likelihood(location, *outcome.unbind(1)) / len(outcome)
+
+    @torch.no_grad()
+    def fit_baseline(self, location: Tensor, outcome: Tensor) -> None:
+        """Fit H0 by :func:`breslow_baseline` to the training patients' locations (N,) and their outcome (N, 2)."""
+        time, event = outcome.double().unbind(1)
+        bins = whole_months(time, event, self.tmax).double()
+        self.baseline = breslow_baseline(self.log_hazard(location.double()), bins, event, self.tmax).tolist()
+
+    def check(self, outcome: Tensor) -> None:
+        if not bool((outcome[:, 1] > 0).any()):
+            raise InputError(f"none of the {len(outcome)} training scans has event 1; {self.name} learns from deaths.")
+
+
+class CoxMemory(Cox):
+    """:class:`Cox` with risk sets that reach across batches: the last `memory` patients are remembered.
+
+    In training the loss is what the batch adds to the partial likelihood of those remembered, over the number of
+    patients in the batch: ``-(pl(remembered and batch) - pl(remembered)) / B``. Each patient of the batch feels the
+    deaths and the risk sets of all; those remembered have no gradient, and their locations are those of their last
+    visit. Were nobody forgotten and no location out of date, the mean gradient over batches would be that of the whole
+    cohort.
+
+    For maps without a gradient (validation) the same is measured and nothing is remembered. The memory is part of the
+    state, so that a resumed run is the same. A cohort smaller than `memory` is in it more than once.
+
+    Source: the difference is the cross-validated partial likelihood of Verweij and van Houwelingen, Statistics in
+    Medicine 1993; a bank of past outputs as in He et al., MoCo, CVPR 2020, without the second network.
+
+    Args:
+        tmax, scale, ties, baseline: as for :class:`Cox`.
+        memory: number of patients.
+    """
+
+    name = "cox_memory"
+
+    def __init__(
+        self,
+        tmax: int = 100,
+        scale: float = 15.0,
+        ties: str = "efron",
+        baseline: Sequence[float] | None = None,
+        memory: int = 64,
+    ) -> None:
+        super().__init__(tmax, scale, ties, baseline)
+        if memory < 1:
+            raise InputError(f"memory must hold at least 1 patient, got {memory}.")
+        self.memory = memory
+        # (location, time, event); NaN until a place is taken
+        self.register_buffer("remembered", torch.full((memory, 3), torch.nan))
+
+    @property
+    def arguments(self) -> dict:
+        return {**super().arguments, "memory": self.memory}
+
+    def forward(self, survival_map: Tensor, outcome: Tensor) -> Tensor:
+        location, _ = patient_numbers(survival_map)
+        batch = torch.cat([location.unsqueeze(1), outcome.to(location)], 1)
+        before = self.remembered[self.remembered[:, 0].isfinite()].to(location)
+        together = torch.cat([before, batch])
+        loss = (self.likelihood(*before.unbind(1)) - self.likelihood(*together.unbind(1))) / len(batch)
+        if survival_map.requires_grad:
+            self.remembered = torch.cat([self.remembered, batch.detach().to(self.remembered)])[-self.memory :]
+        return loss

@@ -1,0 +1,242 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Distributions of free shape over months, and death by one month as a yes or no."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import InputError
+from .objectives import MonthsObjective, Objective, classical_log_likelihood, whole_months
+from .readout import months, patient_numbers
+
+__all__ = ["DeepHit", "Logistic", "LogisticHazard", "deephit_ranking", "seen_until"]
+
+
+def shape_of_intervals(survival_map: Tensor, tmax: int) -> tuple[Tensor, Tensor]:
+    """Location, (B, 1), and the extra number of the interval that each month lies in, (B, tmax)."""
+    location, extra = patient_numbers(survival_map)
+    interval = torch.arange(tmax, device=extra.device) * extra.shape[1] // tmax
+    return location.unsqueeze(1), extra[:, interval]
+
+
+def check_intervals(intervals: int, tmax: int) -> int:
+    if not 1 <= intervals <= tmax:
+        raise InputError(f"intervals must be from 1 to tmax ({tmax}), got {intervals}.")
+    return intervals
+
+
+def deephit_ranking(pmf: Tensor, time: Tensor, event: Tensor, sigma: float) -> Tensor:
+    """DeepHit's ranking loss: of two patients the one who died first must have had the higher risk by then.
+
+    The mean of ``eta = exp(-(F(t_i | x_i) - F(t_i | x_j)) / sigma)`` over the pairs (i, j) with a death of i at
+    t_i < t_j; 0 without such pairs. F is P(T <= t). The paper sums; a mean doesn't depend on the size of a batch.
+
+    Source: Lee et al., DeepHit, AAAI 2018, equation 4.
+
+    Args:
+        pmf: P(T = 1..tmax), (B, tmax).
+        time: whole months, (B,).
+        event: 1 died, 0 censored, (B,).
+        sigma: of the exponential.
+    """
+    risk = pmf.cumsum(1)[:, time - 1].T  # of each patient j in column j by the time of i in row i
+    pair = (event > 0).unsqueeze(1) & (time.unsqueeze(1) < time)
+    eta = torch.exp((risk - risk.diagonal().unsqueeze(1)) / sigma)
+    return (eta * pair).sum() / pair.sum().clamp_min(1)
+
+
+class DeepHit(MonthsObjective):
+    """DeepHit with one cause of death: classical likelihood of a free distribution over months, and a ranking loss.
+
+    ``P(T = t)`` is a softmax over t = 1..tmax of ``-(t - location)^2 / 2 variance + x_k``, with x_k the map's extra
+    channel of the interval k that t lies in. So the location says when, and the extra channels, which start at 0 and
+    are bounded, make the shape free. Loss: :func:`classical_log_likelihood`, plus `alpha` times
+    :func:`deephit_ranking`.
+
+    Source: Lee et al., DeepHit, AAAI 2018.
+
+    Args:
+        tmax: last month of the distribution; above the largest time in the cohort.
+        variance: of the normal that shapes start from, months squared.
+        learn_variance: learn it, starting there.
+        intervals: of equal width up to tmax, to a month.
+        alpha: weight of the ranking loss.
+        sigma: of the ranking loss; the smaller, the more a wrong order costs.
+    """
+
+    name = "deephit"
+
+    def __init__(
+        self,
+        tmax: int = 100,
+        variance: float = 36.0,
+        learn_variance: bool = False,
+        intervals: int = 20,
+        alpha: float = 1.0,
+        sigma: float = 0.1,
+    ) -> None:
+        super().__init__(tmax, variance, learn_variance)
+        if alpha < 0 or sigma <= 0:
+            raise InputError(f"need alpha >= 0 and sigma > 0, got {alpha} and {sigma}.")
+        self.extra = check_intervals(intervals, tmax)
+        self.alpha = alpha
+        self.sigma = sigma
+
+    @property
+    def arguments(self) -> dict:
+        return {**super().arguments, "intervals": self.extra, "alpha": self.alpha, "sigma": self.sigma}
+
+    def log_pmf(self, survival_map: Tensor) -> Tensor:
+        location, extra = shape_of_intervals(survival_map, self.tmax)
+        normal = -0.5 * (months(self.tmax, location) - location).square() / self.spread()
+        return torch.log_softmax(normal + extra, 1)
+
+    def forward(self, survival_map: Tensor, outcome: Tensor) -> Tensor:
+        time, event = outcome.unbind(1)
+        log_p = self.log_pmf(survival_map)
+        loss = -classical_log_likelihood(log_p, time, event).mean()
+        return loss + self.alpha * deephit_ranking(log_p.exp(), whole_months(time, event, self.tmax), event, self.sigma)
+
+
+class LogisticHazard(MonthsObjective):
+    """Discrete-time hazards: in every month those still alive die with some probability, the month's hazard h_t.
+
+    ``P(T = t) = h_t prod_{s<t} (1 - h_s)``, and who is censored at c has ``prod_{s<=c} (1 - h_s)``. The hazards are
+    ``logit h_t = (t - location) / s - log s + x_k``: x_k is the map's extra channel of the interval k that t lies in;
+    it starts at 0 and is bounded, so that the location says when. Without it these are about the hazards of Gompertz's
+    distribution, whose standard deviation s pi / sqrt(6) is that of `variance`. Whoever is alive at tmax - 1 dies at
+    tmax.
+
+    Source: Gensheimer and Narasimhan, A scalable discrete-time survival model for neural networks, PeerJ 2019, with
+    intervals of a month; some of them share a free number.
+
+    Args:
+        tmax: last month of the distribution; above the largest time in the cohort.
+        variance: months squared.
+        learn_variance: learn it, starting there.
+        intervals: of equal width up to tmax, to a month.
+    """
+
+    name = "logistic_hazard"
+
+    def __init__(
+        self, tmax: int = 100, variance: float = 36.0, learn_variance: bool = False, intervals: int = 20
+    ) -> None:
+        super().__init__(tmax, variance, learn_variance)
+        self.extra = check_intervals(intervals, tmax)
+
+    @property
+    def arguments(self) -> dict:
+        return {**super().arguments, "intervals": self.extra}
+
+    def log_pmf(self, survival_map: Tensor) -> Tensor:
+        location, extra = shape_of_intervals(survival_map, self.tmax)
+        scale = torch.as_tensor(6 * self.spread(), dtype=location.dtype, device=location.device).sqrt() / math.pi
+        logit = (months(self.tmax, location) - location) / scale - scale.log() + extra
+        alive = F.pad(F.logsigmoid(-logit)[:, :-1].cumsum(1), [1, 0])
+        # log h_tmax = 0: all who are left die in the last month
+        return alive + F.pad(F.logsigmoid(logit)[:, :-1], [0, 1])
+
+    def forward(self, survival_map: Tensor, outcome: Tensor) -> Tensor:
+        return -classical_log_likelihood(self.log_pmf(survival_map), *outcome.unbind(1)).mean()
+
+
+def seen_until(outcome: Tensor, tmax: int) -> list[float]:
+    """P(C >= t) at t = 1..tmax: Kaplan and Meier's estimate that a patient is not yet censored before month t.
+
+    In a month deaths come before censorings. 1 for nobody. (torchsurv's estimator raises without deaths.)
+
+    Args:
+        outcome: (time in months, event) of the training scans, (N, 2).
+        tmax: last month.
+    """
+    time, event = outcome.double().unbind(1)
+    bins, t = time.round().clamp_min(1), months(tmax, time).unsqueeze(1)
+    censored = ((bins == t) & (event == 0)).sum(1)
+    at_risk = (bins >= t + event).sum(1)
+    stay = (1 - censored / at_risk.clamp_min(1).double()).cumprod(0)
+    return [1.0, *stay[:-1].tolist()]
+
+
+class Logistic(Objective):
+    """Death within `by` months as a yes or no: logistic regression, for those of whom the answer is known.
+
+    ``P(T <= by) = sigmoid((by - location) / scale)``, and the loss is its cross-entropy. Yes is a death at or before
+    `by`; no is whoever was seen alive then. Those censored before are left out, and the loss is the mean over the
+    others (0 if there are none); or, with `censoring`, each of the others has the weight ``1 / P(C >= min(T, by))``,
+    which stands for those like them who were censored (at most 20), and the loss is the mean over all.
+
+    The readout is ``P(T <= t) = sigmoid((t - location) / scale)`` for all t < tmax, and the rest in the last month. It
+    is trained at `by` alone: other months, and times, are an extrapolation.
+
+    Source: Cox, JRSS B 1958; weights: Graf et al., Statistics in Medicine 1999.
+
+    Args:
+        tmax: last month of the distribution; above the largest time in the cohort.
+        by: months, from 1 to tmax - 1.
+        scale: months of location that are one unit of the logit.
+        censoring: P(C >= t) at t = 1..tmax from :func:`seen_until`, None to leave out those censored before `by`.
+    """
+
+    name = "logistic"
+    MOST = 20.0  # weight of a patient
+
+    def __init__(
+        self, tmax: int = 100, by: int = 60, scale: float = 10.0, censoring: Sequence[float] | None = None
+    ) -> None:
+        super().__init__(tmax)
+        if not 1 <= by < tmax:
+            raise InputError(f"death by month {by} can't be learnt: expected a month from 1 to {tmax - 1} (tmax - 1).")
+        if scale <= 0:
+            raise InputError(f"scale must be above 0 months, got {scale}.")
+        if censoring is not None and len(censoring) != tmax:
+            raise InputError(f"censoring must have {tmax} numbers, one a month up to tmax, got {len(censoring)}.")
+        self.by = by
+        self.scale = scale
+        self.censoring = None if censoring is None else [float(share) for share in censoring]
+
+    @property
+    def arguments(self) -> dict:
+        return dict(tmax=self.tmax, by=self.by, scale=self.scale, censoring=self.censoring)
+
+    def log_pmf(self, survival_map: Tensor) -> Tensor:
+        location, _ = patient_numbers(survival_map)
+        end = (months(self.tmax, location)[:-1] - location.unsqueeze(1)) / self.scale
+        first, last = F.logsigmoid(end[:, :1]), F.logsigmoid(-end[:, -1:])
+        # sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(a - b)), with b - a = 1 / scale
+        between = F.logsigmoid(end[:, 1:]) + F.logsigmoid(-end[:, :-1]) + math.log(-math.expm1(-1 / self.scale))
+        return torch.cat([first, between, last], 1)
+
+    def answer(self, outcome: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether each patient died by then, and whether that is known, both (B,) in {0, 1}."""
+        time, event = outcome.unbind(1)
+        time = whole_months(time, event, self.tmax)
+        died = (event > 0) & (time <= self.by)
+        return died.to(outcome.dtype), (died | (time >= self.by + (event > 0))).to(outcome.dtype)
+
+    def forward(self, survival_map: Tensor, outcome: Tensor) -> Tensor:
+        died, weight = self.answer(outcome)
+        total = weight.sum().clamp_min(1)
+        if self.censoring is not None:
+            seen = torch.tensor(self.censoring, dtype=outcome.dtype, device=outcome.device).clamp_min(1 / self.MOST)
+            weight = weight / seen[whole_months(*outcome.unbind(1), self.tmax).clamp_max(self.by) - 1]
+            total = len(weight)
+        location, _ = patient_numbers(survival_map)
+        logit = (self.by - location) / self.scale
+        loss = F.binary_cross_entropy_with_logits(logit, died.to(logit.dtype), reduction="none")
+        return (weight * loss).sum() / total
+
+    def check(self, outcome: Tensor) -> None:
+        died, known = self.answer(outcome)
+        yes, no = int(died.sum()), int((known - died).sum())
+        if min(yes, no) == 0:
+            raise InputError(
+                f"death by month {self.by} can't be learnt: {yes} training scans died by then and {no} were seen alive "
+                "then (expected at least one of each)."
+            )
