@@ -91,7 +91,8 @@ class GridShiftInferer(Inferer):
                 loc, weight = survival_map.unbind(1)
                 months = (loc * weight).sum((1, 2, 3))
                 if wanted:
-                    gradient, gradients = gradient + torch.autograd.grad(months.sum(), image)[0], gradients + 1
+                    gradient = gradient + torch.autograd.grad(months.sum(), image, materialize_grads=True)[0]
+                    gradients = gradients + 1
             loc, weight, months = loc.detach(), weight.detach(), months.detach()
             patient = patient + months
             inside = (weight > 0) | (loc != 0)
