@@ -17,7 +17,15 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
-from bundle.data.phantoms import COMPLEXITIES, Chest, Phantom, PhantomParams, fibrosis_covariates, make_phantom, phantom_cohort
+from bundle.data.phantoms import (
+    COMPLEXITIES,
+    Chest,
+    Phantom,
+    PhantomParams,
+    fibrosis_covariates,
+    make_phantom,
+    phantom_cohort,
+)
 from bundle.errors import InputError
 
 WHAT = """\
@@ -61,7 +69,7 @@ def write_cohort(out: Path, args: argparse.Namespace, params: PhantomParams) -> 
     if record.is_file() and not args.overwrite:
         found = json.loads(record.read_text())
         if found != wanted:
-            changed = [k for k in sorted(found.keys() | wanted.keys()) if found.get(k) != wanted.get(k)]
+            changed = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
             raise InputError(f"{out} holds other phantoms ({', '.join(changed)} differ); give --overwrite or another --out.")
         if (out / "cohort.csv").is_file():
             print(f"{out / 'cohort.csv'} is there already, with these very parameters.")
@@ -148,7 +156,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, help="folder to write to")
     p.add_argument("--feature_fraction", type=float, default=0.5, help="share of those who die, in 1 to 9 (default 0.5)")
     p.add_argument("--spacing", type=float, default=3.0, help="mm (default 3; 9 spans 320 mm whatever its size)")
-    p.add_argument("--clinical", action="store_true", help="add clinical columns, as configs/clinical/fibrosis.json names")
+    p.add_argument("--clinical", action="store_true", help="add the columns of configs/clinical/fibrosis.json")
     p.add_argument("--overwrite", action="store_true", help="replace a cohort of other parameters")
     p.add_argument("--picture", type=Path, metavar="PNG", help="draw one scan of each complexity instead")
     for field in fields(PhantomParams):

@@ -63,7 +63,7 @@ def test_em_of_two_columns_is_andersons_closed_form():
     rng = np.random.default_rng(0)
     x = rng.normal(size=200)
     y = 0.8 * x + rng.normal(0, 0.6, 200)
-    seen = rng.random(200) < 1 / (1 + np.exp(-2 * x))  # missing at random: by x, so that the mean of what is seen is off
+    seen = rng.random(200) < 1 / (1 + np.exp(-2 * x))  # by x, so that the mean of what is seen is off
     table = np.stack([x, np.where(seen, y, np.nan)], 1)
     mean, covariance = fit_gaussian(table, ridge=0.0, tolerance=1e-12)
     slope = np.cov(x[seen], y[seen], ddof=0)[0, 1] / x[seen].var()
@@ -165,9 +165,7 @@ def test_only_training_rows_are_fitted(tmp_path):
     def encodings(rows) -> tuple[dict, list]:
         (tmp_path / "c.csv").write_text("\n".join(",".join(map(str, row)) for row in rows))
         kinds = {"age": "numeric", "sex": "categorical"}
-        parts = training_cohort(
-            str(tmp_path / "c.csv"), fold=None, seed=0, clinical=kinds, tmax=100, on_fault="fail"
-        )
+        parts = training_cohort(str(tmp_path / "c.csv"), fold=None, seed=0, clinical=kinds, tmax=100, on_fault="fail")
         encoding = fit_clinical(parts["train"], kinds)
         return encoding, [encode_clinical(parts[part], encoding) for part in ("train", "val")]
 
@@ -194,7 +192,7 @@ def test_what_training_had_not_seen_is_missing_and_is_said_once(caplog):
         new, gap, again = encode_clinical(asked, encoding)
     assert len(caplog.messages) == 1
     assert "column smoking: vape was not seen in training (current, former, never)" in caplog.messages[0]
-    assert "(scans: 2)" in caplog.messages[0]
+    assert "2 scan(s)" in caplog.messages[0]
     assert new["imputed"] == again["imputed"] == "taken as missing: smoking (vape was not seen in training)"
     assert gap["imputed"] == "taken as missing: smoking"
     asked[0]["covariates"]["smoking"] = None
@@ -278,10 +276,10 @@ def test_imputed_covariates_of_a_lung_cancer_table_give_its_cox_model(shared_dat
         return CoxPHFitter().fit(frame, "time", "event")
 
     ours = cox(np.array([record["clinical"] for record in encode_clinical(records, encoding)]))
-    gaps = np.array([[float(row[name]) if pd.notna(row[name]) else np.nan for name in columns] for _, row in table.iterrows()])
-    spread = [encoding["columns"][name].get("std", 1.0) for name in columns]
-    gaps = (gaps - np.nanmean(gaps, 0)) / spread
-    theirs = cox(IterativeImputer(BayesianRidge(), max_iter=50).fit_transform(gaps))
+    scaled = table[list(columns)].assign(sex=table.sex - 1)
+    numeric = [name for name in columns if name != "sex"]
+    scaled[numeric] = (scaled[numeric] - scaled[numeric].mean()) / scaled[numeric].std(ddof=0)
+    theirs = cox(IterativeImputer(BayesianRidge(), max_iter=50).fit_transform(scaled))
     assert ((ours.params_ - theirs.params_).abs() < 0.1 * ours.standard_errors_).all()
     assert abs(ours.concordance_index_ - theirs.concordance_index_) < 0.005 and ours.concordance_index_ > 0.62
     # Women (2) live longer, a worse performance status means a shorter life: Loprinzi et al., JCO 12 (1994) 601.
@@ -306,7 +304,8 @@ def test_the_clinical_head_moves_the_time_and_not_the_map():
     after = net(image, None, clinical)
     assert torch.equal(after[:, 1], before[:, 1])
     moved = 30 * clinical @ net.clinical_months.weight[0]
-    torch.testing.assert_close(after[:, 0] - before[:, 0], moved.view(-1, 1, 1, 1).expand(2, 4, 4, 4), rtol=1e-4, atol=1e-3)
+    expected = moved.view(-1, 1, 1, 1).expand(2, 4, 4, 4)
+    torch.testing.assert_close(after[:, 0] - before[:, 0], expected, rtol=1e-4, atol=1e-3)
     assert moved.abs().min() > 1
 
 
@@ -361,7 +360,7 @@ def test_clinical_net_gives_the_extra_numbers_that_an_objective_asks_for():
 
 def test_settings_name_one_of_the_networks_there_are():
     net = network_from({"name": "ClinicalNet", "clinical_dim": 2, "hidden": 5})
-    assert isinstance(net, ClinicalNet) and net(torch.rand(1, 1, 8, 8, 8), None, torch.zeros(1, 2)).shape == (1, 2, 2, 2, 2)
+    assert isinstance(net, ClinicalNet) and net.hidden[0].out_features == 5
     assert isinstance(network_from({"dim": 16}), SurvivalMapNet)
     with pytest.raises(InputError, match="os.system .*ClinicalNet, SurvivalMapNet"):
         network_from({"name": "os.system"})

@@ -52,7 +52,8 @@ def test_reads_the_contract(write, tmp_path):
         "split": "train",
         "fold": 0,
     }
-    assert second["patient_id"] == "B b" and second["covariates"] == {"dose": 3.0, "age": 70.5, "sex": "m"} and second["image"].endswith("b.nii.gz")
+    assert second["patient_id"] == "B b" and second["image"].endswith("b.nii.gz")
+    assert second["covariates"] == {"dose": 3.0, "age": 70.5, "sex": "m"}
     assert "lung_mask" not in second and "gt_mask" in second
 
 
@@ -104,7 +105,9 @@ def test_faults_of_the_table(write, tmp_path):
     assert "column smoker: named as clinical but missing (expected one of the table's: age)" in fault_of(
         write(HEADER + ",age", "A,a.nii.gz,5,1,60"), clinical={"smoker": "numeric"}
     )
-    assert "column time: not a clinical column" in fault_of(write(HEADER, "A,a.nii.gz,5,1"), clinical={"time": "numeric"})
+    assert "column time: not a clinical column" in fault_of(
+        write(HEADER, "A,a.nii.gz,5,1"), clinical={"time": "numeric"}
+    )
     assert "row 2, column sex: 'f' (expected a number" in fault_of(
         write(HEADER + ",sex", "A,a.nii.gz,5,1,f"), clinical={"sex": "numeric"}
     )

@@ -47,7 +47,7 @@ def em_step(
 ) -> tuple[np.ndarray, np.ndarray]:
     """One step of expectation-maximisation for a normal distribution with gaps: the next mean and covariance.
 
-    The likelihood of what is there never falls; with a ridge, that likelihood less ``n ridge trace(covariance^-1) / 2``.
+    The log-likelihood of what is there never falls; with a ridge, that less ``n ridge trace(covariance^-1) / 2``.
 
     Source: Little & Rubin, Statistical Analysis with Missing Data, 3rd ed. 2019, section 11.2.
     """
@@ -209,5 +209,5 @@ def encode_clinical(records: Sequence[dict], encoding: Mapping) -> list[dict]:
             logger.warning(f"column {name}: no scan has a value; each gets the one expected of its other covariates.")
         for value, count in unseen[name].items():
             known = ", ".join(columns[name]["categories"])
-            logger.warning(f"column {name}: {value} was not seen in training ({known}); taken as missing (scans: {count}).")
+            logger.warning(f"column {name}: {value} was not seen in training ({known}); missing in {count} scan(s).")
     return encoded

@@ -435,8 +435,8 @@ def fibrosis_covariates(phantom: Phantom, seed: int, complexity: int, index: int
     """Clinical columns as fibrosis studies have them, which know something of the outcome; "" where missing.
 
     A severity between 0 and 1, by the time of death or, in 10 to 13, by the true risk, lowers lung function and raises
-    age and the shares of men, of smokers and of those treated. About a tenth to a third of the values of DLCO are missing,
-    more in the sick, and some of FVC and smoking. The numbers are drawn apart from the scan, which stays as it is.
+    age and the shares of men, of smokers and of those treated. A tenth to a third of the values of DLCO are missing, more
+    in the sick, and some of FVC and smoking. The numbers are drawn apart from the scan, which stays as it is.
 
     Args:
         phantom: whose outcome it is.

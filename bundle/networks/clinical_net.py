@@ -34,8 +34,8 @@ class ClinicalNet(nn.Module):
 
     Shape:
         image (B, 1, D, H, W), only its size matters; lung (B, 1, D, H, W) in {0, 1}, None for no mask; clinical
-        (B, clinical_dim). Output (B, 2 + extra, d, h, w): location in months, extra numbers, weight; d = ceil(D / stride)
-        and so on.
+        (B, clinical_dim). Output (B, 2 + extra, d, h, w): location in months, extra numbers, weight;
+        d = ceil(D / stride) and so on.
     """
 
     def __init__(

@@ -219,8 +219,8 @@ class SurvivalMapNet(nn.Module):
         window: attention window side in patches; 0 for global attention.
         mlp_ratio: hidden width of the blocks' MLP over `dim`.
         clinical_dim: length of the clinical vector that enters FiLM; 0 for none.
-        clinical_head: let a linear function of the clinical vector, 0 at first, move the patient's location as well: all
-            patches alike, so that weights stay. `loc_range` doesn't bound it: it bounds what one patch may say.
+        clinical_head: let a linear function of the clinical vector, 0 at first, move the patient's location as well:
+            all patches alike, so that weights stay. `loc_range` doesn't bound it: it bounds what one patch may say.
         film_context: let the mean of a scan's tokens enter FiLM as well.
         head: ``"lse"``, ``"softmin"``, ``"hazard"`` or ``"mean"``.
         head_layers: hidden layers of the head, 1 or 2.
