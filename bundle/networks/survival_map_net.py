@@ -392,7 +392,9 @@ class SurvivalMapNet(nn.Module):
         x = x + self.position(0.1 * self.locate(index, counts).to(x.dtype))
         context = torch.zeros(scans, 0, dtype=x.dtype, device=x.device)
         if clinical is not None:
-            context = clinical.to(x.dtype)
+            # Scaled down as position is: who is who in a small cohort is soon learnt from a dozen covariates.
+            clinical = 0.1 * clinical.to(x.dtype)
+            context = clinical
         if self.film_context:
             context = torch.cat([context, torch.stack([tokens.mean(0) for tokens in x.split(counts)])], 1)
         for block in self.blocks:
@@ -416,7 +418,7 @@ class SurvivalMapNet(nn.Module):
             beta = self.log_beta.exp() * self.beta_factor
             location, log_weight = softmin_head(location, flat, beta, self.head == "lse")
         if self.clinical_months is not None and clinical is not None:
-            location = location + self.loc_scale * self.clinical_months(clinical.to(x.dtype))
+            location = location + self.loc_scale * self.clinical_months(clinical)
         if self.severity is not None and not self.training:
             # Detached: gradients of the patient's location say what the map reads off the image, as in training.
             parts = [part.detach().view(keep.shape) for part in (danger, location, log_weight)]
