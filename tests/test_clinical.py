@@ -307,6 +307,7 @@ def test_the_clinical_head_moves_the_time_and_not_the_map():
     expected = moved.view(-1, 1, 1, 1).expand(2, 4, 4, 4)
     torch.testing.assert_close(after[:, 0] - before[:, 0], expected, rtol=1e-4, atol=1e-3)
     assert moved.abs().min() > 0.1
+    torch.testing.assert_close(torch.jit.script(net)(image, None, clinical), after)
 
 
 @pytest.mark.parametrize("head", ["lse", "softmin", "hazard", "mean"])
