@@ -94,6 +94,13 @@ def test_all_faults_of_all_rows_come_at_once(write):
     assert "row 3" not in message
 
 
+def test_a_category_written_as_a_number_has_one_spelling(write):
+    written = {"1": "1", "1.0": "1", "1234567": "1234567", "IIb": "IIb", "nan": None, "": None}
+    rows = [f"p{i},a.nii.gz,5,1,{text}" for i, text in enumerate(written)]
+    records = read_cohort(write(HEADER + ",stage", *rows), clinical={"stage": "categorical"})
+    assert [record["covariates"]["stage"] for record in records] == list(written.values())
+
+
 def test_faults_of_the_table(write, tmp_path):
     assert "the file is empty" in fault_of(write(""))
     assert "no rows" in fault_of(write(HEADER))

@@ -305,12 +305,13 @@ def _number(text: str) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _category(text: str) -> str:
+def _category(text: str) -> str | None:
     """Numbers in one spelling: a program that knows no missing integers writes 1 as 1.0."""
     try:
-        return f"{float(text):g}"
+        value = float(text)
     except ValueError:
         return text
+    return None if math.isnan(value) else f"{value:.15g}"
 
 
 def _file_fault(path: str, folder: bool) -> str | None:
