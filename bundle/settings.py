@@ -55,21 +55,25 @@ def training_settings(
     preprocessing: dict,
     training: dict,
     horizon: int,
-    clinical: list[str],
+    clinical: dict,
     cohort: dict[str, list[dict]],
 ) -> dict:
     """What a training run is, as plain JSON: equal for two runs exactly when the second may go on with the first.
 
     Args:
-        network: constructor arguments.
-        objective: its name and constructor arguments.
+        network: constructor arguments and `name` of the class, for :func:`bundle.networks.network_from`.
+        objective: constructor arguments and `name`, for :func:`bundle.survival.objective_from`.
         preprocessing: spacing (mm), hu_window (HU), lung_mask (method), margin (mm).
         training: seed, max_epochs, batch_size and what else shapes the weights.
         horizon: of the heat, months.
-        clinical: columns of the cohort that enter the network.
+        clinical: how covariates become the clinical vector, from :func:`bundle.data.fit_clinical`.
         cohort: records by part, from :func:`bundle.data.split_cohort`.
     """
-    outcomes = [[part, r["patient_id"], r["time"], r["event"]] for part in ("train", "val") for r in cohort[part]]
+    outcomes = [
+        [part, r["patient_id"], r["time"], r["event"], *r.get("covariates", {}).values()]
+        for part in ("train", "val")
+        for r in cohort[part]
+    ]
     seen = sorted(patient_digest(r["patient_id"]) for part in ("train", "val") for r in cohort[part])
     settings = {
         "format": FORMAT,

@@ -18,6 +18,7 @@ from monai.transforms import Compose, RandomizableTrait
 from monai.utils import set_determinism
 from tqdm import tqdm
 
+from bundle.data.clinical import clinical_kinds, encode_clinical
 from bundle.data.cohort import read_cohort, single_scan, split_cohort
 from bundle.data.datasets import ScanCache
 from bundle.errors import InputError, plain_errors
@@ -85,7 +86,7 @@ def margin_voxels(preprocessing: dict) -> list[int]:
 
 
 def training_cohort(
-    cohort: str | None, *, fold: int | None, seed: int, clinical: list[str], tmax: int, on_fault: str
+    cohort: str | None, *, fold: int | None, seed: int, clinical: dict[str, str], tmax: int, on_fault: str
 ) -> dict[str, list[dict]]:
     """Records by part (train, val, test) of a checked cohort; all empty while no cohort is named."""
     if cohort is None:
@@ -179,7 +180,10 @@ def scans_to_evaluate(cohort: str | None, settings: dict | None, split: str | No
     """
     if cohort is None:
         return []
-    records = read_cohort(cohort, tmax=settings["objective"]["tmax"] if settings else None, on_fault=on_fault)
+    encoding = settings["clinical"] if settings else {}
+    tmax = settings["objective"]["tmax"] if settings else None
+    kinds = clinical_kinds(encoding)
+    records = read_cohort(cohort, clinical=kinds, need_clinical=False, tmax=tmax, on_fault=on_fault)
     splits = {r.get("split") for r in records}
     if split is None and "test" in splits:
         split = "test"
@@ -193,17 +197,25 @@ def scans_to_evaluate(cohort: str | None, settings: dict | None, split: str | No
         logger.info(f"evaluating {len(unseen)} of {len(records)} scans; the weights were trained on the others.")
     if not unseen:
         raise InputError(f"the weights were trained on every one of the {len(records)} scans to evaluate in {cohort}.")
-    return unseen
+    return encode_clinical(unseen, encoding)
 
 
-def scans_to_infer(image: str | None, cohort: str | None, clinical: list[str]) -> list[dict]:
-    """The scans to predict: one image (file or DICOM folder) or the rows of a cohort; empty while none is named."""
+def scans_to_infer(image: str | None, cohort: str | None, encoding: dict) -> list[dict]:
+    """The scans to predict: one image (file or DICOM folder) or the rows of a cohort; empty while none is named.
+
+    Args:
+        image: its covariates are all missing.
+        cohort: CSV file.
+        encoding: of covariates, from the settings of the weights.
+    """
     if image is not None and cohort is not None:
         raise InputError("give --image or --cohort, not both.")
     if image is not None:
-        return single_scan(image)
+        return encode_clinical(single_scan(image), encoding)
     if cohort is not None:
-        return read_cohort(cohort, need_outcome=False, clinical=clinical, on_fault="row")
+        kinds = clinical_kinds(encoding)
+        records = read_cohort(cohort, need_outcome=False, clinical=kinds, need_clinical=False, on_fault="row")
+        return encode_clinical(records, encoding)
     return []
 
 

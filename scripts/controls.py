@@ -25,7 +25,7 @@ from tqdm import tqdm
 from bundle.data.phantoms import Phantom, phantom_cohort
 from bundle.explain import GridShiftInferer
 from bundle.metrics.localisation import average_precision
-from bundle.networks import SurvivalMapNet
+from bundle.networks import network_from
 from bundle.survival import mean_months, objective_from
 
 from .sweep import HELD_OUT
@@ -39,7 +39,7 @@ class Trained:
     def __init__(self, run: Path, trained: bool = True) -> None:
         settings = json.loads((run / "settings.json").read_text())
         torch.manual_seed(0)
-        self.network = SurvivalMapNet(**settings["network"]).eval()
+        self.network = network_from(settings["network"]).eval()
         if trained:
             self.network.load_state_dict(torch.load(run / "model.pt", map_location="cpu", weights_only=True))
         self.low, self.high = settings["preprocessing"]["hu_window"]

@@ -17,7 +17,15 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
-from bundle.data.phantoms import COMPLEXITIES, Chest, Phantom, PhantomParams, make_phantom, phantom_cohort
+from bundle.data.phantoms import (
+    COMPLEXITIES,
+    Chest,
+    Phantom,
+    PhantomParams,
+    fibrosis_covariates,
+    make_phantom,
+    phantom_cohort,
+)
 from bundle.errors import InputError
 
 WHAT = """\
@@ -55,11 +63,13 @@ def write_cohort(out: Path, args: argparse.Namespace, params: PhantomParams) -> 
     """
     wanted = dict(complexity=args.complexity, num=args.num, seed=args.seed, spacing=args.spacing)
     wanted |= dict(feature_fraction=args.feature_fraction, **json.loads(json.dumps(asdict(params))))
+    if args.clinical:
+        wanted["clinical"] = True
     record = out / "phantoms.json"
     if record.is_file() and not args.overwrite:
         found = json.loads(record.read_text())
         if found != wanted:
-            changed = [k for k in wanted if found.get(k) != wanted[k]]
+            changed = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
             raise InputError(f"{out} holds other phantoms ({', '.join(changed)} differ); give --overwrite or another --out.")
         if (out / "cohort.csv").is_file():
             print(f"{out / 'cohort.csv'} is there already, with these very parameters.")
@@ -75,7 +85,7 @@ def write_cohort(out: Path, args: argparse.Namespace, params: PhantomParams) -> 
         affine[:3, 3] = -mm * (params.size - 1) / 2
         rows = []
         cohort = phantom_cohort(args.complexity, args.num, args.seed, args.feature_fraction, params)
-        for patient_id, phantom in tqdm(cohort, total=args.num, desc="phantoms", unit="scan"):
+        for index, (patient_id, phantom) in enumerate(tqdm(cohort, total=args.num, desc="phantoms", unit="scan")):
             row = {"patient_id": patient_id, "image": f"images/{patient_id}.nii.gz"}
             row |= {"time": f"{phantom.time:.4g}", "event": phantom.event}
             if phantom.true_risk is not None:
@@ -86,6 +96,8 @@ def write_cohort(out: Path, args: argparse.Namespace, params: PhantomParams) -> 
                 if mask is not None:
                     row[name] = f"masks/{patient_id}_{name.removesuffix('_mask')}.nii.gz"
                     write_volume(out / row[name], mask.astype(np.uint8), affine)
+            if args.clinical:
+                row |= fibrosis_covariates(phantom, args.seed, args.complexity, index)
             rows.append(row)
         text = io.StringIO()
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -144,6 +156,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, help="folder to write to")
     p.add_argument("--feature_fraction", type=float, default=0.5, help="share of those who die, in 1 to 9 (default 0.5)")
     p.add_argument("--spacing", type=float, default=3.0, help="mm (default 3; 9 spans 320 mm whatever its size)")
+    p.add_argument("--clinical", action="store_true", help="add the columns of configs/clinical/fibrosis.json")
     p.add_argument("--overwrite", action="store_true", help="replace a cohort of other parameters")
     p.add_argument("--picture", type=Path, metavar="PNG", help="draw one scan of each complexity instead")
     for field in fields(PhantomParams):

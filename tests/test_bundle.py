@@ -23,7 +23,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 
 from bundle.data.datasets import EventSampler
 from bundle.errors import InputError, input_error_of
-from bundle.networks import SurvivalMapNet
+from bundle.networks import network_from
 from bundle.settings import file_sha256
 from bundle.survival import OBJECTIVES
 
@@ -78,7 +78,7 @@ def test_train_leaves_weights_settings_and_what_resuming_needs(trained):
     folder = trained.parent
     state = torch.load(trained, weights_only=True)
     settings = json.loads((folder / "settings.json").read_text())
-    network = SurvivalMapNet(**settings["network"])
+    network = network_from(settings["network"])
     network.load_state_dict(state)
     assert settings["weights_sha256"] == file_sha256(trained)
     assert settings["network"]["dim"] == 16 and settings["preprocessing"]["lung_mask"] == "none"
@@ -443,7 +443,7 @@ def test_torchscript_export_equals_the_network(tmp_path, trained):
         ckpt=str(trained),
     )
     exported = torch.jit.load(tmp_path / "model.ts")
-    eager = SurvivalMapNet(**json.loads((trained.parent / "settings.json").read_text())["network"])
+    eager = network_from(json.loads((trained.parent / "settings.json").read_text())["network"])
     eager.load_state_dict(torch.load(trained, weights_only=True))
     image, lung = torch.rand(2, 1, 18, 16, 20), torch.zeros(2, 1, 18, 16, 20)
     lung[:, :, 3:14, 2:9] = 1

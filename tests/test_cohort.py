@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import random
 
 import pytest
@@ -42,9 +41,8 @@ def test_reads_the_contract(write, tmp_path):
         f"B b,{tmp_path}/b.nii.gz,99,0,,m.nii.gz,val,1,70.5,m,3",
         encoding="utf-8-sig",
     )
-    first, second = read_cohort(path, clinical=("dose", "age"), tmax=100)
-    assert math.isnan(first["clinical"].pop(0)) and first["clinical"] == [61.0]
-    del first["clinical"]
+    first, second = read_cohort(path, clinical={"dose": "numeric", "age": "numeric", "sex": "categorical"}, tmax=100)
+    assert first.pop("covariates") == {"dose": None, "age": 61.0, "sex": "f"}
     assert first == {
         "patient_id": "A",
         "image": str(tmp_path / "a.nii.gz"),
@@ -54,7 +52,8 @@ def test_reads_the_contract(write, tmp_path):
         "split": "train",
         "fold": 0,
     }
-    assert second["patient_id"] == "B b" and second["clinical"] == [3.0, 70.5] and second["image"].endswith("b.nii.gz")
+    assert second["patient_id"] == "B b" and second["image"].endswith("b.nii.gz")
+    assert second["covariates"] == {"dose": 3.0, "age": 70.5, "sex": "m"}
     assert "lung_mask" not in second and "gt_mask" in second
 
 
@@ -95,6 +94,13 @@ def test_all_faults_of_all_rows_come_at_once(write):
     assert "row 3" not in message
 
 
+def test_a_category_written_as_a_number_has_one_spelling(write):
+    written = {"1": "1", "1.0": "1", "1234567": "1234567", "IIb": "IIb", "nan": None, "": None}
+    rows = [f"p{i},a.nii.gz,5,1,{text}" for i, text in enumerate(written)]
+    records = read_cohort(write(HEADER + ",stage", *rows), clinical={"stage": "categorical"})
+    assert [record["covariates"]["stage"] for record in records] == list(written.values())
+
+
 def test_faults_of_the_table(write, tmp_path):
     assert "the file is empty" in fault_of(write(""))
     assert "no rows" in fault_of(write(HEADER))
@@ -104,12 +110,18 @@ def test_faults_of_the_table(write, tmp_path):
     )
     assert "row 1, column 'time': there are 2" in fault_of(write(HEADER + ",time", "A,a.nii.gz,5,1,5"))
     assert "column smoker: named as clinical but missing (expected one of the table's: age)" in fault_of(
-        write(HEADER + ",age", "A,a.nii.gz,5,1,60"), clinical=("smoker",)
+        write(HEADER + ",age", "A,a.nii.gz,5,1,60"), clinical={"smoker": "numeric"}
     )
-    assert "column time: not a clinical column" in fault_of(write(HEADER, "A,a.nii.gz,5,1"), clinical=("time",))
+    assert "column time: not a clinical column" in fault_of(
+        write(HEADER, "A,a.nii.gz,5,1"), clinical={"time": "numeric"}
+    )
     assert "row 2, column sex: 'f' (expected a number" in fault_of(
-        write(HEADER + ",sex", "A,a.nii.gz,5,1,f"), clinical=("sex",)
+        write(HEADER + ",sex", "A,a.nii.gz,5,1,f"), clinical={"sex": "numeric"}
     )
+    for clinical in (["sex"], {"sex": "text"}):
+        assert 'expected each column with its kind, such as {"age": "numeric"' in fault_of(
+            write(HEADER + ",sex", "A,a.nii.gz,5,1,f"), clinical=clinical
+        )
     assert "row 2, column split: 'valid' (expected train, val or test)" in fault_of(
         write(HEADER + ",split", "A,a.nii.gz,5,1,valid")
     )

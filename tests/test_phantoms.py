@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from itertools import product
@@ -15,9 +16,11 @@ import pytest
 from lifelines import KaplanMeierFitter
 from lifelines.utils import concordance_index
 
-from bundle.data.phantoms import COMPLEXITIES, PhantomParams, make_phantom, phantom_cohort
+from bundle.data.phantoms import COMPLEXITIES, PhantomParams, fibrosis_covariates, make_phantom, phantom_cohort
 from bundle.errors import InputError
 from scripts.make_phantoms import main
+
+from .conftest import ROOT
 
 SMALL = PhantomParams(size=32)
 
@@ -198,6 +201,31 @@ def test_command_line_writes_a_cohort_once(tmp_path, capsys):
     assert (tmp_path / "c" / table.image[0]).stat().st_mtime_ns == stamp
     with pytest.raises(SystemExit, match="seed differ"):
         main([*args, "--seed", "1"])
+
+
+def test_clinical_columns_know_the_outcome_and_leave_the_scans_alone(tmp_path):
+    args = ["--complexity", "2", "--num", "4", "--size", "16"]
+    main([*args, "--out", str(tmp_path / "plain")])
+    main([*args, "--out", str(tmp_path / "c"), "--clinical"])
+    plain, table = (pd.read_csv(tmp_path / name / "cohort.csv") for name in ("plain", "c"))
+    named = json.loads((ROOT / "configs" / "clinical" / "fibrosis.json").read_text())["clinical"]
+    assert list(table) == [*plain, *named] and table[list(plain)].equals(plain)
+    for name in plain.image:
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
+    with pytest.raises(SystemExit, match="clinical differ"):
+        main([*args, "--out", str(tmp_path / "c")])
+    for complexity in (2, 10):
+        rows = []
+        for i, (_, phantom) in enumerate(phantom_cohort(complexity, 300, 0, params=PhantomParams(size=16))):
+            risk = -phantom.time if phantom.true_risk is None else phantom.true_risk
+            rows.append({**fibrosis_covariates(phantom, 0, complexity, i), "risk": risk})
+        assert fibrosis_covariates(phantom, 0, complexity, i) == {k: v for k, v in rows[-1].items() if k != "risk"}
+        drawn = pd.DataFrame(rows).replace("", np.nan)
+        missing = drawn.isna().mean()
+        assert 0.1 < missing.dlco_percent < 0.35 and 0 < missing.fvc_percent < missing.smoking < 0.2
+        assert missing[["age", "sex", "antifibrotic", "risk"]].max() == 0
+        ranks = drawn[["age", "fvc_percent", "dlco_percent", "risk"]].astype(float).corr("spearman").risk
+        assert 0.1 < ranks.age < 0.5 and -0.7 < ranks.fvc_percent < -0.2 and -0.7 < ranks.dlco_percent < -0.2
 
 
 @pytest.mark.parametrize(

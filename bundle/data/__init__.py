@@ -1,9 +1,10 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The cohort: which scans, whose, how long they lived, and what each is used for."""
+"""The cohort: which scans, whose, how long they lived, their covariates, and what each is used for."""
 
 from __future__ import annotations
 
+from .clinical import clinical_names, encode_clinical, fit_clinical
 from .cohort import read_cohort, single_scan, split_cohort
 
-__all__ = ["read_cohort", "single_scan", "split_cohort"]
+__all__ = ["clinical_names", "encode_clinical", "fit_clinical", "read_cohort", "single_scan", "split_cohort"]

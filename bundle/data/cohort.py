@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ IMAGE_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
 MASK_COLUMNS = ("lung_mask", "gt_mask", "confounder_mask")
 SPLITS = ("train", "val", "test")
 ON_FAULT = ("fail", "skip", "row")
+KINDS = ("numeric", "categorical")
 
 _CONTRACT = ("patient_id", "image", "time", "event", *MASK_COLUMNS, "split", "fold")
 _HEADER_LINE = 1
@@ -33,7 +34,8 @@ def read_cohort(
     path: str | os.PathLike,
     *,
     need_outcome: bool = True,
-    clinical: Sequence[str] = (),
+    clinical: Mapping[str, str] | None = None,
+    need_clinical: bool = True,
     tmax: float | None = None,
     check_files: bool = True,
     on_fault: str = "fail",
@@ -45,7 +47,8 @@ def read_cohort(
             0 censored); optional `lung_mask`, `gt_mask`, `confounder_mask`, `split` (train, val or test), `fold`
             (integer). Paths are absolute or relative to the CSV. Any other column is clinical.
         need_outcome: whether `time`, `event` and at least one event must be there (not so in inference).
-        clinical: clinical columns to take, numeric, in this order.
+        clinical: clinical columns to take and the kind of each, "numeric" or "categorical".
+        need_clinical: whether these columns must be there; if not, all values of one that isn't are missing.
         tmax: last month of the model; every time must be below it. None: not checked.
         check_files: whether images and masks must exist and have a suffix that can be read.
         on_fault: what to do about a scan whose files are at fault: "fail" (raise), "skip" (leave it out with a
@@ -53,7 +56,8 @@ def read_cohort(
 
     Returns:
         For each scan a dict with `patient_id`, `image` and, where given, masks (absolute paths), `time` (float),
-        `event` (int), `split`, `fold` (int), and `clinical` (floats, NaN where empty) if columns are named.
+        `event` (int), `split`, `fold` (int), and `covariates` if clinical columns are named: for each a float or,
+        if categorical, a string; None where missing.
 
     Raises:
         InputError: listing each fault as ``row N, column X: what (expected ...)``; N is the line in the file, the
@@ -61,9 +65,13 @@ def read_cohort(
     """
     if on_fault not in ON_FAULT:
         raise InputError(f"on_fault is '{on_fault}' (expected one of {', '.join(ON_FAULT)})")
+    clinical = clinical or {}
+    if clinical and not (isinstance(clinical, Mapping) and all(kind in KINDS for kind in clinical.values())):
+        example = '{"age": "numeric", "sex": "categorical"}'
+        raise InputError(f"clinical is {clinical} (expected each column with its kind, such as {example})")
     path = Path(path)
     header, rows = _read_table(path)
-    faults = _header_faults(header, need_outcome, clinical)
+    faults = _header_faults(header, need_outcome, clinical, need_clinical)
     if not rows:
         faults.append(f"row {_HEADER_LINE + 1}: the table has no rows (expected one row a scan)")
 
@@ -201,7 +209,9 @@ def _read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     return [name.strip() for name in lines[0][1]], lines[1:]
 
 
-def _header_faults(header: list[str], need_outcome: bool, clinical: Sequence[str]) -> list[str]:
+def _header_faults(
+    header: list[str], need_outcome: bool, clinical: Mapping[str, str], need_clinical: bool
+) -> list[str]:
     where = f"row {_HEADER_LINE}, column"
     count = Counter(header)
     faults = [f"{where} {name!r}: there are {count[name]} (expected 1)" for name in count if count[name] > 1]
@@ -212,14 +222,14 @@ def _header_faults(header: list[str], need_outcome: bool, clinical: Sequence[str
     for name in clinical:
         if name in _CONTRACT:
             faults.append(f"{where} {name}: not a clinical column (expected another one than {', '.join(_CONTRACT)})")
-        elif name not in header:
+        elif name not in header and need_clinical:
             others = ", ".join(column for column in header if column not in _CONTRACT) or "none"
             faults.append(f"{where} {name}: named as clinical but missing (expected one of the table's: {others})")
     return faults
 
 
 def _check_row(
-    row: dict[str, str], need_outcome: bool, clinical: Sequence[str], tmax: float | None
+    row: dict[str, str], need_outcome: bool, clinical: Mapping[str, str], tmax: float | None
 ) -> tuple[dict, list[str]]:
     """The record of a row, and what is wrong in it, each starting with its column."""
     record: dict = {}
@@ -247,9 +257,11 @@ def _check_row(
     if "fold" in row:
         record["fold"] = parse("fold", _integer, "an integer")
     if clinical:
-        record["clinical"] = [
-            parse(column, _number_or_missing, "a number, or nothing if missing") for column in clinical if column in row
-        ]
+        expected = "a number, or nothing if missing, in a numeric column"
+        record["covariates"] = {
+            column: parse(column, _number if kind == "numeric" else _category, expected) if row.get(column) else None
+            for column, kind in clinical.items()
+        }
     return record, wrong
 
 
@@ -286,11 +298,20 @@ def _integer(text: str) -> int:
     return int(value)
 
 
-def _number_or_missing(text: str) -> float:
-    value = float(text or "nan")
+def _number(text: str) -> float | None:
+    value = float(text)
     if math.isinf(value):
         raise ValueError
-    return value
+    return None if math.isnan(value) else value
+
+
+def _category(text: str) -> str | None:
+    """Numbers in one spelling: a program that knows no missing integers writes 1 as 1.0."""
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    return None if math.isnan(value) else f"{value:.15g}"
 
 
 def _file_fault(path: str, folder: bool) -> str | None:

@@ -19,7 +19,7 @@ from scipy import ndimage
 
 from bundle.errors import InputError
 
-__all__ = ["COMPLEXITIES", "Phantom", "PhantomParams", "make_phantom", "phantom_cohort"]
+__all__ = ["COMPLEXITIES", "Phantom", "PhantomParams", "fibrosis_covariates", "make_phantom", "phantom_cohort"]
 
 CENSORED_AT = 99.0
 
@@ -429,3 +429,33 @@ def phantom_cohort(
         dies = int((i + 1) * feature_fraction + 1e-9) > int(i * feature_fraction + 1e-9)
         rng = np.random.default_rng([seed, complexity, i])
         yield f"phantom{complexity}_seed{seed}_{i:04d}", make_phantom(complexity, rng, dies, params)
+
+
+def fibrosis_covariates(phantom: Phantom, seed: int, complexity: int, index: int) -> dict[str, str]:
+    """Clinical columns as fibrosis studies have them, which know something of the outcome; "" where missing.
+
+    A severity between 0 and 1, by the time of death or, in 10 to 13, by the true risk, lowers lung function and raises
+    age and the shares of men, of smokers and of those treated. A tenth to a third of the values of DLCO are missing, more
+    in the sick, and some of FVC and smoking. The numbers are drawn apart from the scan, which stays as it is.
+
+    Args:
+        phantom: whose outcome it is.
+        seed, complexity, index: of the scan, as :func:`phantom_cohort` draws it.
+    """
+    rng = np.random.default_rng([seed, complexity, index, 1])
+    if phantom.true_risk is None:
+        severity = phantom.event * (1 - phantom.time / CENSORED_AT)
+    else:
+        severity = 1 - np.exp(-max(phantom.true_risk, 0.0))
+    fvc = rng.normal(90 - 20 * severity, 14)
+    dlco = rng.normal(0.7 * fvc - 10 * severity, 10)
+    values = {
+        "age": f"{rng.normal(64 + 6 * severity, 8):.0f}",
+        "sex": "male" if rng.random() < 0.5 + 0.3 * severity else "female",
+        "fvc_percent": f"{max(fvc, 20.0):.0f}",
+        "dlco_percent": f"{max(dlco, 10.0):.0f}",
+        "smoking": str(rng.choice(["never", "former", "current"], p=[0.5 - 0.2 * severity, 0.4 + 0.2 * severity, 0.1])),
+        "antifibrotic": "yes" if rng.random() < 0.2 + 0.4 * severity else "no",
+    }
+    missing = {"fvc_percent": 0.05, "dlco_percent": 0.1 + 0.2 * severity, "smoking": 0.1}
+    return {name: "" if rng.random() < missing.get(name, 0) else value for name, value in values.items()}

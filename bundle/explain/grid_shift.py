@@ -90,7 +90,8 @@ class GridShiftInferer(Inferer):
                 said, weight = survival_map[:, :-1], survival_map[:, -1:]
                 sums = (said * weight).sum((2, 3, 4))
                 if wanted:
-                    gradient, gradients = gradient + torch.autograd.grad(sums[:, 0].sum(), image)[0], gradients + 1
+                    gradient = gradient + torch.autograd.grad(sums[:, 0].sum(), image, materialize_grads=True)[0]
+                    gradients = gradients + 1
             said, weight = said.detach(), weight.detach()
             patient = patient + sums.detach()
             inside = (weight > 0) | (said[:, :1] != 0)

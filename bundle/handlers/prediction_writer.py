@@ -89,6 +89,7 @@ class PredictionWriter:
         self.rows: dict[str, dict] = {}
         self.curves: dict[str, np.ndarray] = {}
         self.sections: dict[str, str] = {}
+        self.imputed = {r["patient_id"]: r["imputed"] for r in stream.data if "imputed" in r}
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)
@@ -101,7 +102,7 @@ class PredictionWriter:
     def add(self, engine: Engine) -> None:
         for scan, output in zip(engine.state.batch, engine.state.output):
             patient_id, pmf = scan["patient_id"], output["pmf"].cpu()
-            row = prediction_row(patient_id, pmf)
+            row = prediction_row(patient_id, pmf) | {"message": self.imputed.get(patient_id, "")}
             heat = output["scan_heat"].cpu()
             write_heat(self.output_dir / "maps" / f"{patient_id}_heat.nii.gz", heat, heat.affine)
             self.rows[patient_id] = row

@@ -219,6 +219,8 @@ class SurvivalMapNet(nn.Module):
         window: attention window side in patches; 0 for global attention.
         mlp_ratio: hidden width of the blocks' MLP over `dim`.
         clinical_dim: length of the clinical vector that enters FiLM; 0 for none.
+        clinical_head: let a linear function of the clinical vector, 0 at first, move the patient's location as well:
+            all patches alike, so that weights stay. `loc_range` doesn't bound it: it bounds what one patch may say.
         film_context: let the mean of a scan's tokens enter FiLM as well.
         head: ``"lse"``, ``"softmin"``, ``"hazard"`` or ``"mean"``.
         head_layers: hidden layers of the head, 1 or 2.
@@ -258,6 +260,7 @@ class SurvivalMapNet(nn.Module):
         window: int = 2,
         mlp_ratio: float = 2.0,
         clinical_dim: int = 0,
+        clinical_head: bool = False,
         film_context: bool = False,
         head: str = "lse",
         head_layers: int = 1,
@@ -323,6 +326,10 @@ class SurvivalMapNet(nn.Module):
         self.log_rate = nn.Parameter(torch.tensor(3.0), requires_grad=head == "hazard")
         learns = learn_beta and head in ("lse", "softmin")
         self.log_beta = nn.Parameter(torch.tensor(math.log(beta)), requires_grad=learns)
+        self.clinical_months: nn.Linear | None = None
+        if clinical_head and clinical_dim > 0:
+            self.clinical_months = nn.Linear(clinical_dim, 1, bias=False)
+            nn.init.zeros_(self.clinical_months.weight)
         # A schedule multiplies beta with this factor; part of the state, because the map depends on it.
         self.register_buffer("beta_factor", torch.tensor(1.0))
         self.to_extra = nn.Linear(dim, extra, bias=False) if extra > 0 else None
@@ -392,7 +399,9 @@ class SurvivalMapNet(nn.Module):
         x = x + self.position(0.1 * self.locate(index, counts).to(x.dtype))
         context = torch.zeros(scans, 0, dtype=x.dtype, device=x.device)
         if clinical is not None:
-            context = clinical.to(x.dtype)
+            # Scaled down as position is: who is who in a small cohort is soon learnt from a dozen covariates.
+            clinical = 0.1 * clinical.to(x.dtype)
+            context = clinical
         if self.film_context:
             context = torch.cat([context, torch.stack([tokens.mean(0) for tokens in x.split(counts)])], 1)
         for block in self.blocks:
@@ -415,6 +424,8 @@ class SurvivalMapNet(nn.Module):
         else:
             beta = self.log_beta.exp() * self.beta_factor
             location, log_weight = softmin_head(location, flat, beta, self.head == "lse")
+        if self.clinical_months is not None and clinical is not None:
+            location = location + self.loc_scale * self.clinical_months(clinical)
         if self.severity is not None and not self.training:
             # Detached: gradients of the patient's location say what the map reads off the image, as in training.
             parts = [part.detach().view(keep.shape) for part in (danger, location, log_weight)]

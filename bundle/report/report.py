@@ -86,11 +86,12 @@ def patient_section(patient: dict) -> str:
             `lung_mask_source`.
     """
     row, name = patient["row"], escape(patient["patient_id"])
+    imputed = f"; {escape(row['message'])}" if row["message"] else ""
     curve = survival_figure(patient["pmf"], row["median_months"], (row["lower_months"], row["upper_months"]))
     return (
         f'<section id="{escape(name, quote=True)}"><h2>{name}</h2>{table([row])}'
         f'<p class="note">lung mask: {escape(patient["lung_mask_source"])}; the heat sums to {patient["risk"]:.3f}, '
-        f"the risk of death by {patient['horizon']} months</p>"
+        f"the risk of death by {patient['horizon']} months{imputed}</p>"
         f"<p>{picture(patient['picture'], 'heat over the CT in three planes')}</p>"
         f"<p>{picture(png(curve), 'survival curve')}</p></section>"
     )

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Readouts of a survival map and the objectives it is trained for."""
 
+from ..errors import InputError
 from .cox import Cox, CoxMemory
 from .discrete import DeepHit, Logistic, LogisticHazard, seen_until
 from .objectives import CenTime, Classical, Objective, SurvivalMapLoss
@@ -47,6 +48,12 @@ def objective_from(settings: dict) -> Objective:
 
     Args:
         settings: ``settings["objective"]`` of the weights: its name (CenTime without one) and its arguments.
+
+    Raises:
+        InputError: there is no such objective.
     """
     arguments = dict(settings)
-    return OBJECTIVES[arguments.pop("name", CenTime.name)](**arguments).requires_grad_(False)
+    name = arguments.pop("name", CenTime.name)
+    if name not in OBJECTIVES:
+        raise InputError(f"settings.json names the objective {name} (expected one of {', '.join(OBJECTIVES)}).")
+    return OBJECTIVES[name](**arguments).requires_grad_(False)

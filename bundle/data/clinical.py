@@ -1,0 +1,213 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Clinical covariates as the vector that the network takes: scaled, one-hot, without gaps.
+
+Everything is fitted on the training scans alone and is plain JSON, kept in `settings.json`, so that inference needs
+nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from bundle.errors import InputError
+
+__all__ = ["clinical_kinds", "clinical_names", "em_step", "encode_clinical", "fill_in", "fit_clinical", "fit_gaussian"]
+
+logger = logging.getLogger(__name__)
+
+
+def fill_in(x: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Replace what is missing by its expectation given what is there, under a normal distribution.
+
+    Args:
+        x: rows, (n, d), NaN where missing.
+        mean: (d,).
+        covariance: (d, d).
+
+    Returns:
+        the rows without gaps, and the sum over rows of the covariance (d, d) that what is missing has left.
+    """
+    filled, left = x.copy(), np.zeros_like(covariance)
+    gaps = np.isnan(x)
+    for gap in np.unique(gaps, axis=0):
+        rows, known = (gaps == gap).all(1), ~gap
+        slope = np.linalg.solve(covariance[np.ix_(known, known)], covariance[np.ix_(known, gap)])
+        filled[np.ix_(rows, gap)] = mean[gap] + (x[np.ix_(rows, known)] - mean[known]) @ slope
+        left[np.ix_(gap, gap)] += rows.sum() * (covariance[np.ix_(gap, gap)] - covariance[np.ix_(gap, known)] @ slope)
+    return filled, left
+
+
+def em_step(
+    x: np.ndarray, mean: np.ndarray, covariance: np.ndarray, ridge: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """One step of expectation-maximisation for a normal distribution with gaps: the next mean and covariance.
+
+    The log-likelihood of what is there never falls; with a ridge, that less ``n ridge trace(covariance^-1) / 2``.
+
+    Source: Little & Rubin, Statistical Analysis with Missing Data, 3rd ed. 2019, section 11.2.
+    """
+    filled, left = fill_in(x, mean, covariance)
+    mean = filled.mean(0)
+    covariance = ((filled - mean).T @ (filled - mean) + left) / len(x) + ridge * np.eye(len(mean))
+    return mean, covariance
+
+
+def fit_gaussian(
+    x: np.ndarray, ridge: float = 1e-3, tolerance: float = 1e-6, max_steps: int = 1000
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of rows (n, d) with gaps, by EM from the mean and the variance of each column.
+
+    Args:
+        x: NaN where missing; every column has values, of about unit scale.
+        ridge: added to the variances, so that few scans or columns that go together don't make it singular.
+        tolerance: stop when nothing changes by more.
+        max_steps: stop at the latest.
+    """
+    mean, covariance = np.nanmean(x, 0), np.diag(np.nanvar(x, 0) + ridge)
+    for _ in range(max_steps):
+        before = mean, covariance
+        mean, covariance = em_step(x, mean, covariance, ridge)
+        if max(np.abs(mean - before[0]).max(), np.abs(covariance - before[1]).max()) < tolerance:
+            break
+    return mean, covariance
+
+
+def numbers(covariates: Mapping, columns: Mapping) -> list[float]:
+    """The covariates of a scan as numbers, NaN where missing: scaled, or 0 and 1 for all categories but the first."""
+    row: list[float] = []
+    for name, fitted in columns.items():
+        value = covariates.get(name)
+        if "categories" in fitted:
+            known = value in fitted["categories"]
+            row += [float(value == category) if known else np.nan for category in fitted["categories"][1:]]
+        else:
+            row.append(np.nan if value is None else (value - fitted["mean"]) / fitted["std"])
+    return row
+
+
+def covariate_names(columns: Mapping) -> list[str]:
+    """The column of the cohort that each of :func:`numbers` comes from."""
+    return [name for name, fitted in columns.items() for _ in fitted.get("categories", [0, 1])[1:]]
+
+
+def collinear_fault(x: np.ndarray, names: Sequence[str]) -> str | None:
+    """Which column (n, d) says nothing that those before it don't say (R² above 0.9999)."""
+    x = x - x.mean(0)
+    for j in range(1, len(names)):
+        slope = np.linalg.lstsq(x[:, :j], x[:, j])[0]
+        if np.square(x[:, j] - x[:, :j] @ slope).sum() < 1e-4 * np.square(x[:, j]).sum():
+            share = np.abs(slope) * x[:, :j].std(0) > 0.01 * x[:, j].std()
+            others = dict.fromkeys(name for name, counts in zip(names, share) if counts and name != names[j])
+            return (
+                f"column {names[j]}: in the {len(x)} training scans a linear combination of {', '.join(others)} "
+                "(expected columns of which none follows from the others)"
+            )
+    return None
+
+
+def fit_clinical(records: Sequence[dict], columns: Mapping[str, str], missing_mask: bool = False) -> dict:
+    """Learn from the training scans how covariates become the network's clinical vector.
+
+    Numeric columns are scaled to mean 0 and standard deviation 1, categorical ones become 0 and 1 for each category but
+    the first. Gaps are filled with their expectation given the patient's other covariates, under the normal
+    distribution that EM fits to the numbers of all columns.
+
+    Args:
+        records: training scans with `covariates`, from :func:`~bundle.data.read_cohort`.
+        columns: kind of each column, "numeric" or "categorical"; the order is that of the vector.
+        missing_mask: append for each column with gaps in training a number that is 1 where the value is missing.
+
+    Returns:
+        plain JSON for :func:`encode_clinical`; empty if no columns are named.
+
+    Raises:
+        InputError: naming columns that are empty, constant, or a linear combination of others in training.
+    """
+    if not columns:
+        return {}
+    fitted: dict[str, dict] = {}
+    faults: list[str] = []
+    gaps: list[str] = []
+    for name, kind in columns.items():
+        values = [value for record in records if (value := record["covariates"][name]) is not None]
+        if len(values) < len(records):
+            gaps.append(name)
+        if len(set(values)) < 2:
+            found = f"{values[0]} in each of the {len(values)} training scans that have a value" if values else "empty"
+            faults.append(f"column {name}: {found} (expected two different values at least)")
+        elif kind == "categorical":
+            fitted[name] = {"categories": sorted(set(values))}
+        else:
+            fitted[name] = {"mean": float(np.mean(values)), "std": float(np.std(values))}
+    if not faults:
+        x = np.array([numbers(record["covariates"], fitted) for record in records])
+        mean, covariance = fit_gaussian(x)
+        fault = collinear_fault(fill_in(x, mean, covariance)[0], covariate_names(fitted))
+        faults += [fault] if fault else []
+    if faults:
+        raise InputError("clinical " + "; ".join(faults) + ": leave it out of the key clinical.")
+    return {
+        "columns": fitted,
+        "imputation": {"mean": mean.tolist(), "covariance": covariance.tolist()},
+        "missing_mask": gaps if missing_mask else [],
+    }
+
+
+def clinical_kinds(encoding: Mapping) -> dict[str, str]:
+    """The columns that an encoding takes and their kinds, as :func:`~bundle.data.read_cohort` wants them."""
+    columns = encoding["columns"] if encoding else {}
+    return {name: "categorical" if "categories" in fitted else "numeric" for name, fitted in columns.items()}
+
+
+def clinical_names(encoding: Mapping) -> list[str]:
+    """What each number of the clinical vector is; as many as the vector is long."""
+    if not encoding:
+        return []
+    names = []
+    for name, fitted in encoding["columns"].items():
+        names += [f"{name}={category}" for category in fitted["categories"][1:]] if "categories" in fitted else [name]
+    return names + [f"{name} missing" for name in encoding["missing_mask"]]
+
+
+def encode_clinical(records: Sequence[dict], encoding: Mapping) -> list[dict]:
+    """The records with `clinical`, the vector that the network takes, as floats.
+
+    A gap, a column that the table lacks and a category that training had not seen are all missing values: they are
+    filled in. The last two are logged, once a column; `imputed` says in a sentence what was filled in for a scan.
+
+    Args:
+        records: scans, with `covariates` where the table has any.
+        encoding: from :func:`fit_clinical`; with an empty one the records stay as they are.
+    """
+    if not encoding:
+        return list(records)
+    columns = encoding["columns"]
+    mean, covariance = (np.array(encoding["imputation"][key]) for key in ("mean", "covariance"))
+    encoded, unseen = [], {name: Counter() for name in columns}
+    for record in records:
+        covariates = record.get("covariates", {})
+        filled = fill_in(np.array([numbers(covariates, columns)]), mean, covariance)[0][0]
+        absent: dict[str, str] = {}
+        for name, fitted in columns.items():
+            value = covariates.get(name)
+            if value is None:
+                absent[name] = name
+            elif value not in fitted.get("categories", [value]):
+                absent[name] = f"{name} ({value} was not seen in training)"
+                unseen[name][value] += 1
+        record = {**record, "clinical": filled.tolist() + [float(name in absent) for name in encoding["missing_mask"]]}
+        if absent:
+            record["imputed"] = f"taken as missing: {', '.join(absent.values())}"
+        encoded.append(record)
+    for name in columns:
+        if records and all(record.get("covariates", {}).get(name) is None for record in records):
+            logger.warning(f"column {name}: no scan has a value; each gets the one expected of its other covariates.")
+        for value, count in unseen[name].items():
+            known = ", ".join(columns[name]["categories"])
+            logger.warning(f"column {name}: {value} was not seen in training ({known}); missing in {count} scan(s).")
+    return encoded
