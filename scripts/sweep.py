@@ -70,7 +70,7 @@ VARIANTS: dict[str, dict] = {
     "no_shift": {"train#random_transforms#0#prob": 0.0},
     "no_balance": {"train#dataloader#sampler": None, "train#dataloader#shuffle": True},
     # locations and the objective
-    "no_range": {"network_def#loc_range": None, "network_def#severity": False},
+    "no_range": {"network_def#loc_range": None, "severity": False},
     "loc_bias_1": {"network_def#loc_bias": 1.0},
     "loc_bias_50": {"network_def#loc_bias": 50.0},
     "alpha_5": {"objective#alpha_censored": 5.0},
