@@ -195,6 +195,8 @@ def test_settings_without_a_name_are_those_of_centime():
     [
         lambda: CenTime(tmax=1),
         lambda: CenTime(mixture=True, predict_variance=True),
+        lambda: CenTime(predict_variance="true"),
+        lambda: LogisticHazard(learn_variance="false"),
         lambda: Classical(variance=-1.0),
         lambda: Cox(scale=0.0),
         lambda: Cox(ties="exact"),

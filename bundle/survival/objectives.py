@@ -84,6 +84,13 @@ def learnt_factor(x: Tensor) -> Tensor:
     return torch.exp(3 * torch.tanh(x / 3))
 
 
+def check_switches(**switches: bool) -> None:
+    """Raise an InputError for a switch that is no bool: on a command line "false" is a text, and would be true."""
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise InputError(f"{name} must be True or False (with a capital letter on a command line), got {value}.")
+
+
 class Objective(nn.Module):
     """A readout of survival maps (B, C, d, h, w), and a loss to train them by.
 
@@ -135,6 +142,7 @@ class MonthsObjective(Objective):
 
     def __init__(self, tmax: int, variance: float, learn_variance: bool) -> None:
         super().__init__(tmax)
+        check_switches(learn_variance=learn_variance)
         if variance <= 0:
             raise InputError(f"variance must be above 0 months squared, got {variance}.")
         self.variance = variance
@@ -178,6 +186,7 @@ class CenTime(MonthsObjective):
         predict_variance: bool = False,
     ) -> None:
         super().__init__(tmax, variance, learn_variance)
+        check_switches(mixture=mixture, predict_variance=predict_variance)
         if alpha_censored < 0:
             raise InputError(f"alpha_censored can't be negative, got {alpha_censored}.")
         if mixture and predict_variance:
