@@ -34,7 +34,7 @@ from bundle.settings import file_sha256, settings_file, write_json
 from bundle.survival import OBJECTIVES
 
 KEY = ["complexity", "variant", "train_scans", "seed", "test"]
-SURVIVAL = ["c_index", "mae_events", "correlation", "mean_time_censored"]
+SURVIVAL = ["c_index", "integrated_brier", "mae_events", "correlation", "mean_time_censored"]
 MAP = [
     "pointing_game",
     "average_precision",
@@ -341,8 +341,9 @@ def markdown(rows: list[dict]) -> str:
     names = {"pointing_game": "pointing", "average_precision": "AP", "average_precision_ceiling": "AP ceiling"}
     names |= {"mass_accuracy": "heat in mask", "confounder_mass": "heat in confounder", "survivor_heat": "survivors / dead"}
     names |= {"inverted": "inverted maps", "c_index": "C-index", "c_index_oracle": "of the oracle", "mae_events": "MAE events, months"}
-    names |= {"mae_oracle": "of true masks"}
+    names |= {"mae_oracle": "of true masks", "integrated_brier": "integrated Brier"}
     names |= {"correlation": "correlation", "mean_time_censored": "mean time of censored", "train_seconds": "training, s"}
+    names = {name: title for name, title in names.items() if table[name].notna().any()}
     lines = ["| phantom | variant | scans | measured on | seeds | " + " | ".join(names.values()) + " |", "|" + "---|" * (len(names) + 5)]
     for (complexity, variant, scans, test), group in table.groupby(KEY[:3] + KEY[4:]):
         cells = []
