@@ -297,7 +297,7 @@ def test_refinement_keeps_a_texture_and_an_evenly_bright_lesion_as_they_are():
     assert float(ratio.std()) < 0.25  # of 512 draws in 64 bins
     image[0, 0, 8:16, 8:16, 8:16] = 3.0
     ratio = brightness_ratio(image[:, 0], weight > 0, weight)
-    assert float(ratio[weight == 1].std()) == 0 and float(ratio[weight == 1].min()) > 20
+    assert float(ratio[weight == 1].std()) < 1e-3 and float(ratio[weight == 1].min()) > 20
     assert float(ratio[weight < 1].max()) < 1
 
 
