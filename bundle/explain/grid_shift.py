@@ -50,8 +50,9 @@ class GridShiftInferer(Inferer):
     2. **Smoothing** by a Gaussian.
     3. **Refinement** within patches. A wall one voxel thick makes every patch around it hot, and the air beside it looks
        like air elsewhere. Cells have their weight times the square of :func:`brightness_ratio`, a naive Bayes factor
-       that asks the scan itself how its hot places differ from the rest. Where brightness doesn't tell them apart, as
-       with a texture, the map stays as it is, and so it does within a lesion that is bright all over.
+       that asks the scan itself how its hot places differ from the rest. It is kept between 0.6 and 3, lest a few rare
+       voxels outshine a lesion of mixed brightness. Where brightness doesn't tell hot from cold, as with a texture, the
+       map stays as it is, and so it does within a lesion that is bright all over.
 
     The patient's location is the mean of the grids', and so are extra channels of the map. The result is a survival map
     like any other, with cells of ``stride / shifts`` voxels.
@@ -115,7 +116,7 @@ class GridShiftInferer(Inferer):
             lung = F.pad(torch.ones_like(inputs) if lung is None else lung.to(inputs.dtype), pad)
             amount = F.avg_pool3d(lung, cell)[:, 0]
             brightness = F.avg_pool3d(F.pad(inputs, pad) * lung, cell)[:, 0] / amount.clamp_min(1e-6)
-            weight = weight * brightness_ratio(brightness, inside & (amount > 0), weight).square()
+            weight = weight * brightness_ratio(brightness, inside & (amount > 0), weight).clamp(0.6, 3).square()
             weight = weight / weight.sum((1, 2, 3), keepdim=True)
         weight, inside, count = weight.unsqueeze(1), inside.unsqueeze(1), count.unsqueeze(1)
         said = said / count.clamp_min(1)
