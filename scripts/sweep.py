@@ -162,12 +162,13 @@ class Runner:
         name = "_".join([str(complexity), str(num), str(seed), *(f"{k}{v}" for k, v in options.items())]).replace(" ", "-")
         folder = self.work / "phantoms" / name
         with self.lock(name):
-            self.python(
-                *("scripts.make_phantoms", "--complexity", str(complexity), "--num", str(num), "--seed", str(seed)),
-                *(text for key, value in options.items() for text in (f"--{key}", *str(value).split())),
-                *("--out", str(folder)),
-                log=self.work / "phantoms" / f"{name}.log",
-            )
+            if not (folder / "cohort.csv").is_file():  # written last
+                self.python(
+                    *("scripts.make_phantoms", "--complexity", str(complexity), "--num", str(num), "--seed", str(seed)),
+                    *(text for key, value in options.items() for text in (f"--{key}", *str(value).split())),
+                    *("--out", str(folder)),
+                    log=self.work / "phantoms" / f"{name}.log",
+                )
         return folder
 
     def moved(self, phantoms: Path, test: str) -> Path:
