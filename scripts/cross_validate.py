@@ -340,7 +340,8 @@ def compare(scores: Sequence[Scores], num_resamples: int, seed: int) -> pd.DataF
                     row["difference"] = np.nanmean(differ) if (~np.isnan(differ)).any() else None
                     row |= paired_difference(first[metric], resampled)
             rows.append(row)
-    return pd.DataFrame(rows, columns=["model", "metric", "folds", "mean", "std", "difference", "lower", "upper", "p"])
+    numbers = ["folds", "mean", "std", "difference", "lower", "upper", "p"]
+    return pd.DataFrame(rows, columns=["model", "metric", *numbers]).astype({name: float for name in numbers[1:]})
 
 
 def page(table: pd.DataFrame, parts: dict[int, dict], num_resamples: int, command: str) -> str:
@@ -363,11 +364,9 @@ def page(table: pd.DataFrame, parts: dict[int, dict], num_resamples: int, comman
         "|" + "---|" * (len(shown) + 1),
     ]
     for name in names:
-        row = [cells.loc[(name, m)] if (name, m) in cells.index else None for m in shown]
-        lines.append(f"| {name} | " + " | ".join("–" if r is None else number(r["mean"], r["std"]) for r in row) + " |")
-    tested = [m for m in shown if table[table.metric == m].p.notna().any()]
-    if tested:
-        titles = [METRICS[m][0] for m in tested]
+        values = (spread(r.Index, r.mean, r.std) for r in cells.loc[name].reindex(shown).itertuples())
+        lines.append(f"| {name} | " + " | ".join(values) + " |")
+    if len(names) > 1:
         lines += [
             "",
             f"## Difference from {names[0]}",
@@ -377,25 +376,27 @@ def page(table: pd.DataFrame, parts: dict[int, dict], num_resamples: int, comman
             "have shown of these trained models, not how another training would have gone. The p-values aren't corrected "
             "for their number.",
             "",
-            "| model | " + " | ".join(titles) + " |",
-            "|" + "---|" * (len(tested) + 1),
+            "| model | metric | difference | 95 % interval | p |",
+            "|---|---|---|---|---|",
         ]
         for name in names[1:]:
-            row = [cells.loc[(name, m)] if (name, m) in cells.index else None for m in tested]
-            lines.append(f"| {name} | " + " | ".join("–" if r is None else difference(r) for r in row) + " |")
+            for r in cells.loc[name].reindex(shown).dropna(subset="p").itertuples():
+                values = [f"{value:+.{digits(r.Index)}f}" for value in (r.difference, r.lower, r.upper)]
+                title = METRICS[r.Index][0]
+                lines.append(f"| {name} | {title} | {values[0]} | {values[1]} to {values[2]} | {r.p:.2g} |")
     return "\n".join(lines) + f"\n\nMade by `{command}`.\n"
 
 
-def number(mean: float | None, std: float | None) -> str:
-    if mean is None or np.isnan(mean):
-        return "–"
-    return f"{mean:.3f}" + ("" if std is None or np.isnan(std) else f" ± {std:.3f}")
+def digits(metric: str) -> int:
+    """After the point: fewer for months."""
+    return 1 if "months" in METRICS[metric][0] else 3
 
 
-def difference(row: pd.Series) -> str:
-    if row.p is None or np.isnan(row.p):
+def spread(metric: str, mean: float, std: float) -> str:
+    """Mean ± standard deviation, as far as there are any."""
+    if np.isnan(mean):
         return "–"
-    return f"{row.difference:+.3f} ({row.lower:+.3f} to {row.upper:+.3f}), p = {row.p:.2g}"
+    return f"{mean:.{digits(metric)}f}" + ("" if np.isnan(std) else f" ± {std:.{digits(metric)}f}")
 
 
 def report(cv: CrossValidation, num_resamples: int, command: str) -> None:
