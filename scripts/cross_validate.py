@@ -356,7 +356,7 @@ def page(table: pd.DataFrame, parts: dict[int, dict], num_resamples: int, comman
     lines = [
         "# Cross-validation",
         "",
-        f"{len(scans)} scans of {patients} patients, {deaths} of them with a death. Scans (deaths) held out in each fold: {held}.",
+        f"{len(scans)} scans of {patients} patients, {deaths} of them with a death. Held out in each fold (deaths): {held}.",
         "",
         "Mean ± standard deviation over the folds. ↑: more is better, ↓: less is better.",
         "",

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 __all__ = ["locked", "run_jobs", "run_module", "threads_of", "write_text"]
 
 _running: set[subprocess.Popen] = set()
@@ -64,7 +66,11 @@ def locked(path: Path) -> Iterator[int]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tqdm.write(f"waiting for a process that works in {path.parent}", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield file.fileno()
 
 

@@ -31,6 +31,9 @@ from scripts import cross_validate, jobs
 SMALL = "--network_def#dim 8 --network_def#num_heads 2 --network_def#depth 1 --max_epochs 1 --shifts 1 --refine false"
 
 
+MODELS = ("centime", "clinical_only")
+
+
 @pytest.fixture(autouse=True)
 def _in_root(root, monkeypatch):
     monkeypatch.chdir(root)
@@ -234,13 +237,14 @@ def encoding(mean: float, std: float) -> dict:
     return {"columns": fitted, "imputation": {"mean": [0.0], "covariance": [[1.0]]}, "missing_mask": []}
 
 
-ENSEMBLE = ["configs/inference.json", "configs/ensemble.json"]
+INFER, EVALUATE = ([f"configs/{job}.json", "configs/ensemble.json"] for job in ("inference", "evaluate"))
 
 
 def test_an_ensemble_is_the_mean_of_its_members_distributions_and_heat(tiny_cohort, tmp_path):
     """Members of several objectives and covariates, each fitted on its own scans, against each of them alone."""
-    table = pd.read_csv(tiny_cohort)[["patient_id", "image", "age"]][:2]
-    table["image"] = [str(tiny_cohort.parent / name) for name in table.image]
+    table = pd.read_csv(tiny_cohort)[["patient_id", "image", "time", "event", "gt_mask", "age"]][:2]
+    for column in ("image", "gt_mask"):
+        table[column] = [str(tiny_cohort.parent / name) for name in table[column]]
     table.to_csv(tmp_path / "c.csv", index=False)
     cox = Cox()
     cox.fit_baseline(torch.linspace(20, 90, 8), torch.tensor([[10.0 * (i + 1), i % 2] for i in range(8)]))
@@ -249,14 +253,14 @@ def test_an_ensemble_is_the_mean_of_its_members_distributions_and_heat(tiny_coho
         write_member(tmp_path / "cv" / "fold_1"),
         write_member(tmp_path / "cv" / "fold_10", encoding(60, 10), cox),
     ]
-    options = dict(cohort=str(tmp_path / "c.csv"), shifts=2)
+    options = dict(cohort=str(tmp_path / "c.csv"), shifts=1)
     curves, heats = [], []
     for i, file in enumerate(files):
         run("configs/inference.json", ckpt=file, output_dir=str(tmp_path / str(i)), **options)
         curves.append(pd.read_csv(tmp_path / str(i) / "survival_curves.csv").set_index("patient_id"))
         heats.append([nib.load(tmp_path / str(i) / "maps" / f"p{k}_heat.nii.gz").get_fdata() for k in range(2)])
     assert np.abs(curves[0] - curves[1]).to_numpy().max() > 0.01
-    run(ENSEMBLE, ckpt=str(tmp_path / "cv"), output_dir=str(tmp_path / "all"), **options)
+    run(INFER, ckpt=str(tmp_path / "cv"), output_dir=str(tmp_path / "all"), **options)
     joint = pd.read_csv(tmp_path / "all" / "survival_curves.csv").set_index("patient_id")
     np.testing.assert_allclose(joint, sum(curves) / 3, atol=1e-4)
     predictions = pd.read_csv(tmp_path / "all" / "predictions.csv")
@@ -264,8 +268,12 @@ def test_an_ensemble_is_the_mean_of_its_members_distributions_and_heat(tiny_coho
         heat = nib.load(tmp_path / "all" / "maps" / f"p{k}_heat.nii.gz").get_fdata()
         np.testing.assert_allclose(heat, sum(h[k] for h in heats) / 3, rtol=1e-4, atol=1e-9)
         assert np.isclose(heat.sum(), predictions.death_60m[k], atol=1e-4)
+    run(EVALUATE, ckpt=str(tmp_path / "cv"), output_dir=str(tmp_path / "measured"), figures=False, **options)
+    measured = pd.read_csv(tmp_path / "measured" / "metrics_per_scan.csv")
+    np.testing.assert_allclose(measured.median_months, predictions.median_months, rtol=1e-4)
+    assert 0 < measured.average_precision[0] < 1
     # One member is that member, to the last digit.
-    run(ENSEMBLE, ckpt=[files[1]], output_dir=str(tmp_path / "one"), **options)
+    run(INFER, ckpt=[files[1]], output_dir=str(tmp_path / "one"), **options)
     for name in ("predictions.csv", "survival_curves.csv", "maps/p0_heat.nii.gz"):
         one, alone = tmp_path / "one" / name, tmp_path / "1" / name
         if name.endswith("csv"):
@@ -295,7 +303,7 @@ def test_the_mean_distribution_in_closed_form():
 def test_members_that_contradict_each_other_are_one_error(tmp_path):
     first = write_member(tmp_path / "a")
     others = {
-        "spacing": dict(preprocessing={"spacing": [1.0] * 3, "hu_window": [-1000.0, 200.0], "lung_mask": "none", "margin": 0.0}),
+        "spacing": dict(preprocessing={**read_settings(first)["preprocessing"], "spacing": [1.0] * 3}),
         "tmax: 100 -> 120": dict(objective=CenTime(tmax=120)),
         "horizon: 60 -> 36": dict(horizon=36),
         "stride: 4 -> 8": dict(network=SurvivalMapNet(dim=8, num_heads=2, patch_size=8).arguments),
@@ -316,7 +324,8 @@ def test_members_that_contradict_each_other_are_one_error(tmp_path):
 
 
 def test_members_take_their_own_part_of_the_clinical_vector(tmp_path):
-    files = [write_member(tmp_path / "0", encoding(50, 2)), write_member(tmp_path / "1"), write_member(tmp_path / "2", encoding(60, 10))]
+    encodings = (encoding(50, 2), None, encoding(60, 10))
+    files = [write_member(tmp_path / str(i), each) for i, each in enumerate(encodings)]
     settings = [read_settings(file) for file in files]
     joint = joint_settings(files, settings)
     (record,) = encode_clinical([{"covariates": {"age": 70.0}}], joint["clinical"])
@@ -378,15 +387,15 @@ def test_a_killed_cross_validation_goes_on_and_its_table_is_that_of_its_folds(co
         assert sorted(group.patient_id) == sorted(names)
         for name in ("p2", "p3"):
             assert group[group.patient_id.isin([name, f"{name}_2"])].fold.nunique() == 1
-    network = {m: json.loads((out / m / "fold_0" / "settings.json").read_text())["network"] for m in ("centime", "clinical_only")}
-    assert network["clinical_only"]["name"] == "ClinicalNet" and network["centime"]["dim"] == 8
+    network = [json.loads((out / name / "fold_0" / "settings.json").read_text())["network"] for name in MODELS]
+    assert network[0]["dim"] == 8 and network[1]["name"] == "ClinicalNet"
 
     # The table is the mean and spread of what evaluation wrote.
     table = pd.read_csv(out / "cross_validation.csv").set_index(["model", "metric"])
-    for model in ("centime", "clinical_only"):
-        found = [json.loads((out / model / f"fold_{k}" / "test" / "metrics.json").read_text())["survival"] for k in (0, 1)]
+    for model in MODELS:
+        files = [out / model / f"fold_{k}" / "test" / "metrics.json" for k in (0, 1)]
         for metric in ("c_index", "mae_events", "integrated_brier"):
-            values = [f[metric]["value"] for f in found]
+            values = [json.loads(file.read_text())["survival"][metric]["value"] for file in files]
             assert np.isclose(table.loc[(model, metric), "mean"], np.mean(values), rtol=1e-5)
             assert np.isclose(table.loc[(model, metric), "std"], np.std(values, ddof=1), rtol=1e-4, atol=1e-6)
     page = (out / "cross_validation.md").read_text()
@@ -395,14 +404,14 @@ def test_a_killed_cross_validation_goes_on_and_its_table_is_that_of_its_folds(co
     assert not list(out.rglob("*.tmp"))
 
     # What resamples are scored by is what evaluation wrote, on all scans as they are.
-    cv = cross_validate.CrossValidation(
-        out, str(cohort), ["centime"], ["clinical_only"], 2, 0, ["configs/cohort/phantom.json"],
-        cross_validate.options_of(SMALL.split()) | {"clinical": "{'age': 'numeric'}"},
-    )
+    overrides = cross_validate.options_of(SMALL.split()) | {"clinical": "{'age': 'numeric'}"}
+    configs = ["configs/cohort/phantom.json"]
+    cv = cross_validate.CrossValidation(out, str(cohort), ["centime"], folds=2, configs=configs, overrides=overrides)
     scores = cross_validate.Scores(cv, cv.models[0])
     every = [np.arange(len(patients)) for patients in scores.patients]
-    for metric in ("c_index", "c_index_ipcw", "integrated_brier", "mae_events", "mae_pseudo_observation", "average_precision"):
-        np.testing.assert_allclose(scores.resampled(metric, [every])[0], table.loc[("centime", metric), "mean"], rtol=1e-4)
+    for metric in ("c_index", "c_index_ipcw", "integrated_brier", "mae_events", "mae_censored", "average_precision"):
+        found = scores.resampled(metric, [every])[0]
+        np.testing.assert_allclose(found, table.loc[("centime", metric), "mean"], rtol=1e-4)
 
     # Done is done; another seed in the same folder is refused.
     count = len(in_process)
@@ -413,14 +422,7 @@ def test_a_killed_cross_validation_goes_on_and_its_table_is_that_of_its_folds(co
 
     # Its folds are an ensemble, which has nobody left to be evaluated on in its own cohort.
     with pytest.raises(InputError, match="trained on every one of the 16 scans"):
-        run(["configs/evaluate.json", "configs/ensemble.json"], cohort=str(cohort), ckpt=str(out / "centime"), output_dir=str(tmp_path / "own"))
-    other = pd.read_csv(cohort)[:6].assign(patient_id=[f"q{i}" for i in range(6)])
-    other.to_csv(tmp_path / "other.csv", index=False)
-    options = dict(cohort=str(tmp_path / "other.csv"), ckpt=str(out / "centime"), shifts=1)
-    run(["configs/evaluate.json", "configs/ensemble.json"], output_dir=str(tmp_path / "e"), **options)
-    run(ENSEMBLE, output_dir=str(tmp_path / "i"), **options)
-    measured, predicted = (pd.read_csv(tmp_path / name / file) for name, file in (("e", "metrics_per_scan.csv"), ("i", "predictions.csv")))
-    np.testing.assert_allclose(measured.median_months, predicted.median_months, rtol=1e-4)
+        run(EVALUATE, cohort=str(cohort), ckpt=str(out / "centime"), output_dir=str(tmp_path / "own"))
 
 
 def test_a_failed_fold_does_not_end_the_others(cohort, tmp_path, monkeypatch, capsys):
