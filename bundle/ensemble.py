@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from bundle.networks import network_from
 from bundle.settings import differences, load_weights, read_settings
 
 __all__ = ["Member", "joint_settings", "member_files", "member_networks", "member_settings"]
+
+logger = logging.getLogger(__name__)
 
 
 def member_files(ckpt: str | Sequence[str]) -> list[str]:
@@ -37,12 +40,18 @@ def member_files(ckpt: str | Sequence[str]) -> list[str]:
             found = [path / "model.pt"] if (path / "model.pt").is_file() else list(path.glob("*/model.pt"))
             if not found:
                 raise InputError(f"the folder {path} has no model.pt, nor has one of its subfolders.")
-            files += map(str, sorted(found, key=lambda file: [int(n) for n in re.findall(r"\d+", file.parent.name)]))
+            files += map(str, sorted(found, key=fold_number))
         else:
             files.append(str(path))
     if not files:
         raise InputError("--ckpt names no weights (expected files or folders).")
+    logger.info(f"an ensemble of {len(files)}: {', '.join(files)}")
     return files
+
+
+def fold_number(file: Path) -> tuple[list[int], str]:
+    """Sorts `fold_2` before `fold_10`."""
+    return [int(digits) for digits in re.findall(r"\d+", file.parent.name)], file.parent.name
 
 
 def member_settings(files: Sequence[str]) -> list[dict]:

@@ -10,7 +10,8 @@ the shipped configs. The same command goes on where it was stopped. In the folde
   out_of_fold.csv              what each scan was predicted by the models that had not seen its patient
   folds/fold_K.csv             the cohort with the column split: what fold K trains, validates (weights are chosen by it)
                                and is measured on
-  NAME/fold_K/                 weights, settings, log, and test/ with what configs/evaluate.json writes
+  NAME/fold_K/                 weights, settings, log, and test/ with what configs/evaluate.json writes; NAME is that of
+                               the objective, or BASELINE_OBJECTIVE
 
 NAME is an ensemble: its folds' mean distribution and mean heat are predicted by
   python -m monai.bundle run --config_file "['configs/inference.json','configs/ensemble.json']" --ckpt OUT/NAME ...
@@ -23,7 +24,6 @@ import ast
 import contextlib
 import csv
 import json
-import os
 import shlex
 import shutil
 import signal
@@ -69,9 +69,11 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Model:
-    """One line of the table: a name, the configs stacked on `configs/train.json`, and the overrides of its training."""
+    """One line of the table: its name and that of its folder (a baseline's has the objective, too, lest another first
+    objective find it done), the configs stacked on `configs/train.json`, and the overrides of its training."""
 
     name: str
+    folder: str
     configs: tuple[str, ...]
     overrides: tuple[tuple[str, str], ...]
 
@@ -200,7 +202,8 @@ class CrossValidation:
             stack.append("configs/network/clinical_only.json")
             # What shapes the image's network means nothing to that of the covariates.
             options = {key: value for key, value in options.items() if key.split("#")[0] != "network_def"}
-        return Model(baseline or objective, tuple(stack), tuple(options.items()))
+        folder = f"{baseline}_{objective}" if baseline else objective
+        return Model(baseline or objective, folder, tuple(stack), tuple(options.items()))
 
     def claim(self, settings: dict) -> None:
         """Make the folder this cross-validation's own."""
@@ -230,7 +233,7 @@ class CrossValidation:
         return self.out / "folds" / f"fold_{fold}.csv"
 
     def folder(self, model: Model, fold: int) -> Path:
-        return self.out / model.name / f"fold_{fold}"
+        return self.out / model.folder / f"fold_{fold}"
 
     def done(self, model: Model, fold: int) -> bool:
         return (self.folder(model, fold) / "done.json").is_file()
@@ -441,7 +444,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default 1)")
     p.add_argument("--resamples", type=int, default=1000, help="of the bootstrap (default 1000)")
     args = p.parse_args(words[:cut])
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended, too
     try:
         overrides = options_of(words[cut + 1 :])
         if args.clinical is not None:
@@ -483,4 +485,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended, too
     main()

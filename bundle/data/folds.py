@@ -98,8 +98,8 @@ def cross_validation_parts(records: Sequence[dict], folds: int | None = None, se
         deaths = len(_dead(rest))
         if deaths < 2:
             raise InputError(
-                f"without fold {fold}, {deaths} patients who died are left to train and validate on (expected at least "
-                "two); folds that are more alike, or more patients, are needed."
+                f"without fold {fold}, {deaths} of the patients left died (expected at least two, one to train on and one "
+                "to validate on); folds that are more alike, or more patients, are needed."
             )
         inner = _draw(rest, min(VALIDATION, deaths), seed)
         validates = next(of for record, of in zip(rest, inner) if record["event"])
