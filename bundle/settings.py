@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from bundle.data.cohort import patient_of
 from bundle.errors import InputError
 
 __all__ = [
@@ -74,7 +75,7 @@ def training_settings(
         for part in ("train", "val")
         for r in cohort[part]
     ]
-    seen = sorted(patient_digest(r["patient_id"]) for part in ("train", "val") for r in cohort[part])
+    seen = sorted({patient_digest(patient_of(r)) for part in ("train", "val") for r in cohort[part]})
     settings = {
         "format": FORMAT,
         "network": network,
@@ -112,6 +113,8 @@ def read_settings(ckpt: str | Path) -> dict:
     Raises:
         InputError: weights or settings are missing or unreadable, or the settings belong to other weights.
     """
+    if not isinstance(ckpt, (str, Path)) or Path(ckpt).is_dir():
+        raise InputError(f"--ckpt {ckpt} is no weights file; for several, stack configs/ensemble.json on this config.")
     path = settings_file(ckpt)
     if not Path(ckpt).is_file():
         raise InputError(f"there is no weights file {ckpt}; expected the model.pt that training leaves in --ckpt_dir.")

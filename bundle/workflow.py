@@ -19,7 +19,7 @@ from monai.utils import set_determinism
 from tqdm import tqdm
 
 from bundle.data.clinical import clinical_kinds, encode_clinical
-from bundle.data.cohort import read_cohort, single_scan, split_cohort
+from bundle.data.cohort import patient_of, read_cohort, single_scan, split_cohort
 from bundle.data.datasets import ScanCache
 from bundle.errors import InputError, plain_errors
 from bundle.explain import GridShiftInferer
@@ -192,7 +192,7 @@ def scans_to_evaluate(cohort: str | None, settings: dict | None, split: str | No
             raise InputError(f'{cohort} has no scan with split "{split}".')
         records = [r for r in records if r.get("split") == split]
     seen = set(settings["trained_on"]) if settings else set()
-    unseen = [r for r in records if patient_digest(r["patient_id"]) not in seen]
+    unseen = [r for r in records if patient_digest(patient_of(r)) not in seen]
     if len(unseen) < len(records):
         logger.info(f"evaluating {len(unseen)} of {len(records)} scans; the weights were trained on the others.")
     if not unseen:

@@ -14,11 +14,9 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel as nib
@@ -33,6 +31,8 @@ from bundle.metrics.survival import c_index
 from bundle.networks.severity import minkowski_functionals
 from bundle.settings import file_sha256, settings_file, write_json
 from bundle.survival import OBJECTIVES
+
+from .jobs import run_jobs, run_module, threads_of, write_text
 
 KEY = ["complexity", "size", "variant", "train_scans", "seed", "test"]
 SURVIVAL = ["c_index", "integrated_brier", "mae_events", "correlation", "mean_time_censored"]
@@ -139,7 +139,7 @@ class Runner:
     def __init__(self, work: Path, test_scans: int, threads: int) -> None:
         self.work = work
         self.test_scans = test_scans
-        self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        self.threads = threads
 
     def lock(self, name: str) -> FileLock:
         """One process at a time makes a thing, on all machines that share the folder of work."""
@@ -148,13 +148,8 @@ class Runner:
         return FileLock(folder / f"{name}.lock")
 
     def python(self, *args: str, log: Path) -> None:
-        """Run a module of this repository; a failure shows the end of its log."""
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "a") as f:
-            command = [sys.executable, "-m", *args]
-            done = subprocess.run(command, stdout=f, stderr=subprocess.STDOUT, env=self.environment)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(args)} failed:\n{log.read_text()[-2000:]}")
+        """Run a module of this repository; see :func:`~scripts.jobs.run_module`."""
+        run_module(*args, log=log, threads=self.threads)
 
     def phantoms(self, complexity: int, size: int, num: int, seed: int, options: dict) -> Path:
         """Folder of a cohort of phantoms."""
@@ -335,16 +330,13 @@ def order(row: dict) -> tuple:
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
-    """Write the whole table to a temporary name, then rename."""
+    """Write the whole table."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     for row in sorted(rows, key=order):
         writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text.getvalue())
-    os.replace(temporary, path)
+    write_text(path, text.getvalue())
 
 
 def numbers(rows: list[dict]) -> pd.DataFrame:
@@ -389,25 +381,17 @@ def markdown(rows: list[dict]) -> str:
 
 
 def renew_table(page: Path, text: str) -> None:
-    """Put the text between the two marks of the page, under a temporary name, then rename."""
+    """Put the text between the two marks of the page."""
     before, mark, rest = page.read_text().partition("<!-- table -->\n")
     _, end, after = rest.partition("<!-- end of table -->\n")
     if not (mark and end):
         raise SystemExit(f"error: {page} lacks the marks <!-- table --> and <!-- end of table -->.")
-    temporary = page.with_name(f".{page.name}.tmp")
-    temporary.write_text(before + mark + text + end + after)
-    os.replace(temporary, page)
+    write_text(page, before + mark + text + end + after)
 
 
 def rows_of_threads(work: Path, test_scans: int, todo: list[tuple], jobs: int) -> Iterator[dict | Exception]:
     """Rows of the runs as they are done, or what went wrong with one; `jobs` at a time on this machine."""
-    runner = Runner(work, test_scans, max(1, (os.cpu_count() or 1) // jobs))
-    with ThreadPoolExecutor(jobs) as pool:
-        for future in as_completed([pool.submit(runner.row, *key) for key in todo]):
-            try:
-                yield future.result()
-            except Exception as e:  # one run's failure must not end the others
-                yield e
+    yield from run_jobs(Runner(work, test_scans, threads_of(jobs)).row, todo, jobs)
 
 
 def rows_of_ray(work: Path, test_scans: int, todo: list[tuple], jobs: int) -> Iterator[dict | Exception]:
@@ -419,7 +403,7 @@ def rows_of_ray(work: Path, test_scans: int, todo: list[tuple], jobs: int) -> It
         from ray import tune
     except ImportError:
         raise SystemExit("error: --engine ray needs Ray: pip install 'ray[tune]'.") from None
-    cpus, here = max(1, (os.cpu_count() or 1) // jobs), os.getcwd()
+    cpus, here = threads_of(jobs), os.getcwd()
     folder = work / "ray_rows"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from bundle.survival.readout import death_by
 
 from .heat import patch_heat, to_voxels
 
-__all__ = ["HeatToScand", "MapToHeatd", "to_scan_space"]
+__all__ = ["EnsembleToHeatd", "HeatToScand", "MapToHeatd", "to_scan_space"]
 
 
 def to_scan_space(volume: MetaTensor, affine: torch.Tensor, shape: tuple[int, ...]) -> MetaTensor:
@@ -65,6 +65,30 @@ class MapToHeatd(Transform):
         heat = to_voxels(heat, self.cell, tuple(image.shape[1:]), lung.to(heat.device))
         out["pmf"] = pmf[0]
         out["heat"] = MetaTensor(heat[0], affine=image.affine)
+        return out
+
+
+class EnsembleToHeatd(Transform):
+    """As :class:`MapToHeatd` for the maps of several networks: ``pmf`` and ``heat`` are the means of the members'.
+
+    A member's heat sums to its own P(T <= horizon), so the mean sums to that of the mean distribution. ``pred`` becomes
+    the mean of the members' locations and weights, to look at: nothing is read off it.
+
+    Args:
+        objectives: of the members; their maps are ``pred_0``, ``pred_1``, ..., as `EnsembleEvaluator` names them.
+        horizon, cell: as for one.
+    """
+
+    def __init__(self, objectives: Sequence[torch.nn.Module], horizon: int, cell: int) -> None:
+        self.members = [MapToHeatd(o, horizon, cell, map_key=f"pred_{i}") for i, o in enumerate(objectives)]
+
+    def __call__(self, data: Mapping[str, Any]) -> dict:
+        out = dict(data)
+        read = [member(data) for member in self.members]
+        out["pmf"] = torch.stack([one["pmf"] for one in read]).mean(0)
+        heat = torch.stack([one["heat"].as_tensor() for one in read]).mean(0)
+        out["heat"] = MetaTensor(heat, affine=data["image"].affine)
+        out["pred"] = torch.stack([torch.as_tensor(data[member.map_key])[[0, -1]] for member in self.members]).mean(0)
         return out
 
 
