@@ -38,8 +38,8 @@ def test_a_chest_passes_without_a_word(chest):
 @pytest.mark.parametrize(
     "change, fault",
     [
-        (lambda hu: hu + 250, "soft tissue peaks at"),
-        (lambda hu: np.minimum(hu, -160), "0.0 % of the voxels are fat or soft tissue"),
+        (lambda hu: hu + 250, "fat and soft tissue peak at 290 HU"),
+        (lambda hu: np.minimum(hu, -310), "0.0 % of the voxels are within -300 to 300 HU"),
         (lambda hu: np.where(hu < -500, 0, hu), "the median in the lung mask is 0 HU"),
         (lambda hu: np.where(hu < -500, -1024, hu), "the median in the lung mask is -1024 HU"),
     ],
