@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ KINDS = ("numeric", "categorical")
 
 _CONTRACT = ("patient_id", "image", "time", "event", *MASK_COLUMNS, "split", "fold")
 _HEADER_LINE = 1
+_ID_BYTES = 200  # names of files may have 255, and more is added to an id
 _log = logging.getLogger(__name__)
 
 
@@ -77,7 +79,7 @@ def read_cohort(
 
     records: list[dict] = []
     scan_faults: list[str] = []
-    first_line: dict[str, int] = {}
+    first_row: dict[str, tuple[int, str]] = {}
     for line, values in rows:
         if len(values) != len(header):
             faults.append(f"row {line}: {len(values)} values (expected {len(header)}, as in the header)")
@@ -85,8 +87,11 @@ def read_cohort(
         row = dict(zip(header, (value.strip() for value in values)))
         record, wrong = _check_row(row, need_outcome, clinical, tmax)
         patient = row.get("patient_id")
-        if patient and first_line.setdefault(patient, line) != line:
-            wrong.append(f"column patient_id: {patient!r} is in row {first_line[patient]} too (expected one row each)")
+        # Files are named after ids, and some file systems take names for the same that differ by case or Unicode form.
+        name = unicodedata.normalize("NFC", patient or "").casefold()
+        if patient and (first := first_row.setdefault(name, (line, patient)))[0] != line:
+            alike = "" if patient == first[1] else f" as {first[1]!r}, the same name by case or Unicode form"
+            wrong.append(f"column patient_id: {patient!r} is in row {first[0]} too{alike} (expected one row each)")
         faults += [f"row {line}, {what}" for what in wrong]
 
         for column in ("image", *MASK_COLUMNS):
@@ -243,7 +248,7 @@ def _check_row(
             return None
 
     if "patient_id" in row:
-        expected = "a name without / \\ .. or control characters, as files are named after it"
+        expected = f"a name of up to {_ID_BYTES} bytes without / \\ .. or control characters, as files are named after it"
         record["patient_id"] = parse("patient_id", _patient_id, expected)
     if row.get("image") == "":
         wrong.append("column image: empty (expected a file or a DICOM folder)")
@@ -266,7 +271,8 @@ def _check_row(
 
 
 def _patient_id(text: str) -> str:
-    if not text or ".." in text or text == "." or any(c in "/\\" or not c.isprintable() for c in text):
+    too_long = len(text.encode()) > _ID_BYTES
+    if not text or too_long or ".." in text or text == "." or any(c in "/\\" or not c.isprintable() for c in text):
         raise ValueError
     return text
 
@@ -320,9 +326,10 @@ def _file_fault(path: str, folder: bool) -> str | None:
     if os.path.isdir(path):
         return None if folder else f"{path} is a folder (expected {expected})"
     if not os.path.exists(path):
-        return f"{path} does not exist (expected {expected})"
+        what = "is a symbolic link that leads nowhere" if os.path.islink(path) else "does not exist"
+        return f"{path} {what} (expected {expected})"
     if not path.lower().endswith(IMAGE_SUFFIXES):
-        return f"{path} cannot be read (expected {expected})"
+        return f"{path} has the suffix '{Path(path).suffix}' (expected {expected})"
     return None
 
 
