@@ -200,18 +200,21 @@ def scans_to_evaluate(cohort: str | None, settings: dict | None, split: str | No
     return encode_clinical(unseen, encoding)
 
 
-def scans_to_infer(image: str | None, cohort: str | None, encoding: dict) -> list[dict]:
+def scans_to_infer(image: str | None, cohort: str | None, encoding: dict, series: str | None = None) -> list[dict]:
     """The scans to predict: one image (file or DICOM folder) or the rows of a cohort; empty while none is named.
 
     Args:
         image: its covariates are all missing.
         cohort: CSV file.
         encoding: of covariates, from the settings of the weights.
+        series: SeriesInstanceUID to take from a DICOM folder; None lets the folder's chest CT be chosen.
     """
     if image is not None and cohort is not None:
         raise InputError("give --image or --cohort, not both.")
+    if series is not None and not (image is not None and os.path.isdir(image)):
+        raise InputError("--series names one of the DICOM series of a folder: give the folder as --image.")
     if image is not None:
-        return encode_clinical(single_scan(image), encoding)
+        return encode_clinical([record | {"series": series} for record in single_scan(image)], encoding)
     if cohort is not None:
         kinds = clinical_kinds(encoding)
         records = read_cohort(cohort, need_outcome=False, clinical=kinds, need_clinical=False, on_fault="row")

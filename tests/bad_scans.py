@@ -106,12 +106,18 @@ def zeros_gzipped(gigabytes: int) -> bytes:
     return gzip.compress(bytes(2**26)) * (16 * gigabytes)
 
 
-def dicom(folder: Path, change: Callable[[int, pydicom.Dataset], None] | None = None, values=None, **kwargs) -> Path:
-    """A DICOM series; `change` edits each slice in the order of table positions, or deletes its `PixelData`."""
-    save_dicom(folder, block().clip(-1024) if values is None else values, (2.0, 2.0, 3.0), (0.0, 0.0, 0.0), **kwargs)
+def dicom(folder: Path, change: Callable[[int, pydicom.Dataset], None] | None = None, values=None) -> Path:
+    """A DICOM series; `change` edits each slice, the lowest first."""
+    if values is None:
+        values, spacing = block(), (2.0, 2.0, 3.0)
+    else:
+        spacing = (6.6, 6.6, 5.0)
+    folder.mkdir(parents=True)
+    save_dicom(folder, values.clip(-1024), spacing, (0.0, 0.0, 0.0))
     for i, path in enumerate(sorted(folder.iterdir(), reverse=True)):
         slice_ = pydicom.dcmread(path)
         slice_.PatientName, slice_.PatientID = "SECRET^NAME", "SECRET-ID"
+        slice_.SeriesInstanceUID = "1.2.826.0.1.3680043.8.498.1"
         if change:
             change(i, slice_)
         slice_.save_as(path)
@@ -669,21 +675,32 @@ def _(folder):
     return series
 
 
-@kind("DICOM: two slices with one SOPInstanceUID")
+@kind("good: DICOM whose slices share two SOPInstanceUIDs")
 def _(folder):
     def change(i, slice_):
-        if i in (4, 5):
-            slice_.SOPInstanceUID = slice_.file_meta.MediaStorageSOPInstanceUID = "1.2.826.0.1.3680043.8.498.1"
+        slice_.SOPInstanceUID = slice_.file_meta.MediaStorageSOPInstanceUID = f"1.2.826.0.1.3680043.8.498.{i % 2}"
 
-    return dicom(folder / "series", change)
+    return dicom(folder / "series", change, chest()[0])
 
 
-@kind("DICOM: every slice twice")
+@kind("good: DICOM with every slice twice, a named pipe, a text and a link to its own folder")
 def _(folder):
-    series = dicom(folder / "series")
+    series = dicom(folder / "series", values=chest()[0])
     for path in sorted(series.iterdir()):
         (series / f"copy_{path.name}").write_bytes(path.read_bytes())
+    os.mkfifo(series / "pipe.dcm")
+    (series / "loop").symlink_to(".")
+    (series / "readme.txt").write_text("not DICOM")
     return series
+
+
+@kind("DICOM: another slice at the place of one")
+def _(folder):
+    def change(i, slice_):
+        if i == 7:
+            slice_.ImagePositionPatient = [0, 0, 18]
+
+    return dicom(folder / "series", change)
 
 
 def _without(tag: str) -> Kind:
@@ -696,8 +713,13 @@ for tag in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "
 
 @kind("DICOM: two patients in a folder")
 def _(folder):
-    dicom(folder / "series")
-    return dicom(folder / "series", lambda i, slice_: setattr(slice_, "PatientID", "SECRET-ID-2"))
+    dicom(folder / "series" / "a")
+
+    def other(i, slice_):
+        slice_.PatientID, slice_.SeriesInstanceUID = "SECRET-ID-2", "1.2.826.0.1.3680043.8.498.2"
+
+    dicom(folder / "series" / "b", other)
+    return folder / "series"
 
 
 @kind("DICOM: two patients in one series")
@@ -727,18 +749,9 @@ def _(folder):
     return dicom(folder / "series", lambda i, slice_: setattr(slice_, "Modality", "MR"))
 
 
-@kind("DICOM: a named pipe among the slices")
+@kind("DICOM: localisers alone")
 def _(folder):
-    series = dicom(folder / "series")
-    os.mkfifo(series / "pipe.dcm")
-    return series
-
-
-@kind("DICOM: a link to its own folder among the slices")
-def _(folder):
-    series = dicom(folder / "series")
-    (series / "loop").symlink_to(".")
-    return series
+    return dicom(folder / "series", lambda i, slice_: setattr(slice_, "ImageType", ["ORIGINAL", "PRIMARY", "LOCALIZER"]))
 
 
 # --- tables: these stop a run before any scan is read --------------------------------------------------------------

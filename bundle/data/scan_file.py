@@ -10,7 +10,7 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 import itk
@@ -18,7 +18,7 @@ import nibabel as nib
 
 from bundle.errors import InputError
 
-__all__ = ["MOST_VOXELS", "check_scan_file"]
+__all__ = ["MOST_VOXELS", "check_scan_file", "check_size"]
 
 # 1024 x 1024 x 1024: four times a CT of 1000 slices of 512 x 512. As float32 that is 4 GiB, what one scan may take.
 MOST_VOXELS = 2**30
@@ -84,14 +84,22 @@ def check_scan_file(path: str | os.PathLike) -> None:
             claim = _nrrd(path, start)
         else:
             claim = _meta(path, start)
-        voxels = math.prod(claim.shape)
-        if min(claim.shape) < 1:
-            raise InputError(f"its header claims {_by(claim.shape)} voxels (expected at least 1 each way)")
-        if voxels > MOST_VOXELS:
-            raise InputError(f"its header claims {_by(claim.shape)} voxels (expected at most {MOST_VOXELS} in all)")
+        check_size(claim.shape)
         _check_voxels(claim)
     except OSError as error:
         raise InputError(f"cannot be opened: {error.strerror or error} {_EXPECTED}") from error
+
+
+def check_size(shape: Sequence[int]) -> None:
+    """Refuse a header that claims no voxels, or more than :data:`MOST_VOXELS`.
+
+    Raises:
+        InputError: without the name of the file.
+    """
+    if min(shape) < 1:
+        raise InputError(f"its header claims {_by(shape)} voxels (expected at least 1 each way)")
+    if math.prod(shape) > MOST_VOXELS:
+        raise InputError(f"its header claims {_by(shape)} voxels (expected at most {MOST_VOXELS} in all)")
 
 
 def _nifti(path: str, start: bytes) -> _Claim:

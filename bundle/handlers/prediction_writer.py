@@ -67,7 +67,7 @@ class PredictionWriter:
     """Write the files of an inference run as its scans come; a bad scan becomes a row that says why.
 
     Expects the output of :class:`~bundle.explain.maps.MapToHeatd` and :class:`~bundle.explain.maps.HeatToScand`, and
-    in the batch ``patient_id``, ``image`` (HU scaled to [0, 1]), ``lung`` and ``lung_mask_source``.
+    in the batch ``patient_id``, ``image`` (HU scaled to [0, 1]), ``lung``, ``lung_mask_source`` and ``notes``.
 
     Args:
         output_dir: folder for `predictions.csv`, `survival_curves.csv`, `report.html`, and `maps/` with a NIfTI and a
@@ -102,7 +102,8 @@ class PredictionWriter:
     def add(self, engine: Engine) -> None:
         for scan, output in zip(engine.state.batch, engine.state.output):
             patient_id, pmf = scan["patient_id"], output["pmf"].cpu()
-            row = prediction_row(patient_id, pmf) | {"message": self.imputed.get(patient_id, "")}
+            message = "; ".join(filter(None, [self.imputed.get(patient_id), scan.get("notes")]))
+            row = prediction_row(patient_id, pmf) | {"message": message}
             heat = output["scan_heat"].cpu()
             write_heat(self.output_dir / "maps" / f"{patient_id}_heat.nii.gz", heat, heat.affine)
             self.rows[patient_id] = row

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Hashable, Mapping
 
@@ -18,12 +17,11 @@ from monai.transforms import MapTransform
 from monai.utils import SpaceKeys, convert_to_tensor
 from torch import Tensor
 
+from bundle.data.dicom import read_dicom
 from bundle.data.scan_file import check_scan_file
 from bundle.errors import InputError
 
 __all__ = ["LoadCTd", "check_hu"]
-
-_log = logging.getLogger(__name__)
 
 _AIR_HU = -1024.0  # padding outside the field of view (-2048, -3024) becomes air
 _SPACING_MM = (0.1, 20.0)
@@ -67,8 +65,9 @@ class LoadCTd(MapTransform):
         patient = out.get("patient_id", "?")
         for key in self.keys:
             where = f"patient {patient}, {key} {out[key]}"
-            image = _read(out[key], where)
+            image = _read(out[key], where, out.get("series"))
             if self.hounsfield:
+                out["notes"] = image.meta.pop("notes")
                 if fault := check_hu(image):
                     raise InputError(f"{where}: {fault}")
                 image = image.clamp_min(_AIR_HU)
@@ -128,23 +127,28 @@ def check_hu(image: Tensor) -> str | None:
     return None
 
 
-def _read(path: str, where: str) -> MetaTensor:
-    """One volume as (1, D, H, W) float32 with its affine in RAS."""
+def _read(path: str, where: str, series: str | None = None) -> MetaTensor:
+    """One volume as (1, D, H, W) float32 with its affine in RAS, and notes on it in its metadata."""
     if not os.path.exists(path):
         raise InputError(f"{where}: does not exist (expected a scan)")
-    if not os.path.isdir(path):
+    notes: list[str] = []
+    if os.path.isdir(path):
+        array, affine, notes = read_dicom(path, where, series)
+    else:
         try:
             check_scan_file(path)
         except InputError as fault:
             raise InputError(f"{where}: {fault}") from fault
-    is_nifti = not os.path.isdir(path) and str(path).lower().endswith((".nii", ".nii.gz"))
-    reader = NibabelReader() if is_nifti else ITKReader(series_name=_largest_series(path, where))
-    try:
-        image = reader.read(path)
-        array, meta = reader.get_data(image)
-        array = np.asarray(array, dtype=np.float32)
-    except Exception as error:  # each reader has its own kinds
-        raise InputError(f"{where}: cannot be read, truncated or damaged (expected a whole scan)") from error
+        is_nifti = str(path).lower().endswith((".nii", ".nii.gz"))
+        reader = NibabelReader() if is_nifti else ITKReader()
+        try:
+            image = reader.read(path)
+            array, meta = reader.get_data(image)
+            array = np.asarray(array, dtype=np.float32)
+        except Exception as error:  # each reader has its own kinds
+            raise InputError(f"{where}: cannot be read, truncated or damaged (expected a whole scan)") from error
+        # MONAI lets pixdim overrule an sform that contradicts it; the standard, and every viewer, goes by the sform.
+        affine = nib.load(path).affine if is_nifti else meta["affine"]
 
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
@@ -156,8 +160,7 @@ def _read(path: str, where: str) -> MetaTensor:
     if not np.isfinite(array).all():
         raise InputError(f"{where}: {(~np.isfinite(array)).sum()} voxels are NaN or infinite (expected finite numbers)")
 
-    # MONAI lets pixdim overrule an sform that contradicts it; the standard, and every viewer, goes by the sform.
-    affine = np.asarray(nib.load(path).affine if is_nifti else meta["affine"], dtype=float)
+    affine = np.asarray(affine, dtype=float)
     if affine.shape != (4, 4) or not np.isfinite(affine).all():
         raise InputError(f"{where}: its affine is {_rows(affine)} (expected 4 x 4 finite numbers)")
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
@@ -171,38 +174,11 @@ def _read(path: str, where: str) -> MetaTensor:
     extent = spacing * array.shape
     if extent.prod() > _LARGEST_M3 * 1e9:
         raise InputError(f"{where}: it spans {_by(extent.round())} mm (expected at most {_LARGEST_M3:g} cubic metre)")
-    if os.path.isdir(path):
-        _check_slices(image, where)
 
     affine = torch.as_tensor(affine)
     meta = {"filename_or_obj": str(path), "space": SpaceKeys.RAS, "spatial_shape": np.asarray(array.shape)}
-    meta["original_affine"] = affine.clone()
+    meta |= {"original_affine": affine.clone(), "notes": "; ".join(notes)}
     return MetaTensor(torch.from_numpy(np.ascontiguousarray(array))[None], affine=affine, meta=meta)
-
-
-def _largest_series(folder: str, where: str) -> str:
-    """UID of the DICOM series with most slices; "" for a file."""
-    if not os.path.isdir(folder):
-        return ""
-    names = itk.GDCMSeriesFileNames.New()
-    # The same settings as MONAI's ITKReader has, so that the series have the same names.
-    names.SetUseSeriesDetails(True)
-    names.AddSeriesRestriction("0008|0021")
-    names.SetDirectory(str(folder))
-    slices = {uid: len(names.GetFileNames(uid)) for uid in names.GetSeriesUIDs()}
-    if not slices:
-        raise InputError(f"{where}: the folder holds no DICOM series (expected the slices of one scan)")
-    largest = max(slices, key=slices.get)
-    if len(slices) > 1:
-        _log.warning("%s: %d DICOM series; the one of %d slices is taken", where, len(slices), slices[largest])
-    return largest
-
-
-def _check_slices(image, where: str) -> None:
-    """Refuse a DICOM series with a gap: ITK would spread its slices evenly and misplace all of them."""
-    meta, key = image.GetMetaDataDictionary(), "ITK_non_uniform_sampling_deviation"
-    if meta.HasKey(key) and meta[key] > 0.1 * image.GetSpacing()[2]:
-        raise InputError(f"{where}: slices are up to {meta[key]:.1f} mm off an even spacing (expected none missing)")
 
 
 def _by(sizes) -> str:
