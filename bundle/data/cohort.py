@@ -18,7 +18,7 @@ import numpy as np
 
 from bundle.errors import InputError
 
-__all__ = ["IMAGE_SUFFIXES", "read_cohort", "single_scan", "split_cohort"]
+__all__ = ["IMAGE_SUFFIXES", "read_cohort", "read_table", "single_scan", "split_cohort"]
 
 IMAGE_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
 MASK_COLUMNS = ("lung_mask", "gt_mask", "confounder_mask")
@@ -72,7 +72,7 @@ def read_cohort(
         example = '{"age": "numeric", "sex": "categorical"}'
         raise InputError(f"clinical is {clinical} (expected each column with its kind, such as {example})")
     path = Path(path)
-    header, rows = _read_table(path)
+    header, rows = read_table(path)
     faults = _header_faults(header, need_outcome, clinical, need_clinical)
     if not rows:
         faults.append(f"row {_HEADER_LINE + 1}: the table has no rows (expected one row a scan)")
@@ -198,7 +198,7 @@ def split_cohort(
     return parts
 
 
-def _read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """Header and (line in the file, values) of each row that is not blank."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:

@@ -14,7 +14,7 @@ import math
 import os
 import re
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -45,8 +45,8 @@ _OFF_STEP = 0.1  # of the slice spacing: what a position may be off
 _TILT_DEGREES = 0.5  # less moves the ends of a chest by 2 mm
 _LUNGS_MM = 200.0  # a shorter stack doesn't hold the lungs of an adult
 _FINE_MM = 1.0  # thinner slices gain nothing
-_CHEST = re.compile(r"chest|thora|torax|lung|pulmo|brust|poumon", re.IGNORECASE)
-_ELSEWHERE = re.compile(r"abd|pelvi|head|brain|skull|neck|spine|knee|hip|leg|foot|arm|heart|cardiac", re.IGNORECASE)
+_CHEST = re.compile("chest|thora|torax", re.IGNORECASE)  # not lung, which names kernels too
+_ELSEWHERE = re.compile("abd|pelvi|head|brain|skull|neck|spine|knee|hip|leg|foot|arm|heart|cardiac", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,11 @@ class Series:
         return math.degrees(math.acos(min(1.0, cosine)))
 
     @property
+    def tilted(self) -> bool:
+        """Whether slices advance so far off their normal that the volume is sheared."""
+        return self.tilt > _TILT_DEGREES
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Voxels: columns, rows, positions."""
         return self.columns, self.rows, len(self.places)
@@ -131,9 +136,7 @@ class Series:
         affine = np.eye(4)
         affine[:3, 0] = np.array(self.orientation[:3]) * self.spacing[1]
         affine[:3, 1] = np.array(self.orientation[3:]) * self.spacing[0]
-        affine[:3, 2] = self.step
-        if self.tilt <= _TILT_DEGREES:
-            affine[:3, 2] = self.normal * np.linalg.norm(self.step)
+        affine[:3, 2] = self.step if self.tilted else self.normal * np.linalg.norm(self.step)
         affine[:3, 3] = self.places[0][0].position
         return _LPS_TO_RAS @ affine
 
@@ -285,16 +288,18 @@ def choose_series(stacks: Sequence[Series], where: str, uid: str | None = None) 
     if uid is not None:
         found = [s for s in stacks if s.uid == uid]
         if not found:
-            have = "; ".join(map(str, stacks)) or "none"
+            have = ", ".join(sorted({s.uid for s in stacks})[:8]) or "none"
             raise InputError(f"{where}: there is no DICOM series {uid} (found: {have})")
         stacks = found
     if not stacks:
         raise InputError(f"{where}: the folder holds no DICOM series (expected the slices of one scan)")
     fit = sorted((s for s in stacks if not s.unfit), key=lambda s: (tuple(s.merits.values()), s.uid), reverse=True)
     if not fit:
-        listed = "; ".join(f"{s}: {s.unfit}" for s in stacks[:8])
-        more = f"; and {len(stacks) - 8} more" if len(stacks) > 8 else ""
-        raise InputError(f"{where}: no CT volume among the DICOM files (found {listed}{more})")
+        for stack in stacks:
+            _log.info("%s: %s: %s", where, stack, stack.unfit)
+        reasons = Counter(s.unfit for s in stacks).most_common()
+        listed = "; ".join(f"{_count(n, 'series')}: {reason}" for reason, n in reasons[:8])
+        raise InputError(f"{where}: no CT volume among the DICOM files ({listed})")
     if uid is None and len({s.patient for stack in fit for s in stack.slices} - {""}) > 1:
         raise InputError(f"{where}: the folder holds scans of several patients (expected one; or name one with --series)")
 
@@ -357,7 +362,7 @@ def read_dicom(folder: str | os.PathLike, where: str, uid: str | None = None) ->
     if array.shape != series.shape:
         raise InputError(f"{where}: pixels are {array.shape}, headers say {series.shape} (expected the same)")
     affine = series.affine
-    if series.tilt > _TILT_DEGREES:
+    if series.tilted:
         notes.append(f"gantry tilt of {series.tilt:.1f} degrees straightened by resampling")
         image = straighten(array, affine)
         array, affine = image[0].numpy(), image.affine.numpy()
@@ -534,4 +539,4 @@ def _orthonormal(orientation: Sequence[float]) -> bool:
 
 
 def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+    return f"{number} {what}{'' if number == 1 or what == 'series' else 's'}"
