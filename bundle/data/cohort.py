@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ KINDS = ("numeric", "categorical")
 
 _CONTRACT = ("patient_id", "image", "time", "event", *MASK_COLUMNS, "split", "fold")
 _HEADER_LINE = 1
+_ID_BYTES = 200  # names of files may have 255, and more is added to an id
 _log = logging.getLogger(__name__)
 
 
@@ -80,12 +82,19 @@ def read_cohort(
     records: list[dict] = []
     scan_faults: list[str] = []
     scans_of: dict[str, list[tuple[int, dict]]] = {}
+    spelling: dict[str, tuple[int, str]] = {}
     for line, values in rows:
         if len(values) != len(header):
             faults.append(f"row {line}: {len(values)} values (expected {len(header)}, as in the header)")
             continue
         row = dict(zip(header, (value.strip() for value in values)))
         record, wrong = _check_row(row, need_outcome, clinical, tmax)
+        patient = row.get("patient_id", "")
+        # Files are named after ids, and some file systems take names for the same that differ by case or Unicode form.
+        first, known = spelling.setdefault(unicodedata.normalize("NFC", patient).casefold(), (line, patient))
+        if patient != known:
+            alike = f"{patient!r} is {known!r} of row {first} in another case or Unicode form"
+            wrong.append(f"column patient_id: {alike} (expected one spelling)")
         for column in ("image", *MASK_COLUMNS):
             if row.get(column):
                 record[column] = os.path.abspath(path.parent / Path(row[column]).expanduser())
@@ -253,7 +262,7 @@ def _check_row(
             return None
 
     if "patient_id" in row:
-        expected = "a name without / \\ .. or control characters, as files are named after it"
+        expected = f"a name of up to {_ID_BYTES} bytes without / \\ .. or control characters, as files are named after it"
         record["patient_id"] = parse("patient_id", _patient_id, expected)
     if row.get("image") == "":
         wrong.append("column image: empty (expected a file or a DICOM folder)")
@@ -307,7 +316,8 @@ def _name_scans(scans_of: dict[str, list[tuple[int, dict]]]) -> list[str]:
 
 
 def _patient_id(text: str) -> str:
-    if not text or ".." in text or text == "." or any(c in "/\\" or not c.isprintable() for c in text):
+    too_long = len(text.encode()) > _ID_BYTES
+    if not text or too_long or ".." in text or text == "." or any(c in "/\\" or not c.isprintable() for c in text):
         raise ValueError
     return text
 
@@ -361,9 +371,10 @@ def _file_fault(path: str, folder: bool) -> str | None:
     if os.path.isdir(path):
         return None if folder else f"{path} is a folder (expected {expected})"
     if not os.path.exists(path):
-        return f"{path} does not exist (expected {expected})"
+        what = "is a symbolic link that leads nowhere" if os.path.islink(path) else "does not exist"
+        return f"{path} {what} (expected {expected})"
     if not path.lower().endswith(IMAGE_SUFFIXES):
-        return f"{path} cannot be read (expected {expected})"
+        return f"{path} has the suffix '{Path(path).suffix}' (expected {expected})"
     return None
 
 

@@ -102,6 +102,13 @@ class EventSampler(Sampler[int]):
         return iter(place.argsort(stable=True).tolist())
 
 
+def _unforeseen(patient: str, error: BaseException) -> str:
+    """One sentence on an error that no check foresaw: the first, as MONAI's around it say no more than where."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"patient {patient}: {type(error).__name__} while reading or preprocessing: {' '.join(str(error).split())}"
+
+
 class ScanStream(IterableDataset):
     """Scans one after the other; a bad one is noted in `faults`, (patient_id, sentence), and the next one comes.
 
@@ -124,7 +131,7 @@ class ScanStream(IterableDataset):
                 item = self.transform(record)
             except Exception as e:  # one scan's failure, of whatever kind, must not end the run
                 fault = input_error_of(e)
-                sentence = str(fault) if fault else f"{type(e).__name__} while reading or preprocessing: {e}"
+                sentence = str(fault) if fault else _unforeseen(record["patient_id"], e)
                 self.faults.append((record["patient_id"], sentence))
                 logger.warning(sentence)
                 continue
