@@ -4,13 +4,14 @@
 
 from .grid_shift import GridShiftInferer
 from .heat import patch_heat, to_voxels
-from .maps import EnsembleToHeatd, HeatToScand, MapToHeatd, to_scan_space
+from .maps import EnsembleToHeatd, HeatToScand, MapToHeatd, mask_to_scan_space, to_scan_space
 
 __all__ = [
     "EnsembleToHeatd",
     "GridShiftInferer",
     "HeatToScand",
     "MapToHeatd",
+    "mask_to_scan_space",
     "patch_heat",
     "to_scan_space",
     "to_voxels",

@@ -14,14 +14,16 @@ import numpy as np
 import pandas as pd
 import torch
 from ignite.engine import Engine, Events
+from monai.data import MetaTensor
 
 from bundle.data.datasets import ScanStream
 from bundle.errors import InputError
+from bundle.explain import mask_to_scan_space
 from bundle.report import failed_section, patient_section, write_report
 from bundle.report.pictures import heat_figure, png
 from bundle.survival.readout import death_by, mean_months, quantile_months, survival_curve
 
-__all__ = ["PredictionWriter", "prediction_row", "write_heat"]
+__all__ = ["PredictionWriter", "prediction_row", "write_heat", "write_lung"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +60,17 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_heat(path: Path, heat: torch.Tensor, affine: torch.Tensor) -> None:
     """Write heat (1, D, H, W) as NIfTI with the scan's affine (RAS, mm)."""
-    image = nib.Nifti1Image(np.asarray(heat[0], dtype=np.float32), np.asarray(affine, dtype=np.float64))
+    _write_nifti(path, np.asarray(heat[0], dtype=np.float32), affine)
+
+
+def write_lung(path: Path, lung: MetaTensor, image: MetaTensor) -> None:
+    """Write the mask (1, D, H, W) on the grid of the file that `image` was loaded from, as uint8 NIfTI."""
+    affine = image.meta["original_affine"]
+    _write_nifti(path, mask_to_scan_space(lung, affine, image.meta["spatial_shape"]), affine)
+
+
+def _write_nifti(path: Path, voxels: np.ndarray, affine: torch.Tensor) -> None:
+    image = nib.Nifti1Image(voxels, np.asarray(affine, dtype=np.float64))
     image.header.set_xyzt_units("mm")
     write_atomically(path, image.to_filename)
 
@@ -71,7 +83,7 @@ class PredictionWriter:
 
     Args:
         output_dir: folder for `predictions.csv`, `survival_curves.csv`, `report.html`, and `maps/` with a NIfTI and a
-            picture of each scan.
+            picture of each scan, and the lung mask that was used, unless that is "none".
         stream: the dataset, which knows the scans that failed.
         settings: of the weights, shown in the report.
         horizon: of the heat, months.
@@ -106,6 +118,8 @@ class PredictionWriter:
             row = prediction_row(patient_id, pmf) | {"message": message}
             heat = output["scan_heat"].cpu()
             write_heat(self.output_dir / "maps" / f"{patient_id}_heat.nii.gz", heat, heat.affine)
+            if scan["lung_mask_source"] != "none":
+                write_lung(self.output_dir / "maps" / f"{patient_id}_lung.nii.gz", scan["lung"], scan["image"])
             self.rows[patient_id] = row
             self.curves[patient_id] = survival_curve(pmf).numpy()
             low, high = self.hu_window
