@@ -14,6 +14,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
+from bundle.files import write_atomically
 from bundle.metrics.survival import c_index
 from bundle.networks.severity import minkowski_functionals
 from bundle.settings import file_sha256, settings_file, write_json
@@ -120,6 +122,15 @@ TESTS: dict[str, dict] = {
     "size_96": {"phantoms": {"size": 96}},
 }
 
+RUNNING: set[subprocess.Popen] = set()  # what Runners of this process have started
+
+
+def end_by_sigterm(number: int, frame: object) -> None:
+    """SIGTERM ends what the sweep has started, then the sweep; the same command goes on."""
+    for process in list(RUNNING):
+        process.terminate()
+    os._exit(128 + number)  # the threads of a pool would be waited for
+
 
 class Runner:
     """Phantoms, trainings and evaluations in a folder of work; what is there already is not made again."""
@@ -140,8 +151,11 @@ class Runner:
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "a") as f:
             command = [sys.executable, "-m", *args]
-            done = subprocess.run(command, stdout=f, stderr=subprocess.STDOUT, env=self.environment)
-        if done.returncode:
+            process = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, env=self.environment)
+            RUNNING.add(process)
+            code = process.wait()
+            RUNNING.discard(process)
+        if code:
             raise RuntimeError(f"{' '.join(args)} failed:\n{log.read_text()[-2000:]}")
 
     def phantoms(self, complexity: int, num: int, seed: int, options: dict) -> Path:
@@ -168,7 +182,7 @@ class Runner:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     volume = nib.load(source)
                     nib.save(nib.Nifti1Image(TESTS[test]["move"](np.asarray(volume.dataobj)), volume.affine), target)
-                shutil.copy(phantoms / "cohort.csv", folder / "cohort.csv")
+                write_atomically(folder / "cohort.csv", lambda p: shutil.copy(phantoms / "cohort.csv", p))
         return folder
 
     def train(self, complexity: int, variant: str, train_scans: int, seed: int) -> tuple[Path, int]:
@@ -187,7 +201,7 @@ class Runner:
             order = np.random.default_rng(seed).permutation(len(cohort))
             cohort[["time", "event"]] = cohort[["time", "event"]].to_numpy()[order]
         table = phantoms / f"split_{variant}.csv"
-        cohort.to_csv(table, index=False)
+        write_atomically(table, lambda p: cohort.to_csv(p, index=False))
         config = ["configs/train.json"] + ([] if complexity == 9 else ["configs/cohort/phantom.json"])
         config += [overrides.pop("config")] if "config" in overrides else []
         start = time.time()
@@ -198,7 +212,7 @@ class Runner:
             log=folder / "log.txt",
         )
         shutil.rmtree(folder / "cache")
-        done.write_text(str(round(time.time() - start)))
+        write_atomically(done, lambda p: p.write_text(str(round(time.time() - start))))
         return folder, int(done.read_text())
 
     def row(self, complexity: int, variant: str, train_scans: int, seed: int, test: str) -> dict:
@@ -320,16 +334,14 @@ def order(row: dict) -> tuple:
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
-    """Write the whole table to a temporary name, then rename."""
+    """Write the whole table."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     for row in sorted(rows, key=order):
         writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text.getvalue())
-    os.replace(temporary, path)
+    write_atomically(path, lambda p: p.write_text(text.getvalue()))
 
 
 def markdown(rows: list[dict]) -> str:
@@ -360,14 +372,12 @@ def markdown(rows: list[dict]) -> str:
 
 
 def renew_table(page: Path, rows: list[dict]) -> None:
-    """Put the table between the two marks of the page, under a temporary name, then rename."""
+    """Put the table between the two marks of the page."""
     before, mark, rest = page.read_text().partition("<!-- table -->\n")
     _, end, after = rest.partition("<!-- end of table -->\n")
     if not (mark and end):
         raise SystemExit(f"error: {page} lacks the marks <!-- table --> and <!-- end of table -->.")
-    temporary = page.with_name(f".{page.name}.tmp")
-    temporary.write_text(before + mark + markdown(rows) + end + after)
-    os.replace(temporary, page)
+    write_atomically(page, lambda p: p.write_text(before + mark + markdown(rows) + end + after))
 
 
 def rows_of_threads(work: Path, test_scans: int, todo: list[tuple], jobs: int) -> Iterator[dict | Exception]:
@@ -456,6 +466,7 @@ def main() -> None:
     wanted = [(c, v, args.train_scans, s, t) for s in args.seeds for c, v in pairs for t in args.tests]
     todo = [key for key in wanted if tuple(map(str, key)) not in done]
     work, failed = args.work.resolve(), 0
+    signal.signal(signal.SIGTERM, end_by_sigterm)
     with tqdm(total=len(wanted), initial=len(wanted) - len(todo)) as bar:
         for row in ENGINES[args.engine](work, args.test_scans, todo, args.jobs) if todo else ():
             if isinstance(row, Exception):
