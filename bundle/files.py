@@ -31,7 +31,7 @@ class DamagedFile(Exception):
 def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
     """Call `write` with a temporary name of the same suffix beside `path`, flush to disk, rename.
 
-    A kill, or a loss of power, at any moment leaves the old file or the new one.
+    A kill, or a loss of power, at any moment leaves the old file or the new one. The folder is made if it isn't there.
 
     Raises:
         InputError: the disk is full, or the folder can't be written.
@@ -39,13 +39,14 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
     path = Path(path)
     temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         _flush(temporary)
         os.replace(temporary, path)
     except OSError as e:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise InputError(f"could not write {path} ({e.strerror}); free space or choose another folder.") from e
+        raise InputError(f"{path} can't be written: {e.strerror}; expected a folder with room to write.") from e
     with contextlib.suppress(OSError):  # not every file system can flush a folder
         _flush(path.parent)
 

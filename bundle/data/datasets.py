@@ -145,14 +145,15 @@ class ScanCache(PersistentDataset):
             except DamagedFile as e:
                 logger.warning(f"{e}; it is made anew.")
         if cached is None:
-            cached = self._encode(self._pre_transform({k: v for k, v in record.items() if k != "cache_key"}))
+            cached = self.preprocess(record)
             save_checked(cached, path)
         image = cached["image"].float() / LEVELS
         kept = {key: record[key] for key in KEPT if key in record}
         return {**kept, **cached, "image": image, "lung": cached["lung"].float()}
 
-    @staticmethod
-    def _encode(item: dict) -> dict:
+    def preprocess(self, record: dict) -> dict:
+        """What the cache holds of a record, made from its source."""
+        item = self._pre_transform({k: v for k, v in record.items() if k != "cache_key"})
         item = convert_to_tensor({key: item[key] for key in CACHED}, convert_numeric=False, track_meta=False)
         image, lung = item["image"], item["lung"]
         if not (0 <= image.min() and image.max() <= 1 and bool(((lung == 0) | (lung == 1)).all())):
