@@ -25,16 +25,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
+os.environ["OMP_NUM_THREADS"] = "1"  # the same everywhere, before torch looks
 
-import bundle.workflow  # noqa: F401  what the jobs import, so that their forks needn't
-import monai.bundle  # noqa: F401
-import scripts.preprocess  # noqa: F401
-from bundle.settings import file_sha256
-from scripts import make_phantoms, sweep
+import monai.bundle  # noqa: E402, F401  what the jobs import, so that their forks needn't
+import pandas as pd  # noqa: E402
+
+import bundle.workflow  # noqa: E402, F401
+from bundle.settings import file_sha256  # noqa: E402
+from scripts import make_phantoms, preprocess, sweep  # noqa: E402, F401
 
 TRAIN = ["configs/train.json", "configs/cohort/phantom.json"]
-TINY = {"network_def#dim": 16, "network_def#num_heads": 2, "max_epochs": 5, "val_interval": 1}
+TINY = {"network_def#dim": 16, "network_def#num_heads": 2, "max_epochs": 4, "val_interval": 1}
 KILLS_A_RUN = 3
 
 
@@ -65,7 +66,7 @@ class Sweep(Job):
     """A sweep of a variant so small that it ends; the seconds of a training aren't compared."""
 
     def run(self, folder: Path) -> None:
-        sweep.VARIANTS["tiny"] = {**TINY, "phantoms": {"size": 20}}
+        sweep.VARIANTS["tiny"] = {**TINY, "phantoms": {"size": 16}}
         page = folder / "page.md"
         if not page.is_file():
             folder.mkdir(parents=True, exist_ok=True)
@@ -149,7 +150,7 @@ def jobs(work: Path) -> list[Job]:
         where = ["--cohort", cohort, "--ckpt_dir", str(folder), "--output_dir", str(folder)]
         return ["monai.bundle", "run", "--config_file", str([*TRAIN, *objective]), *where, *small]
 
-    def preprocess(folder: Path) -> list[str]:
+    def prepare(folder: Path) -> list[str]:
         return ["scripts.preprocess", "--cohort", cohort, "--cache_dir", str(folder), "--config_file", *TRAIN, "--jobs", "2"]
 
     def infer(folder: Path) -> list[str]:
@@ -166,7 +167,7 @@ def jobs(work: Path) -> list[Job]:
     return [
         Job("training", train, weights),
         Job("training, Cox with memory, a loading process, early stopping", lambda f: train(f, *memory) + workers, weights),
-        Job("preprocessing, two processes", preprocess, ("*.pt",)),
+        Job("preprocessing, two processes", prepare, ("*.pt",)),
         Job("inference", infer, ("predictions.csv", "survival_curves.csv", "report.html", "maps/*", "done/*")),
         Sweep("sweep", swept, ()),
     ]
@@ -190,6 +191,7 @@ def kill_and_compare(job: Job, kills: int, alone: dict[str, str], seconds: float
                 raise SystemExit(f"error: {job.name} ended with {code}:\n{log.read_text()[-3000:]}")
             here += 1
         found = job.found(folder)
+        print(f"{job.name}: {here} kills", file=sys.stderr, flush=True)
         wrong = sorted(name for name in alone.keys() | found.keys() if alone.get(name) != found.get(name))
         if wrong:
             print(f"{job.name}: {', '.join(wrong)} differ after {here} kills in {folder}", flush=True)
@@ -211,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as temporary:
         work = (args.work or Path(temporary)).resolve()
-        make_phantoms.main(["--complexity", "2", "--num", "10", "--size", "20", "--out", str(work / "phantoms")])
+        make_phantoms.main(["--complexity", "2", "--num", "10", "--size", "16", "--out", str(work / "phantoms")])
         passed = total = 0
         print("| job | kills | same as uninterrupted |\n|---|---|---|", flush=True)
         for job in jobs(work):

@@ -88,8 +88,7 @@ class PredictionWriter:
         self.horizon = horizon
         self.hu_window = hu_window
         self.options = [settings, horizon, describe([hu_window, options])]
-        self.keys: dict[str, str] = {}
-        self.imputed = {r["patient_id"]: r["imputed"] for r in stream.data if "imputed" in r}
+        self.scans = {r["patient_id"]: r for r in stream.data}
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)
@@ -105,29 +104,26 @@ class PredictionWriter:
             maps / f"{patient_id}_heat.png",
         )
 
-    def key(self, record: dict) -> str:
-        """What the map of a scan depends on, as SHA-256; empty for a scan that can't be read, of which the stream tells."""
-        try:
-            digests = {name: content_digest(record[name]) for name in ("image", "lung_mask") if record.get(name)}
-        except OSError:
-            return ""
-        content = [self.options, digests, record.get("clinical"), record.get("imputed")]
+    def key(self, patient_id: str) -> str:
+        """What the map of a scan depends on, as SHA-256."""
+        scan = self.scans[patient_id]
+        digests = {name: content_digest(scan[name]) for name in ("image", "lung_mask") if scan.get(name)}
+        content = [self.options, digests, scan.get("clinical"), scan.get("imputed")]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def is_done(self, patient_id: str) -> bool:
         record, *files = self.files(patient_id)
         try:
             found = json.loads(record.read_text())
-            return found["key"] == self.keys[patient_id] and found["sha256"] == [file_sha256(f) for f in files]
-        except (OSError, ValueError, KeyError, TypeError):
+            return found["key"] == self.key(patient_id) and found["sha256"] == [file_sha256(f) for f in files]
+        except (OSError, ValueError, KeyError, TypeError):  # not there, torn, or a scan that can't be read any more
             return False
 
     def start(self, engine: Engine) -> None:
         for folder in (self.output_dir, self.output_dir / "maps", self.output_dir / "done"):
             folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder)
-        self.keys = {r["patient_id"]: self.key(r) for r in self.stream.data if not r.get("fault")}
-        self.stream.done = {patient_id for patient_id, key in self.keys.items() if key and self.is_done(patient_id)}
+        self.stream.done = {p for p, scan in self.scans.items() if not scan.get("fault") and self.is_done(p)}
         if self.stream.done:
             logger.info(f"{len(self.stream.done)} of {len(self.stream.data)} scans are done already in {self.output_dir}.")
 
@@ -135,7 +131,7 @@ class PredictionWriter:
         for scan, output in zip(engine.state.batch, engine.state.output):
             patient_id, pmf = scan["patient_id"], output["pmf"].cpu()
             record, *files = self.files(patient_id)
-            row = prediction_row(patient_id, pmf) | {"message": self.imputed.get(patient_id, "")}
+            row = prediction_row(patient_id, pmf) | {"message": self.scans[patient_id].get("imputed", "")}
             heat = output["scan_heat"].cpu()
             write_heat(files[0], heat, heat.affine)
             low, high = self.hu_window
@@ -143,7 +139,7 @@ class PredictionWriter:
             spacing = tuple(float(mm) for mm in scan["image"].pixdim)
             picture = png(heat_figure(hu, np.asarray(output["heat"].cpu()[0]), spacing, self.horizon))
             write_atomically(files[1], lambda p: p.write_bytes(picture))
-            done = {"key": self.keys[patient_id], "sha256": [file_sha256(f) for f in files], "row": row}
+            done = {"key": self.key(patient_id), "sha256": [file_sha256(f) for f in files], "row": row}
             done |= {"pmf": pmf.tolist(), "risk": float(heat.sum()), "lung_mask_source": scan["lung_mask_source"]}
             write_json(record, done)
             logger.info(

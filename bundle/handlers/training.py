@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
+import ignite.distributed as idist
 import torch
 from filelock import FileLock, Timeout
 from ignite.engine import Engine, Events
@@ -195,7 +196,7 @@ class RunCheckpoint:
                     logger.warning(f"{e}; going back to the epoch before.")
                     continue
                 for worse in damaged:
-                    worse.unlink()  # lest it becomes the previous one
+                    worse.unlink(missing_ok=True)  # lest it becomes the previous one
                 return state
         if damaged:
             names = " and ".join(map(str, damaged))
@@ -204,8 +205,9 @@ class RunCheckpoint:
 
     def load(self, engine: Engine) -> None:
         """Prepare the folder, and go on where a run of the same settings stopped."""
-        self.lock()
-        remove_leftovers(self.ckpt_dir)
+        if idist.get_rank() == 0:
+            self.lock()
+            remove_leftovers(self.ckpt_dir)
         if not self.resume:
             for name in ("last.pt", "previous.pt"):
                 (self.ckpt_dir / name).unlink(missing_ok=True)
