@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 
 from bundle.data.cohort import patient_of
 from bundle.errors import InputError
+from bundle.files import write_atomically
 
 __all__ = [
     "differences",
@@ -42,11 +42,8 @@ def patient_digest(patient_id: str) -> str:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON to a temporary name beside `path`, then rename."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Write JSON, whole or not at all."""
+    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
 
 
 def training_settings(

@@ -26,7 +26,6 @@ import csv
 import json
 import shlex
 import shutil
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +46,7 @@ from bundle.settings import differences, file_sha256, write_json
 from bundle.survival import OBJECTIVES
 from bundle.workflow import flag, make_folder
 
-from .jobs import locked, run_jobs, run_module, threads_of, write_text
+from .jobs import end_on_sigterm, locked, run_jobs, run_module, threads_of, write_text
 
 BASELINES = ("clinical_only", "image_only")
 OWN = ("cohort", "fold", "split", "ckpt_dir", "output_dir", "resume", "seed", "objective", "ckpt", "maps_dir")
@@ -485,5 +484,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended, too
+    end_on_sigterm()
     main()

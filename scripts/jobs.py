@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +18,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-__all__ = ["locked", "run_jobs", "run_module", "threads_of", "write_text"]
+from bundle.files import write_atomically
+
+__all__ = ["end_on_sigterm", "locked", "run_jobs", "run_module", "threads_of", "write_text"]
 
 _running: set[subprocess.Popen] = set()
 
@@ -99,8 +102,10 @@ def run_jobs(call: Callable[..., Any], todo: Iterable[tuple], jobs: int) -> Iter
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file to a temporary name, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    """Write a file of text whole or not at all; its folder is made."""
+    write_atomically(path, lambda p: p.write_text(text))
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM, a cluster's preemption, end :func:`run_jobs` as an interrupt does: what runs saves and ends, too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

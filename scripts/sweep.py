@@ -27,12 +27,13 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from bundle.data.phantoms import PhantomParams
+from bundle.files import write_atomically
 from bundle.metrics.survival import c_index
 from bundle.networks.severity import minkowski_functionals
 from bundle.settings import file_sha256, settings_file, write_json
 from bundle.survival import OBJECTIVES
 
-from .jobs import run_jobs, run_module, threads_of, write_text
+from .jobs import end_on_sigterm, run_jobs, run_module, threads_of, write_text
 
 KEY = ["complexity", "size", "variant", "train_scans", "seed", "test"]
 SURVIVAL = ["c_index", "integrated_brier", "mae_events", "correlation", "mean_time_censored"]
@@ -121,7 +122,6 @@ TESTS: dict[str, dict] = {
     "size_96": {"phantoms": {"size": 96}},
 }
 
-
 def usual_size(complexity: int) -> int:
     """Voxels a side of a phantom, unless another size is asked for."""
     return 96 if complexity == 9 else PhantomParams.size
@@ -176,7 +176,7 @@ class Runner:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     volume = nib.load(source)
                     nib.save(nib.Nifti1Image(TESTS[test]["move"](np.asarray(volume.dataobj)), volume.affine), target)
-                shutil.copy(phantoms / "cohort.csv", folder / "cohort.csv")
+                write_atomically(folder / "cohort.csv", lambda p: shutil.copy(phantoms / "cohort.csv", p))
         return folder
 
     def train(self, complexity: int, size: int, variant: str, train_scans: int, seed: int) -> tuple[Path, int]:
@@ -195,7 +195,7 @@ class Runner:
             order = np.random.default_rng(seed).permutation(len(cohort))
             cohort[["time", "event"]] = cohort[["time", "event"]].to_numpy()[order]
         table = phantoms / f"split_{variant}.csv"
-        cohort.to_csv(table, index=False)
+        write_atomically(table, lambda p: cohort.to_csv(p, index=False))
         config = ["configs/train.json"] + ([] if complexity == 9 else ["configs/cohort/phantom.json"])
         config += [overrides.pop("config")] if "config" in overrides else []
         start = time.time()
@@ -206,7 +206,7 @@ class Runner:
             log=folder / "log.txt",
         )
         shutil.rmtree(folder / "cache")
-        done.write_text(str(round(time.time() - start)))
+        write_atomically(done, lambda p: p.write_text(str(round(time.time() - start))))
         return folder, int(done.read_text())
 
     def row(self, complexity: int, size: int, variant: str, train_scans: int, seed: int, test: str) -> dict:
@@ -479,6 +479,7 @@ def main(prog: str = "scripts.sweep", about: str | None = __doc__, layout: Calla
     wanted = [(*w, args.train_scans, s, t) for s in args.seeds for w in what for t in args.tests]
     todo = [key for key in wanted if tuple(map(str, key)) not in done]
     work, failed = args.work.resolve(), 0
+    end_on_sigterm()
     with tqdm(total=len(wanted), initial=len(wanted) - len(todo)) as bar:
         for row in ENGINES[args.engine](work, args.test_scans, todo, args.jobs) if todo else ():
             if isinstance(row, Exception):

@@ -16,7 +16,7 @@ import ignite.distributed as idist
 from ignite.engine import Engine, Events
 from monai.metrics.metric import CumulativeIterationMetric
 
-from ..errors import InputError
+from ..files import write_atomically
 
 __all__ = ["MetricsWriter", "format_metrics_table", "merge_rows"]
 
@@ -70,10 +70,12 @@ class MetricsWriter:
         summary = {**self.extra, **{name: metric.aggregate() for name, metric in self.metrics.items()}}
         rows = merge_rows([metric.rows() for metric in self.metrics.values()])
         curves = [row for metric in self.metrics.values() if hasattr(metric, "curves") for row in metric.curves()]
-        _write(self.output_dir / "metrics.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-        _write(self.output_dir / "metrics_per_scan.csv", _csv(rows, FIRST_COLUMNS))
+        texts = {"metrics.json": json.dumps(summary, indent=2, allow_nan=False) + "\n"}
+        texts["metrics_per_scan.csv"] = _csv(rows, FIRST_COLUMNS)
         if curves:
-            _write(self.output_dir / "survival_curves.csv", _csv(curves, ()))
+            texts["survival_curves.csv"] = _csv(curves, ())
+        for name, text in texts.items():
+            write_atomically(self.output_dir / name, lambda p: p.write_text(text))
 
 
 def merge_rows(tables: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -98,21 +100,6 @@ def _csv(rows: list[dict[str, Any]], first: Sequence[str]) -> str:
     # Seven digits: what a float32 holds.
     writer.writerows({k: f"{v:.7g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     return text.getvalue()
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a whole file or leave what was there."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text)
-        os.replace(part, path)
-    except OSError as error:
-        try:
-            part.unlink(missing_ok=True)
-        except OSError:
-            pass  # the folder itself can't be written, so nothing was left there
-        raise InputError(f"{path} can't be written: {error.strerror}; expected a folder with room to write.") from error
 
 
 def format_metrics_table(metrics: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ import wandb
 from ignite.engine import Engine, Events
 from tqdm import tqdm
 
-from .prediction_writer import write_atomically
+from bundle.files import write_atomically
 
 __all__ = ["HistoryWriter", "Progress", "WandbHandler"]
 
