@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import IterationEvents
@@ -92,7 +93,7 @@ class RunCheckpoint:
     After every epoch `last.pt` holds network, objective, optimizer, scheduler, epoch and best metric; whenever the
     validation metric is at its best `model.pt` holds the network's plain state dict and `settings.json` its settings
     with the SHA-256 of the weights. After the last epoch the best weights go through `finish`. Every file is written
-    under another name and renamed. MONAI's `CheckpointSaver` writes in place, which a kill in the wrong moment turns
+    under another name and renamed, by the first of several processes. MONAI's `CheckpointSaver` writes in place, which a kill in the wrong moment turns
     into a torn file.
 
     Args:
@@ -149,8 +150,11 @@ class RunCheckpoint:
     def load(self, engine: Engine) -> None:
         """Prepare the folder, and go on where a run of the same settings stopped."""
         last = self.ckpt_dir / "last.pt"
-        if not (self.resume and last.is_file()):
-            last.unlink(missing_ok=True)
+        found = self.resume and last.is_file()
+        idist.barrier()  # every process has looked
+        if not found:
+            if idist.get_rank() == 0:
+                last.unlink(missing_ok=True)
             return
         state = torch.load(last, map_location="cpu", weights_only=True)
         changed = differences(state["settings"], self.settings)
@@ -195,12 +199,16 @@ class RunCheckpoint:
             self.end(engine)
 
     def save_model(self, objective: dict) -> None:
+        if idist.get_rank() != 0:
+            return
         model = self.ckpt_dir / "model.pt"
         save_atomically(self.objects["network"].state_dict(), model)
         changes = {"objective": objective, "weights_sha256": file_sha256(model)}
         write_json(settings_file(model), {**self.settings, **changes})
 
     def save_state(self, engine: Engine, finished: bool) -> None:
+        if idist.get_rank() != 0:
+            return
         state = {name: target.state_dict() for name, target in self.objects.items()}
         state.update(settings=self.settings, epoch=engine.state.epoch, iteration=engine.state.iteration)
         state.update(best=self.best, best_epoch=self.best_epoch, best_objective=self.best_objective, finished=finished)
@@ -209,8 +217,10 @@ class RunCheckpoint:
     def end(self, engine: Engine) -> None:
         """The best weights, finished."""
         model = self.ckpt_dir / "model.pt"
+        idist.barrier()  # the first process has written it
         if self.finish is not None and model.is_file():
             best = torch.load(model, map_location="cpu", weights_only=True)
+            idist.barrier()  # every process has read it
             self.objects["network"].load_state_dict(best)
             self.save_model(self.finish(self.best_objective))
         self.save_state(engine, finished=True)
