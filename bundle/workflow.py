@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from monai.data import DataLoader
 from monai.transforms import Compose, RandomizableTrait
@@ -131,11 +132,18 @@ def location_range(records: list[dict], tmax: int) -> list[float]:
 def fill_caches(*datasets: ScanCache, jobs: int = 0) -> None:
     """Preprocess all scans that are not in the cache yet, with a progress bar; a bad scan shows before training.
 
+    Of several processes of a training the first one does, and the others find the cache filled.
+
     Args:
         jobs: processes that share the work; 0 for this one alone.
     """
+    first = idist.get_rank() == 0
+    if not first:
+        idist.barrier()
     for dataset in datasets:
-        dataset.fill(jobs, partial(tqdm, desc="preprocessing", unit="scan"))
+        dataset.fill(jobs, partial(tqdm, desc="preprocessing", unit="scan", disable=not first))
+    if first:
+        idist.barrier()
 
 
 def outcomes(records: list[dict]) -> torch.Tensor:
@@ -173,7 +181,7 @@ def finish_training(network: torch.nn.Module, settings: dict, dataset: ScanCache
     hook = severity and severity.register_forward_pre_hook(lambda module, args: read.append(args[0].cpu()))
     numbers, patients, known = [], [], []
     try:
-        for batch in tqdm(loader, desc="finishing", unit="scan"):
+        for batch in tqdm(loader, desc="finishing", unit="scan", disable=idist.get_rank() > 0):
             image, outcome, _, extra = prepare_batch(batch, device)
             with torch.no_grad():
                 survival_map = inferer(image, network, **extra)

@@ -10,7 +10,9 @@ import json
 import logging
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -248,35 +250,48 @@ def _unforeseen(patient: str, error: BaseException) -> str:
 class ScanStream(IterableDataset):
     """Scans one after the other; a bad one is noted in `faults`, (patient_id, sentence), and the next one comes.
 
-    Patients in `done` are passed over.
+    Patients in `done` are passed over. A thread reads and preprocesses the next scan while the last one is in use: reading a
+    CT takes as long as computing its map, and most of it is done in libraries that leave Python to others meanwhile.
 
     Args:
         data: records of the cohort; one with a key ``fault`` is bad from the start.
         transform: preprocessing of a record.
+        ahead: scans to read ahead; each is one more in memory.
     """
 
-    def __init__(self, data: Sequence[dict], transform: Callable) -> None:
+    def __init__(self, data: Sequence[dict], transform: Callable, ahead: int = 1) -> None:
         self.data = list(data)
         self.transform = transform
+        self.ahead = ahead
         self.faults: list[tuple[str, str]] = []
         self.done: set[str] = set()
 
     def __iter__(self) -> Iterator[dict]:
-        for record in self.data:
-            if record["patient_id"] in self.done:
-                continue
-            if record.get("fault"):
-                self.faults.append((record["patient_id"], record["fault"]))
-                continue
-            try:
-                item = self.transform(record)
-            except Exception as e:  # one scan's failure, of whatever kind, must not end the run
-                fault = input_error_of(e)
-                sentence = str(fault) if fault else _unforeseen(record["patient_id"], e)
-                self.faults.append((record["patient_id"], sentence))
-                logger.warning(sentence)
-                continue
-            yield item
+        todo = [record for record in self.data if record["patient_id"] not in self.done]
+        if self.ahead == 0:
+            yield from filter(None, map(self.prepare, todo))
+            return
+        with ThreadPoolExecutor(1) as reader:
+            read: deque[Future] = deque()
+            for record in todo:
+                read.append(reader.submit(self.prepare, record))
+                if len(read) > self.ahead and (item := read.popleft().result()) is not None:
+                    yield item
+            yield from filter(None, (item.result() for item in read))
+
+    def prepare(self, record: dict) -> dict | None:
+        """What the transform makes of a record; None for a bad one."""
+        if record.get("fault"):
+            self.faults.append((record["patient_id"], record["fault"]))
+            return None
+        try:
+            return self.transform(record)
+        except Exception as e:  # one scan's failure, of whatever kind, must not end the run
+            fault = input_error_of(e)
+            sentence = str(fault) if fault else _unforeseen(record["patient_id"], e)
+            self.faults.append((record["patient_id"], sentence))
+            logger.warning(sentence)
+            return None
 
     def require_all(self, on_fault: str = "fail") -> None:
         """After a run: raise if a scan failed, unless ``on_fault`` is ``skip``.

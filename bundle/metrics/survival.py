@@ -18,7 +18,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from monai.metrics.metric import CumulativeIterationMetric
 from scipy.stats import chi2
