@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cox in batches of a few patients: no memory, our memory bank, and torchsurv's Momentum, on drawn patients.
 
-A linear model is trained by each. Measured: the C-index on unseen patients, and the angle between the gradients of the
-batches and that of the whole cohort at the same weights, step by step and summed over an epoch.
+A linear model is trained by each. Measured: its C-index on unseen patients, and the angle between the gradients of batches
+and of the whole cohort at the same weights, step by step and summed over an epoch.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def map_of(objective: Cox, log_hazard: Tensor) -> Tensor:
 def loss_of(method: str, network: nn.Module, batch: int) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
     """The network that learns, and the loss of a batch of covariates and outcomes."""
     if method in RATES:
-        steps = MEMORY // batch
+        steps = MEMORY // batch + 1  # it forgets a batch before it adds the next
         momentum = Momentum(network, neg_partial_log_likelihood, batch, steps, RATES[method])
         return momentum, lambda x, outcome: momentum(x, outcome[:, 1] > 0, outcome[:, 0])
     objective = Cox() if method == "no memory" else CoxMemory(memory=MEMORY)
@@ -60,43 +60,14 @@ def angle(a: Tensor, b: Tensor) -> float:
     return torch.rad2deg(torch.arccos(nn.functional.cosine_similarity(a, b, dim=0).clamp(-1, 1))).item()
 
 
-def train(method: str, batch: int, epochs: int, seed: int) -> dict:
-    """One row of the table."""
+def cohort_of(seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], torch.Generator]:
+    """Patients to train on, unseen ones, and what draws the batches."""
     generator = torch.Generator().manual_seed(seed)
-    (x, outcome), (unseen, then) = drawn(PATIENTS, generator), drawn(UNSEEN, generator)
-    network = nn.Linear(COVARIATES, 1, bias=False)
-    nn.init.zeros_(network.weight)
-    learner, loss = loss_of(method, network, batch)
-    online = learner.online if method in RATES else network
-    optimizer = torch.optim.Adam(online.parameters(), 0.02)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (PATIENTS // batch))
-    steps, sums = [], []
-    for epoch in range(epochs):
-        total = torch.zeros(2, COVARIATES)
-        for rows in torch.randperm(PATIENTS, generator=generator).split(batch):
-            whole = -partial_log_likelihood(online(x)[:, 0], *outcome.T) / PATIENTS
-            (of_all,) = torch.autograd.grad(whole, online.weight)
-            optimizer.zero_grad()
-            loss(x[rows], outcome[rows]).backward()
-            gradient = torch.stack([online.weight.grad[0], of_all[0]])
-            total += gradient
-            if epoch and bool(gradient[0].any()):  # the first fills the memory
-                steps.append(angle(*gradient))
-            optimizer.step()
-            schedule.step()
-        if epoch and bool(total[0].any()):
-            sums.append(angle(*total))
-    row = {"method": method, "batch": batch, "seed": seed, "c_index": c_index(online(unseen)[:, 0].detach(), *then.T)}
-    if method in RATES:
-        row["c_index_target"] = c_index(learner.infer(unseen)[:, 0], *then.T)
-    mean = lambda angles: sum(angles) / len(angles) if angles else None
-    return row | {"angle_of_a_step": mean(steps), "angle_of_an_epoch": mean(sums)}
+    return drawn(PATIENTS, generator), drawn(UNSEEN, generator), generator
 
 
-def c_index_of_all(seed: int) -> float:
-    """C-index of the fit to the whole cohort at once."""
-    generator = torch.Generator().manual_seed(seed)
-    (x, outcome), (unseen, then) = drawn(PATIENTS, generator), drawn(UNSEEN, generator)
+def fit_of_all(x: Tensor, outcome: Tensor) -> Tensor:
+    """Weights (8,) fitted to the whole cohort at once."""
     weight = torch.zeros(COVARIATES, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
 
@@ -107,7 +78,64 @@ def c_index_of_all(seed: int) -> float:
         return value
 
     optimizer.step(closure)
-    return c_index((unseen @ weight).detach(), *then.T)
+    return weight.detach()
+
+
+def train(method: str, batch: int, epochs: int, seed: int) -> dict:
+    """C-index of a training."""
+    (x, outcome), (unseen, then), generator = cohort_of(seed)
+    network = nn.Linear(COVARIATES, 1, bias=False)
+    nn.init.zeros_(network.weight)
+    learner, loss = loss_of(method, network, batch)
+    online = learner.online if method in RATES else network
+    optimizer = torch.optim.Adam(online.parameters(), 0.02)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (PATIENTS // batch))
+    for _ in range(epochs):
+        for rows in torch.randperm(PATIENTS, generator=generator).split(batch):
+            optimizer.zero_grad()
+            loss(x[rows], outcome[rows]).backward()
+            optimizer.step()
+            schedule.step()
+    found = {"c_index": c_index(online(unseen)[:, 0].detach(), *then.T)}
+    return found | ({"c_index_target": c_index(learner.infer(unseen)[:, 0], *then.T)} if method in RATES else {})
+
+
+def angles(method: str, batch: int, epochs: int, seed: int) -> dict:
+    """Angles between gradients, on the straight way from 0 to nine tenths of the fit to the whole cohort."""
+    (x, outcome), _, generator = cohort_of(seed)
+    fit = fit_of_all(x, outcome)
+    network = nn.Linear(COVARIATES, 1, bias=False)
+    nn.init.zeros_(network.weight)
+    learner, loss = loss_of(method, network, batch)
+    online = learner.online if method in RATES else network
+    steps, sums = [], []
+    for epoch in range(epochs):
+        total = torch.zeros(2, COVARIATES)
+        for k, rows in enumerate(torch.randperm(PATIENTS, generator=generator).split(batch)):
+            way = 0.9 * (epoch + k * batch / PATIENTS) / epochs
+            online.weight.data.copy_(way * fit)
+            whole = -partial_log_likelihood(online(x)[:, 0], *outcome.T) / PATIENTS
+            (of_all,) = torch.autograd.grad(whole, online.weight)
+            online.zero_grad()
+            loss(x[rows], outcome[rows]).backward()
+            gradient = torch.stack([online.weight.grad[0], of_all[0]])
+            total += gradient
+            if epoch and bool(gradient[0].any()):  # the first fills the memory
+                steps.append(angle(*gradient))
+        if epoch:
+            sums.append(angle(*total))
+    return {"angle_of_a_step": sum(steps) / len(steps), "angle_of_an_epoch": sum(sums) / len(sums)}
+
+
+def row_of(method: str, batch: int, epochs: int, seed: int) -> dict:
+    key = (method, batch, epochs, seed)
+    return {"method": method, "batch": batch, "seed": seed, **train(*key), **angles(*key)}
+
+
+def c_index_of_all(seed: int) -> float:
+    """C-index of the fit to the whole cohort at once."""
+    (x, outcome), (unseen, then), _ = cohort_of(seed)
+    return c_index(unseen @ fit_of_all(x, outcome), *then.T)
 
 
 def page(table: pd.DataFrame, whole: list[float], epochs: int, command: str) -> str:
@@ -122,10 +150,10 @@ def page(table: pd.DataFrame, whole: list[float], epochs: int, command: str) -> 
         "the first. All else is the same. Means over "
         f"{table.seed.nunique()} draws.",
         "",
-        "*Angle*: between the gradient of a batch and that of the whole cohort at the same weights, of each *step* and of the sums over an *epoch* "
-        "(without the first, which fills the memory); 90° is no better than chance. Lengths differ by a constant, which the optimiser takes out. "
         f"*C-index* on {UNSEEN} unseen patients; fitted to the whole cohort at once it is {sum(whole) / len(whole):.3f}. Momentum recommends its "
-        "second network, the *target*, for predictions.",
+        "second network, the *target*, for predictions. *Angle*: between the gradient of a batch and that of the whole cohort at the same weights, "
+        f"of each *step* and of the sums over an *epoch* (without the first, which fills the memory), while the weights go, for all alike, from 0 to nine "
+        f"tenths of the fit to the whole cohort in {epochs} epochs; 90° is no better than chance. Lengths differ by a constant, which the optimiser takes out.",
         "",
         "| batch | risk sets | C-index | of the target | angle of a step | of an epoch |",
         "|---|---|---|---|---|---|",
@@ -146,9 +174,10 @@ def main() -> None:
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the patients (default 0 1 2)")
     p.add_argument("--page", type=Path, default=Path("docs/cox_memory.md"), help="page to write (default %(default)s)")
     args = p.parse_args()
-    warnings.filterwarnings("ignore", message="No events OR single sample")  # torchsurv's, of batches without a death
+    # torchsurv's, of batches without a death and of patients who are in the memory as well
+    warnings.filterwarnings("ignore", message="No events OR single sample|Ties in `time` detected")
     todo = [(method, batch, args.epochs, seed) for batch in args.batches for method in METHODS for seed in args.seeds]
-    table = pd.DataFrame([train(*key) for key in tqdm(todo, unit="run")])
+    table = pd.DataFrame([row_of(*key) for key in tqdm(todo, unit="run")])
     args.page.write_text(page(table, [c_index_of_all(s) for s in args.seeds], args.epochs, "python -m scripts.cox_memory"))
     print(args.page.read_text())
 

@@ -329,8 +329,8 @@ def test_evaluation_scores_unseen_scans_and_the_maps_of_other_tools(tiny_cohort,
     assert len(rows) == 16 - len(trained_on) > 0
     assert {"c_index", "integrated_brier", "mae_events"} <= metrics["survival"].keys()
     assert {"value", "lower", "upper", "num_scans"} <= metrics["localisation"]["average_precision"].keys()
-    assert len(list((tmp_path / "own" / "figures").glob("*.png"))) == 4
-    assert (tmp_path / "own" / "report.html").read_text().count("<img") == 4
+    assert len(list((tmp_path / "own" / "figures").glob("*.png"))) == 5
+    assert (tmp_path / "own" / "report.html").read_text().count("<img") == 5
     # Maps that are the masks themselves score 1; every scan counts, because nobody trained on them.
     maps = tmp_path / "maps"
     maps.mkdir()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -429,22 +430,25 @@ def test_memory_that_holds_all_has_the_gradient_of_the_whole_cohort():
         torch.testing.assert_close(part.grad / 8, whole.grad[batch])
 
 
+@pytest.mark.filterwarnings("ignore:No events OR single sample", "ignore:Ties in")
 @pytest.mark.parametrize("batch", [2, 4])
 def test_memory_has_the_gradient_of_torchsurvs_momentum_without_a_delay(batch):
-    """At rate 0 its second network is the first one: what is remembered is then the same."""
+    """At rate 0 its second network is the first one, and what is remembered the same."""
     x = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))
     outcome = random_outcome(24, seed=1).float()
     net = torch.nn.Linear(3, 1, bias=False)
-    momentum = Momentum(net, neg_partial_log_likelihood, batch, 12 // batch, rate=0.0)
+    loss = partial(neg_partial_log_likelihood, reduction="sum")
+    momentum = Momentum(net, loss, batch, 12 // batch + 1, rate=0.0)  # it forgets a batch before it adds the next
     objective = CoxMemory(scale=1.0, memory=12)
-    for step, rows in enumerate(torch.arange(24).split(batch)):
+    for rows in torch.arange(24).split(batch):
         net.zero_grad()
         momentum.zero_grad()
         objective(map_of(objective.tmax / 2 - net(x[rows])[:, 0]), outcome[rows]).backward()
         momentum(x[rows], outcome[rows, 1] > 0, outcome[rows, 0]).backward()
-        deaths = outcome[max(0, step * batch - 12) : (step + 1) * batch, 1].sum()
-        # Theirs is the mean over all deaths in the risk sets, ours that over the patients of the batch.
-        torch.testing.assert_close(net.weight.grad * batch, momentum.online.weight.grad * deaths, rtol=1e-4, atol=1e-5)
+        theirs = momentum.online.weight.grad
+        theirs = torch.zeros(1, 3) if theirs is None else theirs  # no deaths so far
+        torch.testing.assert_close(net.weight.grad * batch, theirs, rtol=1e-4, atol=1e-4)
+    assert bool(net.weight.grad.any())
 
 
 def test_memory_keeps_the_last_patients_that_were_learnt_from_and_is_part_of_the_state():
@@ -641,6 +645,8 @@ LINEAR = {
     "logistic_hazard": lambda by: LogisticHazard(variance=400.0, learn_variance=True),
     "logistic": lambda by: Logistic(by=by),
 }
+
+
 @pytest.mark.parametrize("kind", LINEAR)
 @pytest.mark.parametrize("name", ["veteran_lung_137.csv", "ncctg_lung_228.csv", "rossi_432.csv"])
 def test_a_linear_model_ranks_as_well_as_lifelines_cox_fit(kind, name, shared_data):

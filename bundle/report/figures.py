@@ -117,7 +117,7 @@ def kaplan_meier_by_risk(risk: ArrayLike, time: ArrayLike, event: ArrayLike) -> 
     ax.set(ylabel="probability to be alive", xlim=(0, 1.03 * max([1.0, *time])), ylim=(0, 1.05))
     if len(time):
         ax.set_title(_logrank_text(members, time, event), fontsize=10)
-        ax.legend(fontsize=8, loc="lower left")
+        figure.legend(loc="outside upper center", ncols=2, fontsize=8, frameon=False)  # never over a curve
     else:
         _note(ax, "no patients")
     ax.tick_params(labelbottom=False)
@@ -127,7 +127,7 @@ def kaplan_meier_by_risk(risk: ArrayLike, time: ArrayLike, event: ArrayLike) -> 
             if 0 <= tick <= ax.get_xlim()[1]:
                 at_risk = int((time[mask] >= tick).sum())
                 below.text(tick, row, at_risk, ha="center", va="center", fontsize=9, color=colour)
-    below.set(xlabel="months", ylim=(-0.6, len(names) - 0.4), yticks=range(len(names)), yticklabels=names)
+    below.set(xlabel="months", ylim=(len(names) - 0.4, -0.6), yticks=range(len(names)), yticklabels=names)
     below.set_title("at risk", fontsize=9, loc="left", pad=2)
     below.tick_params(axis="y", left=False, pad=12)
     below.spines[["top", "left", "right"]].set_visible(False)
@@ -169,7 +169,7 @@ def calibration(death: Mapping[int, ArrayLike], time: ArrayLike, event: ArrayLik
         num_groups: largest number of groups.
     """
     time, event = _arrays(time, event)
-    figure = Figure(figsize=(3.6 * len(death), 3.9), layout="constrained")
+    figure = Figure(figsize=(3.6 * len(death), 4.3), layout="constrained")
     for ax, (horizon, predicted) in zip(np.atleast_1d(figure.subplots(1, len(death))), death.items()):
         ax.plot([0, 1], [0, 1], color="0.6", lw=1, ls="--")
         predicted = np.asarray(predicted, float)
