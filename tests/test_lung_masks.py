@@ -153,11 +153,11 @@ def test_threshold_against_reference_masks_of_real_scans(shared_data, image, lea
 
 def test_threshold_on_chest_phantoms_keeps_what_lies_at_the_pleura():
     scans = [scan for _, scan in phantom_cohort(9, 4, 7)]
-    for i, scan in enumerate(scans):
+    for scan in scans:
         found = threshold_lung_mask(torch.from_numpy(scan.image).float()[None], (5, 5, 5))[0].numpy() > 0
-        assert dice(found, scan.lung_mask) > 0.98
+        assert dice(found, scan.lung_mask) > 0.96
         assert not scan.gt_mask.any() or found[scan.gt_mask].mean() > 0.8
-    for radius, least in ((10, 0.5), (20, 0.3)):
+    for radius, least in ((10, 0.5), (30, 0.7)):
         kept = []
         for i, scan in enumerate(scans):
             hu, mass = with_mass(scan, radius, True, np.random.default_rng(i))
