@@ -77,7 +77,7 @@ def mask_to_scan_space(mask: MetaTensor, affine: torch.Tensor, shape: tuple[int,
     rest = matrix.copy()
     rest[range(3), axes] = 0
     if len(set(axes)) < 3 or abs(rest).sum(1).max() * max(shape) > 0.5:  # half a voxel off at most
-        return ndimage.affine_transform(source, matrix, offset, shape, order=0)
+        return ndimage.affine_transform(source, matrix, offset, shape, order=0, mode="grid-constant")
     # The axes run along each other: one index an axis, hundreds of times as fast on a whole CT.
     for axis in range(3):
         index = np.rint(np.arange(shape[axes[axis]]) * steps[axis] + offset[axis]).astype(int)

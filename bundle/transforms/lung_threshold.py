@@ -44,7 +44,8 @@ def threshold_lung_mask(hu: Tensor, spacing: Sequence[float]) -> Tensor:
     Air inside the body (below -400 HU, and not the air around the body in its axial slice) is parted into components;
     the largest two are the lungs. Lungs that touch are parted where they are thinnest. Each is closed by a ball of 15
     mm radius and, where that closes more than a thin layer, by one of 25 mm: vessels, the hilum, and masses that the
-    lung surrounds on most sides. What dents the lungs at the chest wall is filled in up to the slice's convex hull.
+    lung surrounds on most sides. What dents the lungs at the chest wall is filled in up to the slice's convex hull, or
+    that of both lungs and their mirror image if it is thick.
 
     A mass in a corner of the lung, and consolidation or effusion that takes a whole lobe, can't be told from what lies
     beside the lung, and are left out (:func:`fill_thorax` brings them back). Measured in docs/lung_masks.md.
@@ -212,14 +213,20 @@ def _close(mask: np.ndarray, spacing: np.ndarray) -> np.ndarray:
 
 
 def _dents(lungs: np.ndarray, middle: float, spacing: np.ndarray) -> np.ndarray:
-    """What lies between the convex hull of both lungs and the lungs in axial slices, but for the mediastinum."""
-    outside = _hulls(lungs, middle, mirror=False) & ~lungs
-    thin = round(_THIN_MM / spacing[0])
-    labels, _ = ndimage.label(ndimage.binary_erosion(outside, _IN_PLANE, iterations=thin) if thin else outside)
-    dent = _sizes(labels) * spacing.prod() / 1000 <= _LARGEST_DENT_ML
-    dent[np.unique(labels[abs(np.arange(len(lungs)) - middle) * spacing[0] <= _MEDIASTINUM_MM])] = False
-    dent[0] = False
-    return ndimage.binary_dilation(dent[labels], _IN_PLANE, iterations=thin + 1, mask=outside)
+    """What lies between the convex hull of both lungs and the lungs in axial slices, but for the mediastinum.
+
+    The other lung shows how far a lung with a large mass should reach, but less exactly: no body is quite symmetric.
+    """
+    found = np.zeros_like(lungs)
+    for mirror, thin_mm in ((False, _THIN_MM), (True, 2 * _THIN_MM)):
+        outside = _hulls(lungs, middle, mirror) & ~lungs
+        thin = max(1, round(thin_mm / spacing[0]))
+        labels, _ = ndimage.label(ndimage.binary_erosion(outside, _IN_PLANE, iterations=thin))
+        dent = _sizes(labels) * spacing.prod() / 1000 <= _LARGEST_DENT_ML
+        dent[np.unique(labels[abs(np.arange(len(lungs)) - middle) * spacing[0] <= _MEDIASTINUM_MM])] = False
+        dent[0] = False
+        found |= ndimage.binary_dilation(dent[labels], _IN_PLANE, iterations=thin + 1, mask=outside)
+    return found
 
 
 def _airways(values: np.ndarray, air: np.ndarray, spacing: np.ndarray) -> np.ndarray:
