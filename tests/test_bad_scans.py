@@ -49,7 +49,7 @@ def test_each_bad_scan_fails_alone_and_all_others_complete(ran):
 
 def test_each_message_is_one_sentence_on_what_where_and_what_was_expected(ran):
     for patient, message in ran.table.message[ran.table.status == "failed"].items():
-        assert message.startswith((f"patient {patient}", "row ")) and message.count("(expected") >= 1, message
+        assert message.startswith((f"patient {patient}", "row ")) and "expected" in message, message
         assert "\n" not in message and len(message.replace(str(ran.corpus.parent), "")) < 600, message
         for vague in ("Traceback", "Error", "0x", "cannot be read", "while reading or preprocessing"):
             assert vague not in message, message
@@ -115,7 +115,7 @@ def test_no_flipped_bit_of_compressed_voxels_goes_unseen(tmp_path, suffix):
     whole = path.read_bytes()
     for place in np.linspace(0.1, 0.99, 12):
         path.write_bytes(whole)
-        bad_scans.flip_bit(path, place)
+        bad_scans.flip_bit(path, int(place * len(whole)))
         with pytest.raises(InputError, match="damaged|truncated|holds|header"):
             check_scan_file(path)
 

@@ -299,7 +299,7 @@ def choose_series(stacks: Sequence[Series], where: str, uid: str | None = None) 
             _log.info("%s: %s: %s", where, stack, stack.unfit)
         reasons = Counter(s.unfit for s in stacks).most_common()
         listed = "; ".join(f"{_count(n, 'series')}: {reason}" for reason, n in reasons[:8])
-        raise InputError(f"{where}: no CT volume among the DICOM files ({listed})")
+        raise InputError(f"{where}: no CT volume among the DICOM files ({listed}; expected one)")
     if uid is None and len({s.patient for stack in fit for s in stack.slices} - {""}) > 1:
         raise InputError(f"{where}: the folder holds scans of several patients (expected one; or name one with --series)")
 
