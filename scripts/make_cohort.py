@@ -54,16 +54,15 @@ def make_cohort(layout: Layout, images: Path, table: Path, out: Path, region: st
     rows, faults = read_clinical(table, layout)
     scan_faults: list[str] = []
     cohort: list[dict[str, str]] = []
-    if not faults:
-        masks = out.parent / "masks"
-        with logging_redirect_tqdm():
-            for line, row in tqdm(rows.items(), desc="scans", unit="scan"):
-                try:
-                    files = scan_row(row["patient_id"], images.absolute(), masks.absolute(), region)
-                except InputError as error:
-                    scan_faults.append(f"row {line}: {error}")
-                    continue
-                cohort.append({"patient_id": row["patient_id"], **files, **row})
+    masks = out.parent / "masks"
+    with logging_redirect_tqdm():
+        for line, row in tqdm(rows.items(), desc="scans", unit="scan", disable=not rows):
+            try:
+                files = scan_row(row["patient_id"], images.absolute(), masks.absolute(), region)
+            except InputError as error:
+                scan_faults.append(f"row {line}: {error}")
+                continue
+            cohort.append({"patient_id": row["patient_id"], **files, **row})
     if on_fault == "skip":
         for fault in scan_faults:
             _log.warning("left out: %s", fault)

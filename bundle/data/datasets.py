@@ -24,10 +24,10 @@ FILES = ("image", "lung_mask")
 
 
 def stamp(path: str) -> list:
-    """What identifies the content of a file, or of a folder of slices, without reading it."""
+    """What identifies the content of a file, or of a folder with slices in it, without reading it."""
     p = Path(path)
-    files = sorted(p.iterdir()) if p.is_dir() else [p]
-    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    files = sorted(f for f in p.rglob("*") if f.is_file()) if p.is_dir() else [p]
+    return [[str(f.relative_to(p)), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
 class ScanCache(PersistentDataset):

@@ -96,7 +96,7 @@ def check_size(shape: Sequence[int]) -> None:
     Raises:
         InputError: without the name of the file.
     """
-    if min(shape) < 1:
+    if not shape or min(shape) < 1:
         raise InputError(f"its header claims {_by(shape)} voxels (expected at least 1 each way)")
     if math.prod(shape) > MOST_VOXELS:
         raise InputError(f"its header claims {_by(shape)} voxels (expected at most {MOST_VOXELS} in all)")
@@ -193,11 +193,12 @@ def _itk_claim(path: str, what: str) -> tuple[tuple[int, ...], int]:
         header.ReadImageInformation()
         shape = tuple(int(header.GetDimensions(i)) for i in range(header.GetNumberOfDimensions()))
         channels, pixel = header.GetNumberOfComponents(), header.GetPixelTypeAsString(header.GetPixelType())
+        size = math.prod(shape) * header.GetComponentSize()
     except Exception as error:  # ITK has kinds of its own, and None where no reader takes the file
         raise InputError(f"its header cannot be understood ({what}): damaged {_EXPECTED}") from error
     if channels != 1:
         raise InputError(f"its voxels are {channels} values each, {pixel} (expected one real number each, HU)")
-    return shape, math.prod(shape) * header.GetComponentSize()
+    return shape, size
 
 
 def _check_voxels(claim: _Claim) -> None:

@@ -20,8 +20,8 @@ _LUNG_LITRES = (0.8, 10.0)
 _SPACING_MM = (5.0, 10.0)  # voxels larger than this: noted, refused
 _CUT_SIDE = (0.05, 0.25)  # share of the lungs' outline on a face of the volume: noted, refused
 _CUT_END = (0.05, 0.5)  # lung in the first or last slice, of the widest slice: noted, refused
-_SOFT_HU = (-150.0, 150.0)  # fat and soft tissue
-_SOFT_SHARE = 0.05
+_NEAR_WATER_HU, _NEAR_WATER_SHARE = (-300.0, 300.0), 0.05
+_SOFT_HU = (-150.0, 150.0)  # where the peak of fat (-100) or of soft tissue (40) must be
 _LUNG_MEDIAN_HU = (-985.0, -250.0)  # of emphysema to fibrosis
 _METAL_HU, _METAL_ML = 2500.0, 0.2
 _JUMP = 2.0
@@ -112,14 +112,14 @@ def check_quality(
     elif coarsest > _SPACING_MM[0]:
         notes.append(f"slices {coarsest:.3g} mm apart, small lesions may be missed")
 
-    soft = (hu > _SOFT_HU[0]) & (hu < _SOFT_HU[1])
-    if soft.mean() < _SOFT_SHARE:
+    near = (hu > _NEAR_WATER_HU[0]) & (hu < _NEAR_WATER_HU[1])
+    if near.mean() < _NEAR_WATER_SHARE:
         faults.append(
-            f"{100 * soft.mean():.1f} % of the voxels are fat or soft tissue, {_SOFT_HU[0]:g} to {_SOFT_HU[1]:g} HU "
-            f"(expected at least {100 * _SOFT_SHARE:g} %)"
+            f"{100 * near.mean():.1f} % of the voxels are within {_NEAR_WATER_HU[0]:g} to {_NEAR_WATER_HU[1]:g} HU, where fat "
+            f"and soft tissue are (expected at least {100 * _NEAR_WATER_SHARE:g} %)"
         )
-    elif not _SOFT_HU[0] < (peak := _peak(hu, -300, 300)) < _SOFT_HU[1]:
-        faults.append(f"soft tissue peaks at {peak:.0f} HU (expected {_SOFT_HU[0]:g} to {_SOFT_HU[1]:g} HU)")
+    elif not _SOFT_HU[0] < (peak := _peak(hu, *_NEAR_WATER_HU)) < _SOFT_HU[1]:
+        faults.append(f"fat and soft tissue peak at {peak:.0f} HU (expected {_SOFT_HU[0]:g} to {_SOFT_HU[1]:g} HU)")
     median = float(np.median(hu[lung]))
     if not _LUNG_MEDIAN_HU[0] < median < _LUNG_MEDIAN_HU[1]:
         expected = f"{_LUNG_MEDIAN_HU[0]:g} to {_LUNG_MEDIAN_HU[1]:g} HU"
