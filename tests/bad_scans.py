@@ -409,6 +409,11 @@ def _(folder):
     return replace(by_itk(folder / "scan.mhd", block()), "= scan.raw", "= ../../../../etc/passwd")
 
 
+@kind("a MetaImage header with too few numbers")
+def _(folder):
+    return replace(by_itk(folder / "scan.mha", block()), "DimSize = 16 20 24", "DimSize = 16 20")
+
+
 @kind("a MetaImage header whose voxels are missing")
 def _(folder):
     path = by_itk(folder / "scan.mhd", block())

@@ -120,6 +120,24 @@ def test_no_flipped_bit_of_compressed_voxels_goes_unseen(tmp_path, suffix):
             check_scan_file(path)
 
 
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nrrd", "scan.mha", "compressed.mha"])
+def test_spoilt_headers_are_read_or_refused_but_never_crash(tmp_path, name):
+    path = tmp_path / name
+    (nifti if "nii" in name else lambda p, v: by_itk(p, v, compressed="compressed" in name))(path, block())
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(60):
+        data = bytearray(whole)
+        for place in rng.integers(0, 300, rng.integers(1, 4)):
+            data[place] = rng.choice([0, 255, *b" 09-\n", rng.integers(256)])
+        path.write_bytes(data)
+        try:
+            LoadCTd()({"image": str(path)})
+        except InputError:
+            refused += 1
+    assert 0 < refused < 60
+
+
 def test_the_limit_is_on_what_the_header_claims(tmp_path, monkeypatch):
     path = nifti(tmp_path / "scan.nii.gz", block())
     monkeypatch.setattr(scan_file, "MOST_VOXELS", 24 * 20 * 16)
