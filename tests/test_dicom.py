@@ -97,7 +97,10 @@ def test_the_chest_ct_is_chosen_among_all_that_is_there(hospital, caplog):
         line = next(r.message for r in caplog.records if series[name] in r.message)
         assert line.endswith(f"left: {why}"), line
     (line,) = (r.message for r in caplog.records if series["soft"] in r.message)
-    assert "CT, 'deep/er/soft', kernel B31f, 24 slices, 10 mm thick, axial, 12 x 10" in line and "taken (axial, 240 mm" in line
+    assert (
+        "CT, 'deep/er/soft', kernel B31f, 24 slices, 10 mm thick, axial, 12 x 10" in line
+        and "taken (axial, 240 mm" in line
+    )
     assert "Secret" not in caplog.text
 
 
@@ -227,7 +230,9 @@ def test_repeated_slices(tmp_path):
     assert notes == ["24 slices repeated another and left out"]
 
     def differ(slices):
-        slices.append(pydicom.dcmread(next((tmp_path / "whole").iterdir())))  # another UID in the file name, the same place
+        slices.append(
+            pydicom.dcmread(next((tmp_path / "whole").iterdir()))
+        )  # another UID in the file name, the same place
         slices[-1].SeriesInstanceUID = slices[0].SeriesInstanceUID
         slices[-1].ImagePositionPatient = slices[7].ImagePositionPatient
         slices[-1].FrameOfReferenceUID = slices[7].FrameOfReferenceUID
@@ -279,6 +284,15 @@ def test_a_cut_file_is_refused(tmp_path):
     path = sorted((tmp_path / "cut").iterdir())[5]
     path.write_bytes(path.read_bytes()[:-100])
     assert "truncated or damaged" in refusal(tmp_path)
+
+
+def test_files_without_a_preamble(tmp_path):
+    add(tmp_path, "old")
+    for path in (tmp_path / "old").iterdir():
+        content = path.read_bytes()
+        path.write_bytes(content[content.index(b"\x08\x00\x08\x00CS") :])  # from ImageType on
+    (tmp_path / "text.dcm").write_text("no DICOM at all, whatever its name says " * 20)
+    np.testing.assert_array_equal(read_dicom(tmp_path, "here")[0], chest())
 
 
 # --- pixels --------------------------------------------------------------------------------------------------------

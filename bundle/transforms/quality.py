@@ -112,13 +112,14 @@ def check_quality(
     elif coarsest > _SPACING_MM[0]:
         notes.append(f"slices {coarsest:.3g} mm apart, small lesions may be missed")
 
-    near = (hu > _NEAR_WATER_HU[0]) & (hu < _NEAR_WATER_HU[1])
-    if near.mean() < _NEAR_WATER_SHARE:
+    low, high = _NEAR_WATER_HU
+    near = float(((hu > low) & (hu < high)).mean())
+    if near < _NEAR_WATER_SHARE:
         faults.append(
-            f"{100 * near.mean():.1f} % of the voxels are within {_NEAR_WATER_HU[0]:g} to {_NEAR_WATER_HU[1]:g} HU, where fat "
-            f"and soft tissue are (expected at least {100 * _NEAR_WATER_SHARE:g} %)"
+            f"{100 * near:.1f} % of the voxels are within {low:g} to {high:g} HU, where fat and soft tissue are (expected "
+            f"at least {100 * _NEAR_WATER_SHARE:g} %)"
         )
-    elif not _SOFT_HU[0] < (peak := _peak(hu, *_NEAR_WATER_HU)) < _SOFT_HU[1]:
+    elif not _SOFT_HU[0] < (peak := _peak(hu, low, high)) < _SOFT_HU[1]:
         faults.append(f"fat and soft tissue peak at {peak:.0f} HU (expected {_SOFT_HU[0]:g} to {_SOFT_HU[1]:g} HU)")
     median = float(np.median(hu[lung]))
     if not _LUNG_MEDIAN_HU[0] < median < _LUNG_MEDIAN_HU[1]:
@@ -135,14 +136,16 @@ def check_quality(
         elif share > note:
             notes.append(phrase)
 
-    width, depth = (float(np.ptp(np.flatnonzero(lung.any(axes))) * mm) for axes, mm in (((1, 2), spacing[0]), ((0, 2), spacing[1])))
-    if width < depth:
+    width, depth = (float(np.ptp(np.flatnonzero(lung.any(axes)))) for axes in ((1, 2), (0, 2)))
+    if width * spacing[0] < depth * spacing[1]:
         notes.append("only one lung is seen")
     metal = float((hu > _METAL_HU).sum() * np.prod(spacing) / 1000)
     if metal >= _METAL_ML:
         notes.append(f"metal ({metal:.1f} mL above {_METAL_HU:g} HU), streaks may mislead the map")
     if (jump := _jump(hu)) > _JUMP:
-        notes.append(f"a jump between neighbouring slices ({jump:.1f} times the usual difference): motion, or slices are missing")
+        notes.append(
+            f"a jump between neighbouring slices ({jump:.1f} times the usual difference): motion, or slices are missing"
+        )
     return faults, notes
 
 
