@@ -100,15 +100,15 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path):
         else:
             itk.imwrite(itk.image_from_array(hu()), str(whole))
         cut.write_bytes(whole.read_bytes()[: -whole.stat().st_size // 3])
-        assert "truncated or damaged" in fault_of(str(cut))
+        assert "truncated" in fault_of(str(cut))
     (tmp_path / "text.nii.gz").write_text("not a scan")
-    assert "truncated or damaged" in fault_of(str(tmp_path / "text.nii.gz"))
+    assert "is text (expected gzip-compressed NIfTI)" in fault_of(str(tmp_path / "text.nii.gz"))
 
     assert "is 2-D, 12 x 10" in fault_of(save(tmp_path / "flat.nii.gz", hu()[:, :, 0]))
     assert "several volumes or channels, 12 x 10 x 8 x 2" in fault_of(
         save(tmp_path / "series.nii.gz", np.stack([hu(), hu()], -1))
     )
-    assert "expected at least 3 slices" in fault_of(save(tmp_path / "thin.nii.gz", hu()[:, :, :2]))
+    assert "expected at least 3 slices, rows and columns" in fault_of(save(tmp_path / "thin.nii.gz", hu()[:, :, :2]))
     for value in (np.nan, np.inf):
         holed = hu().astype(np.float32)
         holed[1, 2, 3:5] = value
@@ -129,7 +129,7 @@ def test_singular_affine_is_refused(tmp_path):
     image = nib.Nifti1Image(hu(), None)
     image.header.set_sform(affine, code=1)
     nib.save(image, tmp_path / "scan.nii.gz")
-    assert "expected finite and invertible" in fault_of(str(tmp_path / "scan.nii.gz"))
+    assert "sheared by 90 degrees" in fault_of(str(tmp_path / "scan.nii.gz"))
 
 
 def test_dicom_folders(tmp_path, caplog):

@@ -26,6 +26,7 @@ import torch
 from monai.data import ITKReader, MetaTensor
 from monai.transforms import SpatialResample
 
+from bundle.data.scan_file import check_size
 from bundle.errors import InputError
 
 __all__ = ["Series", "choose_series", "find_series", "list_series", "read_dicom", "straighten"]
@@ -347,6 +348,10 @@ def read_dicom(
         InputError: as :func:`choose_series`; a file is damaged; slices at one position that differ.
     """
     series = find_series(folder, where, uid)
+    try:
+        check_size(series.shape)
+    except InputError as fault:
+        raise InputError(f"{where}: {fault}") from fault
     notes = []
     if series.repeated:
         for place in series.places:
@@ -412,8 +417,19 @@ def _pixels(paths: list[str], where: str) -> np.ndarray:
         image = itk.imread(paths, pixel_type=itk.F)
         array = np.asarray(ITKReader().get_data(image)[0], dtype=np.float32)
     except Exception as error:  # ITK has many kinds
-        raise InputError(f"{where}: a slice cannot be read, truncated or damaged (expected whole files)") from error
+        broken = [k for k, path in enumerate(paths, 1) if len(paths) > 1 and not _readable(path)]
+        which = f"slice {broken[0]} of {len(paths)}" if len(broken) == 1 else f"{len(broken) or 1} of {len(paths)} slices"
+        raise InputError(f"{where}: the pixels of {which} are truncated or damaged (expected whole files)") from error
     return array[..., None] if array.ndim == 2 else array
+
+
+def _readable(path: str) -> bool:
+    """Whether ITK can read the pixels of one slice."""
+    try:
+        itk.imread(path, pixel_type=itk.F)
+    except Exception:
+        return False
+    return True
 
 
 def _read_header(path: str) -> tuple[Series, Slice] | None:

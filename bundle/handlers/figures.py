@@ -12,6 +12,7 @@ import ignite.distributed as idist
 import pandas as pd
 from matplotlib.figure import Figure
 
+from bundle.files import write_atomically
 from bundle.metrics import MapDistribution, SurvivalMetric
 from bundle.report import write_evaluation_report
 from bundle.report.figures import (
@@ -22,8 +23,6 @@ from bundle.report.figures import (
     training_curves,
 )
 from bundle.report.pictures import png, svg
-
-from .prediction_writer import write_atomically
 
 __all__ = ["draw_training", "report_evaluation", "save_figure"]
 
