@@ -28,11 +28,12 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pydicom
+from scipy import ndimage
 
 from bundle.data import read_cohort
 from bundle.errors import InputError
 
-from .test_transforms import save_dicom
+from .dicom_files import write_series
 
 ROOT = Path(__file__).resolve().parents[1]
 SCAN = np.diag([-2.0, -2.0, 3.0, 1.0])
@@ -113,7 +114,7 @@ def dicom(folder: Path, change: Callable[[int, pydicom.Dataset], None] | None = 
     else:
         spacing = (6.6, 6.6, 5.0)
     folder.mkdir(parents=True)
-    save_dicom(folder, values.clip(-1024), spacing, (0.0, 0.0, 0.0))
+    write_series(folder, values.clip(-1024), spacing, (0.0, 0.0, 0.0))
     for i, path in enumerate(sorted(folder.iterdir(), reverse=True)):
         slice_ = pydicom.dcmread(path)
         slice_.PatientName, slice_.PatientID = "SECRET^NAME", "SECRET-ID"
@@ -158,10 +159,13 @@ def _(folder):
 @kind("good: a lung mask with an affine that differs in the last digits")
 def _(folder):
     values, affine = chest()
-    rounded = affine + 1e-4
+    air, _ = ndimage.label(values < -400)
+    sizes = np.bincount(air.ravel())
+    sizes[np.unique(np.concatenate([air[0].ravel(), air[-1].ravel(), air[:, 0].ravel(), air[:, -1].ravel()]))] = 0
+    lungs = (air == sizes.argmax()).astype(np.uint8)  # the most air that isn't around the body
     return {
         "image": str(nifti(folder / "scan.nii.gz", values, affine)),
-        "lung_mask": str(nifti(folder / "lung.nii.gz", (values < -400).astype(np.uint8), rounded)),
+        "lung_mask": str(nifti(folder / "lung.nii.gz", lungs, affine + 1e-4)),
     }
 
 

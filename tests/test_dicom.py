@@ -279,11 +279,26 @@ def test_values_that_are_no_numbers(tmp_path):
     assert "ImageOrientationPatient is missing or not valid" in refusal(tmp_path / "b")
 
 
-def test_a_cut_file_is_refused(tmp_path):
-    add(tmp_path, "cut")
-    path = sorted((tmp_path / "cut").iterdir())[5]
-    path.write_bytes(path.read_bytes()[:-100])
-    assert "truncated or damaged" in refusal(tmp_path)
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_cut_file_is_refused(tmp_path, compressed):
+    def compress(slices):
+        for ds in slices:
+            ds.compress(RLELossless, generate_instance_uid=False)
+
+    add(tmp_path, "cut", spoil=compress if compressed else lambda slices: None, values=chest(6, shape=(40, 36)))
+    path = sorted((tmp_path / "cut").iterdir())[3]
+    path.write_bytes(path.read_bytes()[: -800 if compressed else -2200])
+    assert ("truncated or damaged" if compressed else "1 of 6 files truncated") in refusal(tmp_path)
+
+
+def test_more_pixels_than_a_ct_has_are_not_allocated(tmp_path):
+    def spoil(slices):
+        for ds in slices:
+            ds.compress(RLELossless, generate_instance_uid=False)
+            ds.Rows = ds.Columns = 65535
+
+    add(tmp_path, "huge", spoil=spoil)
+    assert "65535 x 65535 pixels (expected Columns and Rows of 1 to 4096)" in refusal(tmp_path)
 
 
 def test_files_without_a_preamble(tmp_path):

@@ -43,6 +43,7 @@ _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _AIR_HU = -1024.0
 _OFF_STEP = 0.1  # of the slice spacing: what a position may be off
 _TILT_DEGREES = 0.5  # less moves the ends of a chest by 2 mm
+_LARGEST_PIXELS = 4096  # a side; more than any CT has, and few enough to allocate
 _LUNGS_MM = 200.0  # a shorter stack doesn't hold the lungs of an adult
 _FINE_MM = 1.0  # thinner slices gain nothing
 _CHEST = re.compile("chest|thora|torax", re.IGNORECASE)  # not lung, which names kernels too
@@ -60,6 +61,7 @@ class Slice:
     thickness: float | None
     acquisition: str
     phase: str
+    whole: bool  # the file is long enough for its pixels, or they are compressed
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,10 @@ class Series:
         for name, value in (("ImageOrientationPatient", self.orientation), ("PixelSpacing", self.spacing)):
             if value is None:
                 return f"{name} is missing or not valid"
-        if min(self.rows, self.columns) < 1:
-            return "Rows or Columns is missing"
+        if not 1 <= min(self.rows, self.columns) <= max(self.rows, self.columns) <= _LARGEST_PIXELS:
+            return f"{self.columns} x {self.rows} pixels (expected Columns and Rows of 1 to {_LARGEST_PIXELS})"
+        if cut := sum(not s.whole for s in self.slices):
+            return f"{cut} of {_count(len(self.slices), 'file')} truncated (expected whole ones)"
         if lost := sum(s.position is None for s in self.slices):
             return f"ImagePositionPatient is missing or not valid in {lost} of {len(self.slices)} slices"
         if len(self.slices) < 3:
@@ -459,6 +463,7 @@ def _read_header(path: str) -> tuple[Series, Slice] | None:
             thickness=thickness[0] if thickness else None,
             acquisition=_text(header, "AcquisitionNumber"),
             phase=_text(header, "TemporalPositionIdentifier"),
+            whole=_is_whole(header, path),
         )
         series = Series(
             uid=series_uid,
@@ -478,6 +483,14 @@ def _read_header(path: str) -> tuple[Series, Slice] | None:
             slices=(found,),
         )
     return series, found
+
+
+def _is_whole(header: pydicom.Dataset, path: str) -> bool:
+    syntax = getattr(header.file_meta, "TransferSyntaxUID", None)
+    if syntax is not None and (syntax.is_private or not syntax.is_transfer_syntax or syntax.is_compressed):
+        return True
+    pixels = _integer(header, "Rows", 0) * _integer(header, "Columns", 0) * _integer(header, "SamplesPerPixel", 1)
+    return os.path.getsize(path) >= pixels * _integer(header, "BitsAllocated", 16) // 8
 
 
 def _same_stack(series: Series) -> tuple:

@@ -116,7 +116,7 @@ def check_quality(
     near = float(((hu > low) & (hu < high)).mean())
     if near < _NEAR_WATER_SHARE:
         faults.append(
-            f"{100 * near:.1f} % of the voxels are within {low:g} to {high:g} HU, where fat and soft tissue are (expected "
+            f"{100 * near:.1f} % of the voxels are in {low:g} to {high:g} HU, where fat and soft tissue are (expected "
             f"at least {100 * _NEAR_WATER_SHARE:g} %)"
         )
     elif not _SOFT_HU[0] < (peak := _peak(hu, low, high)) < _SOFT_HU[1]:
@@ -129,12 +129,13 @@ def check_quality(
     litres = float(lung.sum() * np.prod(spacing) / 1e6)
     if not lung_litres[0] <= litres <= lung_litres[1]:
         faults.append(f"lung volume is {litres:.2f} L (expected {lung_litres[0]:g} to {lung_litres[1]:g} L)")
+    cut = [[], []]
     for share, where, (note, fault) in _cuts(lung):
-        phrase = f"the lungs are cut at the {where} ({100 * share:.0f} % of their cross-section)"
-        if share > fault:
-            faults.append(f"{phrase}, expected them whole")
-        elif share > note:
-            notes.append(phrase)
+        if share > note:
+            cut[share > fault].append(f"the {where} ({100 * share:.0f} % of their cross-section)")
+    for found, phrases, expected in zip(cut, (notes, faults), ("", " (expected them whole)")):
+        if found:
+            phrases.append(f"the lungs are cut at {', '.join(found)}{expected}")
 
     width, depth = (float(np.ptp(np.flatnonzero(lung.any(axes)))) for axes in ((1, 2), (0, 2)))
     if width * spacing[0] < depth * spacing[1]:
