@@ -50,7 +50,7 @@ COLUMNS = [*KEY, "overrides", "test_scans", "train_seconds", *MAP, *SURVIVAL, "c
 HELD_OUT = 10_000  # added to the seed of the phantoms to measure on
 
 # What differs from the shipped configuration, by name of the variant; "phantoms" are options of scripts.make_phantoms,
-# "config" is a file stacked on top.
+# "config" are files stacked on top.
 VARIANTS: dict[str, dict] = {
     "default": {},
     # heads
@@ -80,10 +80,16 @@ VARIANTS: dict[str, dict] = {
     "variance_100": {"objective#variance": 100.0},
     "variance_144": {"objective#variance": 144.0},
     "variance_169": {"objective#variance": 169.0},
-    **{name: {"config": f"configs/objective/{name}.json"} for name in OBJECTIVES if name != "centime"},
-    "logistic_ipcw": {"config": "configs/objective/logistic.json", "ipcw": True},
+    **{name: {"config": [f"configs/objective/{name}.json"]} for name in OBJECTIVES if name != "centime"},
+    "logistic_ipcw": {"config": ["configs/objective/logistic.json"], "ipcw": True},
     "learn_variance": {"objective#learn_variance": True},
     "predict_variance": {"objective#predict_variance": True},
+    # covariates of fibrosis studies, with the image and without; "default" is the image alone
+    "clinical": {"phantoms": {"clinical": ""}, "config": ["configs/clinical/fibrosis.json"]},
+    "clinical_only": {
+        "phantoms": {"clinical": ""},
+        "config": ["configs/clinical/fibrosis.json", "configs/network/clinical_only.json"],
+    },
     # receptive field and patches
     "no_window": {"network_def#window": 1},
     "window_4": {"network_def#window": 4},
@@ -197,7 +203,7 @@ class Runner:
         table = phantoms / f"split_{variant}.csv"
         write_atomically(table, lambda p: cohort.to_csv(p, index=False))
         config = ["configs/train.json"] + ([] if complexity == 9 else ["configs/cohort/phantom.json"])
-        config += [overrides.pop("config")] if "config" in overrides else []
+        config += overrides.pop("config", [])
         start = time.time()
         self.python(
             *("monai.bundle", "run", "--config_file", str(config)),

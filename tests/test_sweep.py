@@ -84,7 +84,7 @@ def test_every_variant_changes_a_part_that_the_configuration_has():
     for overrides in sweep.VARIANTS.values():
         for key in overrides.keys() - {"phantoms", "shuffle", "config"}:
             assert key.rpartition("#")[0] in config
-        assert "config" not in overrides or Path(overrides["config"]).is_file()
+        assert all(Path(file).is_file() for file in overrides.get("config", []))
     with_options = [test.get("options", {}) for test in sweep.TESTS.values()]
     config = json.load(open("configs/evaluate.json"))
     assert all(key in config for options in with_options for key in options)

@@ -47,13 +47,16 @@ def draw_training(ckpt_dir: str) -> None:
         save_figure(training_curves(pd.read_csv(history)), history.parent / "figures", "training_curves")
 
 
-def report_evaluation(output_dir: str, survival: SurvivalMetric, distribution: MapDistribution) -> None:
+def report_evaluation(
+    output_dir: str, survival: SurvivalMetric, distribution: MapDistribution, ckpt: str | None = None
+) -> None:
     """Draw an evaluation into `figures/` and write `report.html` with its figures and what `metrics.json` holds.
 
     Args:
         output_dir: where :class:`~bundle.handlers.MetricsWriter` wrote.
         survival: the metric of the predictions; without any (maps of another tool) there is nothing to draw.
         distribution: of the maps' locations and weights.
+        ckpt: weights; with a `history.csv` beside them the training is drawn as well.
     """
     table, groups = pd.DataFrame(survival.rows()), distribution.aggregate()  # every process takes part in the gather
     if idist.get_rank() != 0:
@@ -69,6 +72,8 @@ def report_evaluation(output_dir: str, survival: SurvivalMetric, distribution: M
             "calibration": calibration(death, *outcome),
             "map_distribution": map_distribution(groups),
         }
+        if ckpt and (history := Path(ckpt).with_name("history.csv")).is_file():
+            figures["training_curves"] = training_curves(pd.read_csv(history))
     pictures = {name: save_figure(figure, folder / "figures", name) for name, figure in figures.items()}
     metrics = json.loads((folder / "metrics.json").read_text())
     write_evaluation_report(folder / "report.html", metrics, pictures)

@@ -56,6 +56,10 @@ FIGURES = {
         "Locations and weights",
         "How they are distributed over the cells of the maps. Every scan counts the same.",
     ),
+    "training_curves": (
+        "Training",
+        "Loss of each epoch, and metrics of its validation, in the training that left these weights.",
+    ),
 }
 
 
