@@ -8,10 +8,14 @@ import copy
 import logging
 import math
 import os
+import signal
+import sys
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from monai.data import DataLoader
 from monai.transforms import Compose, RandomizableTrait
@@ -19,7 +23,7 @@ from monai.utils import set_determinism
 from tqdm import tqdm
 
 from bundle.data.clinical import clinical_kinds, encode_clinical
-from bundle.data.cohort import read_cohort, single_scan, split_cohort
+from bundle.data.cohort import patient_of, read_cohort, single_scan, split_cohort
 from bundle.data.datasets import ScanCache
 from bundle.errors import InputError, plain_errors
 from bundle.explain import GridShiftInferer
@@ -28,6 +32,7 @@ from bundle.survival import fit_severity, objective_from, patient_numbers
 
 __all__ = [
     "begin",
+    "exit_on_sigterm",
     "fill_caches",
     "finish_training",
     "flag",
@@ -46,10 +51,25 @@ logger = logging.getLogger(__name__)
 
 
 def begin(seed: int = 0) -> None:
-    """First step of every config: plain error messages, fast arithmetic on tiny numbers, a seed."""
+    """First step of every config: plain error messages, an end by SIGTERM, fast arithmetic on tiny numbers, a seed."""
     plain_errors()
+    exit_on_sigterm()
     torch.set_flush_denormal(True)  # the tails of a softmin are denormal, and denormals are slow
     set_determinism(seed)
+
+
+def exit_on_sigterm() -> None:
+    """Let SIGTERM, by which a cluster announces that it takes the machine away, end the process with exit code 143.
+
+    Nothing is left to save by then: what is done is on disk whole, and what is not is done again by the same command.
+    """
+
+    def end(number: int, frame: Any) -> None:
+        logger.warning("stopped by SIGTERM; the same command goes on.")
+        sys.exit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():  # only there can handlers be set
+        signal.signal(signal.SIGTERM, end)
 
 
 def flag(value: Any) -> bool:
@@ -109,10 +129,21 @@ def location_range(records: list[dict], tmax: int) -> list[float]:
     return [min(earliest - 12.0, 0.3 * tmax), 1.2 * tmax]
 
 
-def fill_caches(*datasets: ScanCache) -> None:
-    """Preprocess all scans that are not in the cache yet, with a progress bar; a bad scan shows before training."""
+def fill_caches(*datasets: ScanCache, jobs: int = 0) -> None:
+    """Preprocess all scans that are not in the cache yet, with a progress bar; a bad scan shows before training.
+
+    Of several processes of a training the first one does, and the others find the cache filled.
+
+    Args:
+        jobs: processes that share the work; 0 for this one alone.
+    """
+    first = idist.get_rank() == 0
+    if not first:
+        idist.barrier()
     for dataset in datasets:
-        dataset.fill(partial(tqdm, desc="preprocessing", unit="scan"))
+        dataset.fill(jobs, partial(tqdm, desc="preprocessing", unit="scan", disable=not first))
+    if first:
+        idist.barrier()
 
 
 def outcomes(records: list[dict]) -> torch.Tensor:
@@ -150,7 +181,7 @@ def finish_training(network: torch.nn.Module, settings: dict, dataset: ScanCache
     hook = severity and severity.register_forward_pre_hook(lambda module, args: read.append(args[0].cpu()))
     numbers, patients, known = [], [], []
     try:
-        for batch in tqdm(loader, desc="finishing", unit="scan"):
+        for batch in tqdm(loader, desc="finishing", unit="scan", disable=idist.get_rank() > 0):
             image, outcome, _, extra = prepare_batch(batch, device)
             with torch.no_grad():
                 survival_map = inferer(image, network, **extra)
@@ -192,7 +223,7 @@ def scans_to_evaluate(cohort: str | None, settings: dict | None, split: str | No
             raise InputError(f'{cohort} has no scan with split "{split}".')
         records = [r for r in records if r.get("split") == split]
     seen = set(settings["trained_on"]) if settings else set()
-    unseen = [r for r in records if patient_digest(r["patient_id"]) not in seen]
+    unseen = [r for r in records if patient_digest(patient_of(r)) not in seen]
     if len(unseen) < len(records):
         logger.info(f"evaluating {len(unseen)} of {len(records)} scans; the weights were trained on the others.")
     if not unseen:

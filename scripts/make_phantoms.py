@@ -8,7 +8,6 @@ import argparse
 import csv
 import io
 import json
-import os
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -27,6 +26,8 @@ from bundle.data.phantoms import (
     phantom_cohort,
 )
 from bundle.errors import InputError
+from bundle.files import write_atomically
+from bundle.settings import write_json
 
 WHAT = """\
 complexity  what those who die have (survivors are censored at 99 months)
@@ -49,10 +50,8 @@ complexity  what those who die have (survivors are censored at 99 months)
 
 
 def write_volume(path: Path, volume: np.ndarray, affine: np.ndarray) -> None:
-    """Write a NIfTI under another name, then rename."""
-    temporary = path.with_name("." + path.name)
-    nib.save(nib.Nifti1Image(volume, affine), temporary)
-    os.replace(temporary, path)
+    """Write a NIfTI, whole or not at all."""
+    write_atomically(path, nib.Nifti1Image(volume, affine).to_filename)
 
 
 def write_cohort(out: Path, args: argparse.Namespace, params: PhantomParams) -> None:
@@ -78,7 +77,7 @@ def write_cohort(out: Path, args: argparse.Namespace, params: PhantomParams) -> 
         for folder in ("images", "masks"):
             (out / folder).mkdir(parents=True, exist_ok=True)
         (out / "cohort.csv").unlink(missing_ok=True)
-        record.write_text(json.dumps(wanted, indent=2) + "\n")
+        write_json(record, wanted)
         nib.openers.Opener.default_compresslevel = 1  # several times faster, hardly larger
         mm = Chest.FIELD / params.size if args.complexity == 9 else args.spacing
         affine = np.diag([mm, mm, mm, 1.0])
@@ -103,9 +102,7 @@ def write_cohort(out: Path, args: argparse.Namespace, params: PhantomParams) -> 
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        temporary = out / ".cohort.csv"
-        temporary.write_text(text.getvalue())
-        os.replace(temporary, out / "cohort.csv")
+        write_atomically(out / "cohort.csv", lambda p: p.write_text(text.getvalue()))
     except OSError as e:
         raise InputError(f"can't write phantoms to {out}: {e.strerror}.") from e
     print(out / "cohort.csv")

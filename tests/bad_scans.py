@@ -801,7 +801,11 @@ def write_corpus(folder: Path) -> Path:
 
 
 def infer(corpus: Path, output: Path) -> tuple[pd.DataFrame, int, str, float]:
-    """Run inference on the corpus in a process of its own: predictions, exit code, log, peak memory in MiB (0 where /proc is not)."""
+    """Run inference on the corpus in a process of its own.
+
+    Returns:
+        predictions, exit code, log, peak memory in MiB (0 where /proc is not).
+    """
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "configs/inference.json"]
     # Inference needs no ground truth; it is read here so that its faults are in the table too.
     command += ["--cohort", str(corpus), "--output_dir", str(output), "--mask_keys", "['lung_mask','gt_mask']"]

@@ -89,7 +89,8 @@ def test_mirrored_scans_give_mirrored_maps(ran):
 def test_whole_files_of_every_kind_pass(tmp_path):
     values = block()
     paths = [nifti(tmp_path / "a.nii", values), nifti(tmp_path / "b.nii.gz", values)]
-    for name, kind, order in (("big.nii", nib.Nifti1Image, ">"), ("two.nii.gz", nib.Nifti2Image, "<"), ("both.nii", nib.Nifti2Image, ">")):
+    one, two = nib.Nifti1Image, nib.Nifti2Image
+    for name, kind, order in (("big.nii", one, ">"), ("two.nii.gz", two, "<"), ("both.nii", two, ">")):
         image = kind(values.astype(values.dtype.newbyteorder(order)), np.eye(4), kind.header_class(endianness=order))
         image.to_filename(tmp_path / name)
         paths.append(tmp_path / name)

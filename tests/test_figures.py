@@ -316,11 +316,13 @@ def test_report_of_an_evaluation_holds_figures_and_metrics(tmp_path):
     distribution([torch.rand(2, 3, 3, 3) for _ in names], [None] * 12, names)
     entry = {"value": 0.7, "lower": 0.61, "upper": 0.8, "num_scans": 12}
     (tmp_path / "metrics.json").write_text(json.dumps({"survival": {"c_index": entry, "num_events": 5}}))
-    report_evaluation(str(tmp_path), survival, distribution)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "history.csv").write_text("epoch,train_loss,val_c_index\n1,2.5,\n2,2.1,0.7\n")
+    report_evaluation(str(tmp_path), survival, distribution, str(tmp_path / "run" / "model.pt"))
     files = sorted(p.name for p in (tmp_path / "figures").iterdir())
-    assert files == sorted(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg"))
+    assert files == sorted(f"{name}.{kind}" for name in (*FIGURES, "training_curves") for kind in ("png", "svg"))
     page = (tmp_path / "report.html").read_text()
-    assert page.count('<img alt="') == 4 and "Research use only" in page
+    assert page.count('<img alt="') == 5 and "Research use only" in page
     assert "<td>c_index</td><td>0.700</td><td>0.610</td><td>0.800</td><td>12</td>" in page and "5 events" in page
     assert all(link.startswith("data:") for link in re.findall(r'(?:src|href)="([^"]*)"', page))
     assert not any(name in page for name in names)

@@ -19,8 +19,11 @@ from monai.bundle import ConfigParser
 from sksurv.linear_model import CoxPHSurvivalAnalysis
 from torch import Tensor
 from torchsurv.loss.cox import neg_partial_log_likelihood
+from torchsurv.loss.momentum import Momentum
 
 from bundle.errors import InputError
+from bundle.networks import ClinicalNet, SurvivalMapNet
+from bundle.networks.heads import HEADS
 from bundle.survival import OBJECTIVES, CenTime, Cox, CoxMemory, objective_from, patient_numbers, seen_until
 from bundle.survival.cox import breslow_baseline, partial_log_likelihood
 from bundle.survival.discrete import DeepHit, Logistic, LogisticHazard, deephit_ranking
@@ -34,6 +37,7 @@ TABLES = {
     "ncctg_lung_228.csv": ("time", "status", "age sex ph.ecog ph.karno pat.karno wt.loss"),
     "gbsg2_686.csv": ("time", "cens", "horTh age menostat tsize tgrade pnodes progrec estrec"),
     "rossi_432.csv": ("week", "arrest", "fin age race wexp mar paro prio"),
+    "nsclc_radiogenomics_143.csv": ("Survival.time", "deadstatus.event", "Age Gender Smoking Pathological_N_stage"),
     "whas500_500.csv": ("lenfol", "fstat", "age gender hr sysbp diasbp bmi cvd afb sho chf av3 miord mitype"),
 }
 
@@ -41,7 +45,10 @@ TABLES = {
 def read_table(folder: Path, name: str) -> tuple[np.ndarray, Tensor]:
     """Standardised covariates (N, K) and the outcome (N, 2)."""
     time, event, columns = TABLES[name]
-    table = pd.read_csv(folder / "survival" / name)
+    table = pd.read_csv(folder / "survival" / name).rename(
+        columns={"Age at Histological Diagnosis": "Age", "Smoking status": "Smoking"}
+    )
+    table.columns = table.columns.str.replace(" ", "_")
     x = pd.get_dummies(table[columns.split()], drop_first=True, dtype=float)
     x = x.fillna(x.median()).to_numpy()
     months = np.ceil(table[time] / table[time].max() * 90).clip(1)
@@ -225,16 +232,65 @@ def test_times_beyond_tmax_have_no_loss(objective):
 
 def test_cohorts_that_teach_nothing():
     alive, dead = torch.tensor([[70.0, 0], [80, 0]]), torch.tensor([[20.0, 1], [30, 1]])
-    for objective in (Cox(), CoxMemory()):
-        with pytest.raises(InputError, match="none of the 2 training scans"):
-            objective.check(alive)
-        objective.check(torch.cat([alive, dead]))
+    for kind in OBJECTIVES.values():
+        with pytest.raises(InputError, match="none of the 2 training scans|0 training scans died by then and 2"):
+            kind().check(alive)
+        kind().check(torch.cat([alive, dead]))
     for outcome in (alive, dead):
         with pytest.raises(InputError, match="death by month 60"):
             Logistic(by=60).check(outcome)
     with pytest.raises(InputError, match="2 training scans died by then and 0"):
         Logistic(by=90).check(torch.cat([alive, dead]))
     Logistic(by=60).check(torch.cat([alive, dead]))
+
+
+@pytest.mark.parametrize("head", [*HEADS, None])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_learns_with_every_head(name, head):
+    """Who has a bright block dies, the sooner the larger it is; None is the network of covariates alone."""
+    torch.manual_seed(0)
+    objective = OBJECTIVES[name]()
+    image = torch.rand(6, 1, 8, 8, 8) * 0.1
+    for k in range(4):
+        image[k, :, : 8 - k, :4] = 0.9
+    outcome = torch.tensor([[10.0, 1], [20, 1], [30, 1], [40, 1], [95, 0], [95, 0]])
+    arguments = {}
+    if head is None:
+        arguments["clinical"] = torch.tensor([[2.0], [1.5], [1.0], [0.5], [-1.0], [-1.0]])
+        net = ClinicalNet(1, extra=objective.extra)
+    else:
+        net = SurvivalMapNet(dim=8, depth=1, num_heads=1, head=head, extra=objective.extra)
+    parameters = [*net.parameters(), *objective.parameters()]
+    optimizer = torch.optim.Adam(parameters, 0.01)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = objective(net(image, **arguments), outcome)
+        loss.backward()
+        assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in parameters)
+        optimizer.step()
+        losses.append(loss.item())
+    found = patient_numbers(net(image, **arguments))[0].detach()
+    assert name == "cox_memory" or losses[-1] < losses[0]  # risk sets grow with what is remembered, and the loss with them
+    assert found[:4].max() < found[4:].min()
+
+
+def test_a_mixture_needs_a_head_that_mixes():
+    outcome = OUTCOMES["ties"]
+    for head in ("hazard", "mean"):
+        with pytest.raises(InputError, match=f"mixture has no meaning with the head {head}"):
+            CenTime(mixture=True).check(outcome, head)
+    for head in ("softmin", "lse", None):
+        CenTime(mixture=True).check(outcome, head)
+    CenTime().check(outcome, "mean")
+
+
+def test_censored_just_below_tmax_is_alive_in_the_month_before():
+    for kind in (CenTime, Classical, DeepHit, LogisticHazard, Logistic):
+        objective = kind(tmax=TMAX)
+        survival_map = map_of(torch.tensor([50.0, 90.0]), torch.zeros(2, objective.extra))
+        late, before = (torch.tensor([[30.0, 1], [time, 0]]) for time in (TMAX - 0.4, TMAX - 1.0))
+        assert torch.equal(objective(survival_map, late), objective(survival_map, before))
 
 
 # ------------------------------------------------------------------------------------------------ CenTime, classical
@@ -371,6 +427,24 @@ def test_memory_that_holds_all_has_the_gradient_of_the_whole_cohort():
         part = location[batch].clone().requires_grad_()
         objective(map_of(part), outcome[batch]).backward()
         torch.testing.assert_close(part.grad / 8, whole.grad[batch])
+
+
+@pytest.mark.parametrize("batch", [2, 4])
+def test_memory_has_the_gradient_of_torchsurvs_momentum_without_a_delay(batch):
+    """At rate 0 its second network is the first one: what is remembered is then the same."""
+    x = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))
+    outcome = random_outcome(24, seed=1).float()
+    net = torch.nn.Linear(3, 1, bias=False)
+    momentum = Momentum(net, neg_partial_log_likelihood, batch, 12 // batch, rate=0.0)
+    objective = CoxMemory(scale=1.0, memory=12)
+    for step, rows in enumerate(torch.arange(24).split(batch)):
+        net.zero_grad()
+        momentum.zero_grad()
+        objective(map_of(objective.tmax / 2 - net(x[rows])[:, 0]), outcome[rows]).backward()
+        momentum(x[rows], outcome[rows, 1] > 0, outcome[rows, 0]).backward()
+        deaths = outcome[max(0, step * batch - 12) : (step + 1) * batch, 1].sum()
+        # Theirs is the mean over all deaths in the risk sets, ours that over the patients of the batch.
+        torch.testing.assert_close(net.weight.grad * batch, momentum.online.weight.grad * deaths, rtol=1e-4, atol=1e-5)
 
 
 def test_memory_keeps_the_last_patients_that_were_learnt_from_and_is_part_of_the_state():
@@ -567,13 +641,8 @@ LINEAR = {
     "logistic_hazard": lambda by: LogisticHazard(variance=400.0, learn_variance=True),
     "logistic": lambda by: Logistic(by=by),
 }
-# How far below Cox's C-index an objective may come, if not 0.01. Most of the veterans die in the first tenth of the
-# follow-up, which a normal distribution over months fits badly.
-BELOW = {("veteran_lung_137.csv", "centime"): 0.025, ("veteran_lung_137.csv", "classical"): 0.025}
-
-
 @pytest.mark.parametrize("kind", LINEAR)
-@pytest.mark.parametrize("name", ["veteran_lung_137.csv", "ncctg_lung_228.csv"])
+@pytest.mark.parametrize("name", ["veteran_lung_137.csv", "ncctg_lung_228.csv", "rossi_432.csv"])
 def test_a_linear_model_ranks_as_well_as_lifelines_cox_fit(kind, name, shared_data):
     x, outcome = read_table(shared_data, name)
     fold = np.random.default_rng(0).permutation(len(x)) % 5
@@ -589,4 +658,4 @@ def test_a_linear_model_ranks_as_well_as_lifelines_cox_fit(kind, name, shared_da
         np.mean([concordance_index(time[fold == k], risk[k], event[fold == k]) for k in range(5)])
         for risk in (ours, theirs)
     )
-    assert found > expected - BELOW.get((name, kind), 0.01)
+    assert found > expected - 0.01

@@ -12,6 +12,7 @@ import ignite.distributed as idist
 import pandas as pd
 from matplotlib.figure import Figure
 
+from bundle.files import write_atomically
 from bundle.metrics import MapDistribution, SurvivalMetric
 from bundle.report import write_evaluation_report
 from bundle.report.figures import (
@@ -22,8 +23,6 @@ from bundle.report.figures import (
     training_curves,
 )
 from bundle.report.pictures import png, svg
-
-from .prediction_writer import write_atomically
 
 __all__ = ["draw_training", "report_evaluation", "save_figure"]
 
@@ -48,13 +47,16 @@ def draw_training(ckpt_dir: str) -> None:
         save_figure(training_curves(pd.read_csv(history)), history.parent / "figures", "training_curves")
 
 
-def report_evaluation(output_dir: str, survival: SurvivalMetric, distribution: MapDistribution) -> None:
+def report_evaluation(
+    output_dir: str, survival: SurvivalMetric, distribution: MapDistribution, ckpt: str | None = None
+) -> None:
     """Draw an evaluation into `figures/` and write `report.html` with its figures and what `metrics.json` holds.
 
     Args:
         output_dir: where :class:`~bundle.handlers.MetricsWriter` wrote.
         survival: the metric of the predictions; without any (maps of another tool) there is nothing to draw.
         distribution: of the maps' locations and weights.
+        ckpt: weights; with a `history.csv` beside them the training is drawn as well.
     """
     table, groups = pd.DataFrame(survival.rows()), distribution.aggregate()  # every process takes part in the gather
     if idist.get_rank() != 0:
@@ -70,6 +72,8 @@ def report_evaluation(output_dir: str, survival: SurvivalMetric, distribution: M
             "calibration": calibration(death, *outcome),
             "map_distribution": map_distribution(groups),
         }
+        if ckpt and (history := Path(ckpt).with_name("history.csv")).is_file():
+            figures["training_curves"] = training_curves(pd.read_csv(history))
     pictures = {name: save_figure(figure, folder / "figures", name) for name, figure in figures.items()}
     metrics = json.loads((folder / "metrics.json").read_text())
     write_evaluation_report(folder / "report.html", metrics, pictures)

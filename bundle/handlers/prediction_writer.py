@@ -4,9 +4,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -14,14 +14,17 @@ import numpy as np
 import pandas as pd
 import torch
 from ignite.engine import Engine, Events
+from monai.data import MetaTensor
 
-from bundle.data.datasets import ScanStream
-from bundle.errors import InputError
+from bundle.data.datasets import ScanStream, content_digest, describe
+from bundle.explain import mask_to_scan_space
+from bundle.files import remove_leftovers, write_atomically
 from bundle.report import failed_section, patient_section, write_report
 from bundle.report.pictures import heat_figure, png
+from bundle.settings import file_sha256, write_json
 from bundle.survival.readout import death_by, mean_months, quantile_months, survival_curve
 
-__all__ = ["PredictionWriter", "prediction_row", "write_heat"]
+__all__ = ["PredictionWriter", "prediction_row", "write_heat", "write_lung"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,20 +48,19 @@ def failed_row(patient_id: str, message: str) -> dict:
     return {"patient_id": patient_id, "status": "failed", "message": message}
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write` with a temporary name of the same suffix beside `path`, then rename."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"could not write {path}: {e.strerror}.") from e
-
-
 def write_heat(path: Path, heat: torch.Tensor, affine: torch.Tensor) -> None:
     """Write heat (1, D, H, W) as NIfTI with the scan's affine (RAS, mm)."""
-    image = nib.Nifti1Image(np.asarray(heat[0], dtype=np.float32), np.asarray(affine, dtype=np.float64))
+    _write_nifti(path, np.asarray(heat[0], dtype=np.float32), affine)
+
+
+def write_lung(path: Path, lung: MetaTensor, image: MetaTensor) -> None:
+    """Write the mask (1, D, H, W) on the grid of the file that `image` was loaded from, as uint8 NIfTI."""
+    affine = image.meta["original_affine"]
+    _write_nifti(path, mask_to_scan_space(lung, affine, image.meta["spatial_shape"]), affine)
+
+
+def _write_nifti(path: Path, voxels: np.ndarray, affine: torch.Tensor) -> None:
+    image = nib.Nifti1Image(voxels, np.asarray(affine, dtype=np.float64))
     image.header.set_xyzt_units("mm")
     write_atomically(path, image.to_filename)
 
@@ -66,85 +68,122 @@ def write_heat(path: Path, heat: torch.Tensor, affine: torch.Tensor) -> None:
 class PredictionWriter:
     """Write the files of an inference run as its scans come; a bad scan becomes a row that says why.
 
+    When all files of a scan are there, `done/<patient_id>.json` is written, with what the tables and the report say of
+    it and what the map depends on: weights, options, content of the scan. A run into the same folder passes over the
+    scans whose record fits and whose map is whole, so that it goes on where it was stopped; failed scans are tried again.
+
     Expects the output of :class:`~bundle.explain.maps.MapToHeatd` and :class:`~bundle.explain.maps.HeatToScand`, and
     in the batch ``patient_id``, ``image`` (HU scaled to [0, 1]), ``lung``, ``lung_mask_source`` and ``notes``.
 
     Args:
-        output_dir: folder for `predictions.csv`, `survival_curves.csv`, `report.html`, and `maps/` with a NIfTI and a
-            picture of each scan.
-        stream: the dataset, which knows the scans that failed.
+        output_dir: folder for `predictions.csv`, `survival_curves.csv`, `report.html`, `done/`, and `maps/` with a NIfTI
+            and a picture of each scan, and the lung mask that was used, unless that is "none".
+        stream: the dataset, which knows the scans that failed, and is told which are done.
         settings: of the weights, shown in the report.
         horizon: of the heat, months.
         hu_window: HU that are 0 and 1 in the image.
+        options: all else that a map depends on: preprocessing and inferer.
     """
 
     def __init__(
-        self, output_dir: str, stream: ScanStream, settings: dict, horizon: int, hu_window: tuple[float, float]
+        self,
+        output_dir: str,
+        stream: ScanStream,
+        settings: dict,
+        horizon: int,
+        hu_window: tuple[float, float],
+        options: dict | None = None,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.stream = stream
         self.settings = settings
         self.horizon = horizon
         self.hu_window = hu_window
-        self.rows: dict[str, dict] = {}
-        self.curves: dict[str, np.ndarray] = {}
-        self.sections: dict[str, str] = {}
-        self.imputed = {r["patient_id"]: r["imputed"] for r in stream.data if "imputed" in r}
+        self.options = [settings, horizon, describe([hu_window, options])]
+        self.scans = {r["patient_id"]: r for r in stream.data}
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.add)
         engine.add_event_handler(Events.COMPLETED, self.finish)
 
+    def files(self, patient_id: str) -> tuple[Path, Path, Path]:
+        """Record, map and picture of a scan."""
+        maps = self.output_dir / "maps"
+        return (
+            self.output_dir / "done" / f"{patient_id}.json",
+            maps / f"{patient_id}_heat.nii.gz",
+            maps / f"{patient_id}_heat.png",
+        )
+
+    def key(self, patient_id: str) -> str:
+        """What the map of a scan depends on, as SHA-256."""
+        scan = self.scans[patient_id]
+        digests = {name: content_digest(scan[name]) for name in ("image", "lung_mask") if scan.get(name)}
+        content = [self.options, digests, scan.get("clinical"), scan.get("imputed")]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def is_done(self, patient_id: str) -> bool:
+        record, *files = self.files(patient_id)
+        try:
+            found = json.loads(record.read_text())
+            return found["key"] == self.key(patient_id) and found["sha256"] == [file_sha256(f) for f in files]
+        except (OSError, ValueError, KeyError, TypeError):  # not there, torn, or a scan that can't be read any more
+            return False
+
     def start(self, engine: Engine) -> None:
-        (self.output_dir / "maps").mkdir(parents=True, exist_ok=True)
+        for folder in (self.output_dir, self.output_dir / "maps", self.output_dir / "done"):
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder)
+        self.stream.done = {p for p, scan in self.scans.items() if not scan.get("fault") and self.is_done(p)}
+        if self.stream.done:
+            logger.info(f"{len(self.stream.done)} of {len(self.stream.data)} scans are done already in {self.output_dir}.")
 
     def add(self, engine: Engine) -> None:
         for scan, output in zip(engine.state.batch, engine.state.output):
             patient_id, pmf = scan["patient_id"], output["pmf"].cpu()
-            message = "; ".join(filter(None, [self.imputed.get(patient_id), scan.get("notes")]))
+            record, *files = self.files(patient_id)
+            message = "; ".join(filter(None, [self.scans[patient_id].get("imputed"), scan.get("notes")]))
             row = prediction_row(patient_id, pmf) | {"message": message}
             heat = output["scan_heat"].cpu()
-            write_heat(self.output_dir / "maps" / f"{patient_id}_heat.nii.gz", heat, heat.affine)
-            self.rows[patient_id] = row
-            self.curves[patient_id] = survival_curve(pmf).numpy()
+            if scan["lung_mask_source"] != "none":
+                write_lung(self.output_dir / "maps" / f"{patient_id}_lung.nii.gz", scan["lung"], scan["image"])
+            write_heat(files[0], heat, heat.affine)
             low, high = self.hu_window
             hu = np.asarray(scan["image"][0]) * (high - low) + low
             spacing = tuple(float(mm) for mm in scan["image"].pixdim)
             picture = png(heat_figure(hu, np.asarray(output["heat"].cpu()[0]), spacing, self.horizon))
-            write_atomically(self.output_dir / "maps" / f"{patient_id}_heat.png", lambda p: p.write_bytes(picture))
-            self.sections[patient_id] = patient_section(
-                {
-                    "patient_id": patient_id,
-                    "picture": picture,
-                    "pmf": pmf.numpy(),
-                    "risk": float(heat.sum()),
-                    "horizon": self.horizon,
-                    "row": row,
-                    "lung_mask_source": scan["lung_mask_source"],
-                }
-            )
+            write_atomically(files[1], lambda p: p.write_bytes(picture))
+            done = {"key": self.key(patient_id), "sha256": [file_sha256(f) for f in files], "row": row}
+            done |= {"pmf": pmf.tolist(), "risk": float(heat.sum()), "lung_mask_source": scan["lung_mask_source"]}
+            write_json(record, done)
             logger.info(
                 f"{patient_id}: median {row['median_months']:.1f} months, "
-                f"P(death by {self.horizon} months) {float(heat.sum()):.2f}, lung mask: {scan['lung_mask_source']}."
+                f"P(death by {self.horizon} months) {done['risk']:.2f}, lung mask: {scan['lung_mask_source']}."
             )
 
     def finish(self, engine: Engine) -> None:
-        for patient_id, message in self.stream.faults:
-            self.rows[patient_id] = failed_row(patient_id, message)
-            self.sections[patient_id] = failed_section(patient_id, message)
-        order = [r["patient_id"] for r in self.stream.data]
-        rows = [self.rows[p] for p in order]
-        columns = list(prediction_row("", torch.ones(2) / 2))
-        table = pd.DataFrame(rows, columns=columns)
-        months = next((len(c) for c in self.curves.values()), 0)
-        curves = pd.DataFrame(
-            [[p, *self.curves[p]] for p in order if p in self.curves],
-            columns=["patient_id", *(f"survival_{t}m" for t in range(1, months + 1))],
-        )
-        write_atomically(self.output_dir / "predictions.csv", lambda p: table.to_csv(p, index=False, float_format="%.5g"))
-        write_atomically(
-            self.output_dir / "survival_curves.csv", lambda p: curves.to_csv(p, index=False, float_format="%.5g")
-        )
-        write_report(self.output_dir / "report.html", [self.sections[p] for p in order], rows, self.settings)
+        faults = dict(self.stream.faults)
+        rows, curves, sections = [], [], []
+        for patient_id in (r["patient_id"] for r in self.stream.data):
+            if patient_id in faults:
+                rows.append(failed_row(patient_id, faults[patient_id]))
+                sections.append(failed_section(patient_id, faults[patient_id]))
+                continue
+            record, _, picture = self.files(patient_id)
+            done = json.loads(record.read_text())
+            pmf = torch.tensor(done["pmf"])
+            rows.append(done["row"])
+            curves.append([patient_id, *survival_curve(pmf).tolist()])
+            patient = {"patient_id": patient_id, "picture": picture.read_bytes(), "pmf": pmf.numpy()}
+            patient |= {"risk": done["risk"], "horizon": self.horizon, "row": done["row"]}
+            sections.append(patient_section({**patient, "lung_mask_source": done["lung_mask_source"]}))
+        table = pd.DataFrame(rows, columns=list(prediction_row("", torch.ones(2) / 2)))
+        months = max((len(curve) - 1 for curve in curves), default=0)
+        columns = ["patient_id", *(f"survival_{t}m" for t in range(1, months + 1))]
+        for name, content in {"predictions": table, "survival_curves": pd.DataFrame(curves, columns=columns)}.items():
+            write_atomically(
+                self.output_dir / f"{name}.csv", lambda p: content.to_csv(p, index=False, float_format="%.5g")
+            )
+        write_report(self.output_dir / "report.html", sections, rows, self.settings)
         logger.info(f"report: {self.output_dir / 'report.html'}")

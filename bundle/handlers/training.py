@@ -8,34 +8,30 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
+import ignite.distributed as idist
 import torch
+from filelock import FileLock, Timeout
 from ignite.engine import Engine, Events
 from monai.engines import IterationEvents
 from monai.transforms import Randomizable
 from monai.utils import set_determinism
 
 from bundle.errors import InputError
-from bundle.settings import differences, file_sha256, settings_file, write_json
+from bundle.files import DamagedFile, load_checked, remove_leftovers, save_checked, write_atomically
+from bundle.settings import differences, file_sha256, read_settings, settings_file, write_json
 
 __all__ = ["EpochSeed", "GradientClip", "RunCheckpoint"]
 
 logger = logging.getLogger(__name__)
 
 
-def save_atomically(content: dict, path: Path) -> None:
-    """`torch.save` to a temporary name beside `path`, flush to disk, rename: a kill leaves the old or the new file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            torch.save(content, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"could not write {path} ({e.strerror}); free space or choose another --ckpt_dir.") from e
+@lru_cache(maxsize=None)
+def folder_lock(folder: Path) -> FileLock:
+    """The lock of a run's folder in this process, which holds it until it ends, however that comes about."""
+    return FileLock(folder / ".lock")
 
 
 class EpochSeed:
@@ -62,38 +58,60 @@ class EpochSeed:
 
 
 class GradientClip:
-    """Clip the norm of all gradients before each optimizer step; stop on a loss that is no number.
+    """Clip the norm of all gradients before each optimizer step; stop on a loss or gradient that has lost its way.
+
+    The weights are then those of the step before, and `last.pt` those of the epoch before.
 
     Args:
         network: whose gradients to clip.
         max_norm: largest norm of all gradients together.
+        objective: whose gradients are checked, not clipped.
+        exploded: norm above which training stops. It lies far above what clipping mends.
     """
 
-    def __init__(self, network: torch.nn.Module, max_norm: float) -> None:
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        max_norm: float,
+        objective: torch.nn.Module | None = None,
+        exploded: float = 1e6,
+    ) -> None:
         self.network = network
         self.max_norm = max_norm
+        self.objective = objective
+        self.exploded = exploded
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
-        if not torch.isfinite(norm):
-            patients = ", ".join(engine.state.batch["patient_id"])
-            raise InputError(
-                f"the loss or its gradient is not finite in epoch {engine.state.epoch} for the patients {patients}; "
-                "the last good weights are kept in last.pt. A smaller learning rate, or a look at these scans, may help."
-            )
+        loss = float(engine.state.output["loss"])
+        own = [p.grad for p in self.objective.parameters() if p.grad is not None] if self.objective else []
+        norm = float(torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm))
+        norm = math.hypot(norm, float(torch.nn.utils.get_total_norm(own)))
+        if math.isfinite(loss) and norm <= self.exploded:
+            return
+        what = f"the loss is {loss:.3g}" if not math.isfinite(loss) else f"the gradient's norm is {norm:.3g}"
+        patients = ", ".join(map(str, engine.state.batch["patient_id"]))
+        raise InputError(
+            f"{what} in epoch {engine.state.epoch} for the patients {patients}; training stops, and last.pt keeps the "
+            "weights of the epoch before. A smaller --learning_rate, or a look at these scans, may help."
+        )
 
 
 class RunCheckpoint:
     """Keep the best weights and all that is needed to go on; resume a run that was stopped.
 
-    After every epoch `last.pt` holds network, objective, optimizer, scheduler, epoch and best metric; whenever the
+    After every epoch `last.pt` holds network, objective, optimizer, scheduler, epoch, best metric and best weights, with
+    a checksum; the one before it is `previous.pt`, which is used if `last.pt` turns out damaged. Whenever the
     validation metric is at its best `model.pt` holds the network's plain state dict and `settings.json` its settings
-    with the SHA-256 of the weights. After the last epoch the best weights go through `finish`. Every file is written
-    under another name and renamed. MONAI's `CheckpointSaver` writes in place, which a kill in the wrong moment turns
-    into a torn file.
+    with the SHA-256 of the weights. After the last epoch the best weights go through `finish`. All of this is in
+    `last.pt` too, so that `model.pt` needs no more than it to be right. Every file is written under another name,
+    flushed and renamed, by the first of several processes; ignite's `Checkpoint` neither flushes nor has a checksum, and
+    MONAI's `CheckpointSaver` writes in place.
+
+    A second run that trains in the same folder waits until the first has ended: one that outlived its killed parent,
+    for instance.
 
     Args:
         ckpt_dir: folder of the run.
@@ -141,18 +159,66 @@ class RunCheckpoint:
         self.best: float | None = None
         self.best_epoch = 0
         self.best_objective: dict = settings["objective"]
+        self.best_network: dict[str, torch.Tensor] | None = None
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.load)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self.pass_on)
+
+    def pass_on(self, engine: Engine, error: BaseException) -> None:
+        """Ahead of `StatsHandler`, which would log the traceback of what is one sentence."""
+        raise error
+
+    def lock(self) -> None:
+        lock = folder_lock(self.ckpt_dir.resolve())
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.warning(f"another process is training in {self.ckpt_dir}; waiting until it has ended.")
+            lock.acquire()
+        except NotImplementedError:
+            logger.warning(f"the file system of {self.ckpt_dir} has no locks: nothing else may train there.")
+
+    def read(self) -> dict | None:
+        """The newest state that is whole; None if there is none.
+
+        Raises:
+            InputError: there are states, and all are damaged.
+        """
+        damaged = []
+        for path in (self.ckpt_dir / "last.pt", self.ckpt_dir / "previous.pt"):
+            if path.is_file():
+                try:
+                    state = load_checked(path)
+                except DamagedFile as e:
+                    damaged.append(path)
+                    logger.warning(f"{e}; going back to the epoch before.")
+                    continue
+                for worse in damaged:
+                    worse.unlink(missing_ok=True)  # lest it becomes the previous one
+                return state
+        if damaged:
+            names = " and ".join(map(str, damaged))
+            raise InputError(f"{names}: damaged (the checksum is wrong or missing); --resume false starts anew.")
+        return None
 
     def load(self, engine: Engine) -> None:
         """Prepare the folder, and go on where a run of the same settings stopped."""
-        last = self.ckpt_dir / "last.pt"
-        if not (self.resume and last.is_file()):
-            last.unlink(missing_ok=True)
+        first = idist.get_rank() == 0
+        if first:
+            self.lock()
+            remove_leftovers(self.ckpt_dir)
+            if not self.resume:
+                for name in ("last.pt", "previous.pt"):
+                    (self.ckpt_dir / name).unlink(missing_ok=True)
+            state = self.read()
+        idist.barrier()  # what is damaged is gone
+        if not first:
+            state = self.read()
+        idist.barrier()  # every process has read it
+        if state is None:
             return
-        state = torch.load(last, map_location="cpu", weights_only=True)
         changed = differences(state["settings"], self.settings)
         if changed:
             raise InputError(
@@ -163,7 +229,8 @@ class RunCheckpoint:
             target.load_state_dict(state[name])
         engine.state.epoch, engine.state.iteration = state["epoch"], state["iteration"]
         self.best, self.best_epoch, self.best_objective = state["best"], state["best_epoch"], state["best_objective"]
-        if state["finished"]:
+        self.best_network = state["best_network"]
+        if state["finished"] and self.model_is_whole():
             logger.info(f"{self.ckpt_dir} is a finished run of {state['epoch']} epochs: nothing to do.")
             engine.terminate()
         elif self.over(engine):
@@ -171,6 +238,15 @@ class RunCheckpoint:
             engine.terminate()
         else:
             logger.info(f"going on after epoch {state['epoch']} of {engine.state.max_epochs} in {self.ckpt_dir}.")
+
+    def model_is_whole(self) -> bool:
+        """Whether `model.pt` and `settings.json` are there and belong together."""
+        try:
+            read_settings(self.ckpt_dir / "model.pt")
+        except InputError as e:
+            logger.warning(f"{e} They are made anew.")
+            return False
+        return True
 
     def over(self, engine: Engine) -> bool:
         epoch = engine.state.epoch
@@ -186,6 +262,8 @@ class RunCheckpoint:
         if value > (-math.inf if self.best is None else self.best):
             self.best, self.best_epoch = float(value), epoch
             self.best_objective = {**self.settings["objective"], **self.objects["objective"].arguments}
+            weights = self.objects["network"].state_dict()
+            self.best_network = {name: value.detach().cpu().clone() for name, value in weights.items()}
             self.save_model(self.best_objective)
         self.save_state(engine, finished=False)
         if self.over(engine):
@@ -195,22 +273,34 @@ class RunCheckpoint:
             self.end(engine)
 
     def save_model(self, objective: dict) -> None:
-        model = self.ckpt_dir / "model.pt"
-        save_atomically(self.objects["network"].state_dict(), model)
+        if idist.get_rank() != 0:
+            return
+        model, network = self.ckpt_dir / "model.pt", self.objects["network"].state_dict()
+
+        def write(path: Path) -> None:
+            with open(path, "wb") as f:  # by its name, torch would put that into the file
+                torch.save(network, f)
+
+        write_atomically(model, write)
         changes = {"objective": objective, "weights_sha256": file_sha256(model)}
         write_json(settings_file(model), {**self.settings, **changes})
 
     def save_state(self, engine: Engine, finished: bool) -> None:
+        if idist.get_rank() != 0:
+            return
         state = {name: target.state_dict() for name, target in self.objects.items()}
         state.update(settings=self.settings, epoch=engine.state.epoch, iteration=engine.state.iteration)
         state.update(best=self.best, best_epoch=self.best_epoch, best_objective=self.best_objective, finished=finished)
-        save_atomically(state, self.ckpt_dir / "last.pt")
+        state["best_network"] = self.best_network
+        last = self.ckpt_dir / "last.pt"
+        if last.is_file():
+            os.replace(last, self.ckpt_dir / "previous.pt")
+        save_checked(state, last)
 
     def end(self, engine: Engine) -> None:
         """The best weights, finished."""
-        model = self.ckpt_dir / "model.pt"
-        if self.finish is not None and model.is_file():
-            best = torch.load(model, map_location="cpu", weights_only=True)
-            self.objects["network"].load_state_dict(best)
-            self.save_model(self.finish(self.best_objective))
+        if self.best_network is not None:
+            self.objects["network"].load_state_dict(self.best_network)
+            finish = self.finish or (lambda objective: objective)
+            self.save_model(finish(self.best_objective))
         self.save_state(engine, finished=True)

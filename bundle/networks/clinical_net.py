@@ -59,9 +59,11 @@ class ClinicalNet(nn.Module):
         self.hidden = nn.Sequential(nn.Linear(clinical_dim, hidden), nn.GELU()) if hidden > 0 else nn.Identity()
         self.to_location = nn.Linear(width, 1, bias=False)
         nn.init.normal_(self.to_location.weight, std=0.01)
-        self.to_extra = nn.Linear(width, extra, bias=False) if extra > 0 else None
+        # With a bias: the average patient, whose covariates are 0, has a shape of their own.
+        self.to_extra = nn.Linear(width, extra) if extra > 0 else None
         if self.to_extra is not None:
             nn.init.zeros_(self.to_extra.weight)
+            nn.init.zeros_(self.to_extra.bias)
         self.loc_bias = nn.Parameter(torch.tensor(float(loc_bias)))
         self.severity: nn.Module | None = None  # there is no disease on the map to read it off
 

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 from html import escape
 from pathlib import Path
+
+from bundle.files import write_atomically
 
 from .pictures import png, survival_figure
 
@@ -54,6 +55,10 @@ FIGURES = {
     "map_distribution": (
         "Locations and weights",
         "How they are distributed over the cells of the maps. Every scan counts the same.",
+    ),
+    "training_curves": (
+        "Training",
+        "Loss of each epoch, and metrics of its validation, in the training that left these weights.",
     ),
 }
 
@@ -167,6 +172,4 @@ def _write_page(path: Path, title: str, body: str) -> None:
         f"<h1>{title}</h1><p><b>Research use only, not for diagnosis or treatment.</b></p>"
         f"{body}</body></html>\n"
     )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, lambda p: p.write_text(page, encoding="utf-8"))

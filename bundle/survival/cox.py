@@ -135,10 +135,6 @@ class Cox(Objective):
         bins = whole_months(time, event, self.tmax).double()
         self.baseline = breslow_baseline(self.log_hazard(location.double()), bins, event, self.tmax).tolist()
 
-    def check(self, outcome: Tensor) -> None:
-        if not bool((outcome[:, 1] > 0).any()):
-            raise InputError(f"none of the {len(outcome)} training scans has event 1; {self.name} learns from deaths.")
-
 
 class CoxMemory(Cox):
     """:class:`Cox` with risk sets that reach across batches: the last `memory` patients are remembered.

@@ -232,7 +232,7 @@ class Logistic(Objective):
         loss = F.binary_cross_entropy_with_logits(logit, died.to(logit.dtype), reduction="none")
         return (weight * loss).sum() / total
 
-    def check(self, outcome: Tensor) -> None:
+    def check(self, outcome: Tensor, head: str | None = None) -> None:
         died, known = self.answer(outcome)
         yes, no = int(died.sum()), int((known - died).sum())
         if min(yes, no) == 0:

@@ -27,12 +27,13 @@ __all__ = [
 
 
 def whole_months(time: Tensor, event: Tensor, tmax: int) -> Tensor:
-    """The month, 1..tmax, of each time, (B,).
+    """The month, 1..tmax, of each time, (B,); who is censored in the half month below tmax, is so at tmax - 1.
 
     Raises:
         InputError: a death after tmax, or a censoring time at or above it, for which no likelihood exists.
     """
     bins = time.round().clamp_min(1).long()
+    bins = torch.where((event == 0) & (time < tmax), bins.clamp_max(tmax - 1), bins)
     if bool((bins > tmax - 1 + event).any()):
         raise InputError(f"times must lie below tmax = {tmax} months, got {float(time.max())}.")
     return bins
@@ -127,8 +128,10 @@ class Objective(nn.Module):
         """Loss, the mean over patients, of a survival map given `outcome` (B, 2) = (time in months, event)."""
         raise NotImplementedError
 
-    def check(self, outcome: Tensor) -> None:
-        """Raise an InputError if nothing can be learnt from the `outcome` (N, 2) of the training scans."""
+    def check(self, outcome: Tensor, head: str | None = None) -> None:
+        """Raise an InputError if this can't be learnt from the `outcome` (N, 2) of the training scans, by that head."""
+        if not bool((outcome[:, 1] > 0).any()):
+            raise InputError(f"none of the {len(outcome)} training scans has event 1; {self.name} learns from deaths.")
 
 
 class MonthsObjective(Objective):
@@ -211,6 +214,14 @@ class CenTime(MonthsObjective):
         likelihood = self.log_likelihood(self.log_pmf(survival_map), time, event)
         weight = torch.where(event > 0, 1.0, self.alpha_censored)
         return -(weight * likelihood).mean()
+
+    def check(self, outcome: Tensor, head: str | None = None) -> None:
+        super().check(outcome, head)
+        if self.mixture and head in ("hazard", "mean"):
+            raise InputError(
+                f'mixture has no meaning with the head {head}, which adds up or averages what patches say: they have no '
+                'distributions to mix (expected the head "softmin" or "lse").'
+            )
 
 
 class Classical(CenTime):

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from .augment import RandShiftd
 from .load import LoadCTd, check_hu
-from .lung import LUNG_METHODS, LungMaskd, lungmask_network, threshold_lung_mask
+from .lung import LUNG_METHODS, LungMaskd, lungmask_digests, lungmask_network
+from .lung_threshold import fill_thorax, threshold_lung_mask
 from .quality import QualityGated, check_quality
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "RandShiftd",
     "check_hu",
     "check_quality",
+    "fill_thorax",
+    "lungmask_digests",
     "lungmask_network",
     "threshold_lung_mask",
 ]

@@ -1,0 +1,100 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are there whole or not at all, and that show when they have been damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bundle.errors import InputError
+
+__all__ = ["DamagedFile", "load_checked", "remove_leftovers", "save_checked", "write_atomically"]
+
+_TEMPORARY = f".tmp-{socket.gethostname()}-"
+_MARK = b"sha256:"
+_TRAILER = len(_MARK) + 64
+
+
+class DamagedFile(Exception):
+    """A file's content is not what was written: torn, or with flipped bits."""
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
+    """Call `write` with a temporary name of the same suffix beside `path`, flush to disk, rename.
+
+    A kill, or a loss of power, at any moment leaves the old file or the new one. The folder is made if it isn't there.
+
+    Raises:
+        InputError: the disk is full, or the folder can't be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        _flush(temporary)
+        os.replace(temporary, path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise InputError(f"{path} can't be written: {e.strerror}; expected a folder with room to write.") from e
+    with contextlib.suppress(OSError):  # not every file system can flush a folder
+        _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Delete the temporary files that killed processes of this machine left in a folder; those of others may be at work."""
+    for path in Path(folder).glob(f"{_TEMPORARY}*"):
+        pid = path.name.removeprefix(_TEMPORARY).partition("-")[0]
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            path.unlink(missing_ok=True)
+        except (ValueError, PermissionError):
+            pass
+
+
+def save_checked(content: Any, path: str | Path) -> None:
+    """`torch.save`, atomically, with the SHA-256 of the file behind it.
+
+    The file is a zip, which may be followed by other bytes: `torch.load` reads it as it reads any other.
+    """
+
+    def write(temporary: Path) -> None:
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        with open(temporary, "wb") as f:
+            f.write(buffer.getbuffer())
+            f.write(_MARK + hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
+
+    write_atomically(path, write)
+
+
+def load_checked(path: str | Path) -> Any:
+    """What :func:`save_checked` wrote, on the CPU; nothing but tensors and plain values is unpickled.
+
+    Raises:
+        DamagedFile: the checksum is wrong or missing.
+    """
+    data = memoryview(Path(path).read_bytes())
+    body, trailer = data[:-_TRAILER], data[-_TRAILER:]
+    if bytes(trailer) != _MARK + hashlib.sha256(body).hexdigest().encode():
+        raise DamagedFile(f"{path} is damaged: its checksum is wrong or missing")
+    return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
