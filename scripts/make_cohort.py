@@ -24,12 +24,12 @@ _log = logging.getLogger(__name__)
 
 WHAT = """\
 layout
- lung1  NSCLC-Radiomics: DIR/LUNG1-001/<study>/<series>/*.dcm with CT and RTSTRUCT or SEG; its table of survival in days.
-        The region GTV-1 becomes gt_mask, a NIfTI on the CT's grid.
- osic   OSIC pulmonary fibrosis: DIR/<Patient>/*.dcm; its table of visits, of which the one nearest to the CT is taken. It
-        has no survival: without columns time (months) and event the cohort is for inference.
- flat   DIR/<patient_id>.nii.gz (or .nii .nrrd .mha .mhd) with masks <patient_id>_lung, _gt, _confounder, in DIR or folders
-        within; or DIR/<patient_id>/ with DICOM. Table with patient_id, and time (months) and event if they are known.
+ lung1  NSCLC-Radiomics: DIR/LUNG1-001/<study>/<series>/*.dcm with CT and RTSTRUCT or SEG; its table of survival in
+        days. The region GTV-1 becomes gt_mask, a NIfTI on the CT's grid.
+ osic   OSIC pulmonary fibrosis: DIR/<Patient>/*.dcm; its table of visits, of which the one nearest to the CT is
+        taken. It has no survival: without columns time (months) and event the cohort is for inference.
+ flat   DIR/<patient_id>.nii.gz (or .nii .nrrd .mha .mhd) with masks <patient_id>_lung, _gt, _confounder, in DIR or
+        folders within; or DIR/<patient_id>/ with DICOM. Table with patient_id, and time (months) and event if known.
 
 All other columns go into the cohort under tidy names. What was done is kept: a second run makes only what is missing.
 """
@@ -109,7 +109,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--images", required=True, type=Path, metavar="DIR", help="folder of the scans")
     p.add_argument("--clinical", required=True, type=Path, metavar="CSV", help="clinical table")
     p.add_argument("--out", required=True, type=Path, metavar="CSV", help="cohort to write; masks/ goes beside it")
-    p.add_argument("--region", default="GTV-1", help="what RTSTRUCT or SEG call the cause of death (lung1; default GTV-1)")
+    p.add_argument(
+        "--region", default="GTV-1", help="what RTSTRUCT or SEG call the cause of death (lung1; default GTV-1)"
+    )
     p.add_argument("--on_fault", default="fail", choices=("fail", "skip"), help="skip leaves out scans at fault")
     for name in ("patient", "time", "event"):
         p.add_argument(f"--{name}_column", metavar="NAME", help="where the table has another name than the layout's")
@@ -120,7 +122,12 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    given = {"patient": args.patient_column, "time": args.time_column, "event": args.event_column, "unit": args.time_unit}
+    given = {
+        "patient": args.patient_column,
+        "time": args.time_column,
+        "event": args.event_column,
+        "unit": args.time_unit,
+    }
     layout = replace(LAYOUTS[args.layout], **{key: value for key, value in given.items() if value})
     region = args.region if args.layout == "lung1" else None
     try:

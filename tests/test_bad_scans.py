@@ -49,7 +49,7 @@ def test_each_bad_scan_fails_alone_and_all_others_complete(ran):
 
 def test_each_message_is_one_sentence_on_what_where_and_what_was_expected(ran):
     for patient, message in ran.table.message[ran.table.status == "failed"].items():
-        assert message.startswith((f"patient {patient}", "row ")) and message.count("(expected") >= 1, message
+        assert message.startswith((f"patient {patient}", "row ")) and "expected" in message, message
         assert "\n" not in message and len(message.replace(str(ran.corpus.parent), "")) < 600, message
         for vague in ("Traceback", "Error", "0x", "cannot be read", "while reading or preprocessing"):
             assert vague not in message, message
@@ -89,7 +89,8 @@ def test_mirrored_scans_give_mirrored_maps(ran):
 def test_whole_files_of_every_kind_pass(tmp_path):
     values = block()
     paths = [nifti(tmp_path / "a.nii", values), nifti(tmp_path / "b.nii.gz", values)]
-    for name, kind, order in (("big.nii", nib.Nifti1Image, ">"), ("two.nii.gz", nib.Nifti2Image, "<"), ("both.nii", nib.Nifti2Image, ">")):
+    one, two = nib.Nifti1Image, nib.Nifti2Image
+    for name, kind, order in (("big.nii", one, ">"), ("two.nii.gz", two, "<"), ("both.nii", two, ">")):
         image = kind(values.astype(values.dtype.newbyteorder(order)), np.eye(4), kind.header_class(endianness=order))
         image.to_filename(tmp_path / name)
         paths.append(tmp_path / name)
@@ -115,9 +116,27 @@ def test_no_flipped_bit_of_compressed_voxels_goes_unseen(tmp_path, suffix):
     whole = path.read_bytes()
     for place in np.linspace(0.1, 0.99, 12):
         path.write_bytes(whole)
-        bad_scans.flip_bit(path, place)
+        bad_scans.flip_bit(path, int(place * len(whole)))
         with pytest.raises(InputError, match="damaged|truncated|holds|header"):
             check_scan_file(path)
+
+
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nrrd", "scan.mha", "compressed.mha"])
+def test_spoilt_headers_are_read_or_refused_but_never_crash(tmp_path, name):
+    path = tmp_path / name
+    (nifti if "nii" in name else lambda p, v: by_itk(p, v, compressed="compressed" in name))(path, block())
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(60):
+        data = bytearray(whole)
+        for place in rng.integers(0, 300, rng.integers(1, 4)):
+            data[place] = rng.choice([0, 255, *b" 09-\n", rng.integers(256)])
+        path.write_bytes(data)
+        try:
+            LoadCTd()({"image": str(path)})
+        except InputError:
+            refused += 1
+    assert 0 < refused < 60
 
 
 def test_the_limit_is_on_what_the_header_claims(tmp_path, monkeypatch):

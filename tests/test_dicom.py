@@ -97,7 +97,10 @@ def test_the_chest_ct_is_chosen_among_all_that_is_there(hospital, caplog):
         line = next(r.message for r in caplog.records if series[name] in r.message)
         assert line.endswith(f"left: {why}"), line
     (line,) = (r.message for r in caplog.records if series["soft"] in r.message)
-    assert "CT, 'deep/er/soft', kernel B31f, 24 slices, 10 mm thick, axial, 12 x 10" in line and "taken (axial, 240 mm" in line
+    assert (
+        "CT, 'deep/er/soft', kernel B31f, 24 slices, 10 mm thick, axial, 12 x 10" in line
+        and "taken (axial, 240 mm" in line
+    )
     assert "Secret" not in caplog.text
 
 
@@ -227,7 +230,9 @@ def test_repeated_slices(tmp_path):
     assert notes == ["24 slices repeated another and left out"]
 
     def differ(slices):
-        slices.append(pydicom.dcmread(next((tmp_path / "whole").iterdir())))  # another UID in the file name, the same place
+        slices.append(
+            pydicom.dcmread(next((tmp_path / "whole").iterdir()))
+        )  # another UID in the file name, the same place
         slices[-1].SeriesInstanceUID = slices[0].SeriesInstanceUID
         slices[-1].ImagePositionPatient = slices[7].ImagePositionPatient
         slices[-1].FrameOfReferenceUID = slices[7].FrameOfReferenceUID
@@ -274,11 +279,35 @@ def test_values_that_are_no_numbers(tmp_path):
     assert "ImageOrientationPatient is missing or not valid" in refusal(tmp_path / "b")
 
 
-def test_a_cut_file_is_refused(tmp_path):
-    add(tmp_path, "cut")
-    path = sorted((tmp_path / "cut").iterdir())[5]
-    path.write_bytes(path.read_bytes()[:-100])
-    assert "truncated or damaged" in refusal(tmp_path)
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_cut_file_is_refused(tmp_path, compressed):
+    def compress(slices):
+        for ds in slices:
+            ds.compress(RLELossless, generate_instance_uid=False)
+
+    add(tmp_path, "cut", spoil=compress if compressed else lambda slices: None, values=chest(6, shape=(40, 36)))
+    path = sorted((tmp_path / "cut").iterdir())[3]
+    path.write_bytes(path.read_bytes()[: -800 if compressed else -2200])
+    assert ("truncated or damaged" if compressed else "1 of 6 files truncated") in refusal(tmp_path)
+
+
+def test_more_pixels_than_a_ct_has_are_not_allocated(tmp_path):
+    def spoil(slices):
+        for ds in slices:
+            ds.compress(RLELossless, generate_instance_uid=False)
+            ds.Rows = ds.Columns = 65535
+
+    add(tmp_path, "huge", spoil=spoil)
+    assert "65535 x 65535 pixels (expected Columns and Rows of 1 to 4096)" in refusal(tmp_path)
+
+
+def test_files_without_a_preamble(tmp_path):
+    add(tmp_path, "old")
+    for path in (tmp_path / "old").iterdir():
+        content = path.read_bytes()
+        path.write_bytes(content[content.index(b"\x08\x00\x08\x00CS") :])  # from ImageType on
+    (tmp_path / "text.dcm").write_text("no DICOM at all, whatever its name says " * 20)
+    np.testing.assert_array_equal(read_dicom(tmp_path, "here")[0], chest())
 
 
 # --- pixels --------------------------------------------------------------------------------------------------------

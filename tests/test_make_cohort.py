@@ -119,7 +119,12 @@ def lung1(tmp_path) -> Path:
 
 def arguments(folder: Path, layout: str = "lung1", images: str = "NSCLC-Radiomics", **more: str) -> list[str]:
     table = more.pop("table", next((p.name for p in folder.glob("*.csv") if "clinical" in p.name), "table.csv"))
-    given = {"layout": layout, "images": folder / images, "clinical": folder / table, "out": folder / "out" / "cohort.csv"}
+    given = {
+        "layout": layout,
+        "images": folder / images,
+        "clinical": folder / table,
+        "out": folder / "out" / "cohort.csv",
+    }
     return [text for key, value in (given | more).items() for text in (f"--{key}", str(value))]
 
 
@@ -134,9 +139,13 @@ def test_lung1(lung1, caplog, capsys):
     assert "3 scans, 2 with gt_mask, 0 left out" in capsys.readouterr().out
     assert "patient LUNG1-003: no region GTV-1 (found: none), so no gt_mask" in caplog.text
     table = pd.read_csv(lung1 / "out" / "cohort.csv")
-    assert list(table.columns) == (
-        "patient_id image gt_mask time event age clinical_t_stage clinical_n_stage clinical_m_stage overall_stage histology sex"
-    ).split()
+    assert (
+        list(table.columns)
+        == (
+            "patient_id image gt_mask time event age clinical_t_stage clinical_n_stage clinical_m_stage overall_stage "
+            "histology sex"
+        ).split()
+    )
     np.testing.assert_allclose(table.time, np.array([2165, 155, 256]) / (365.25 / 12), rtol=1e-5)
     assert table.event.tolist() == [1, 1, 0] and table.sex.tolist() == ["male", "male", "female"]
     assert np.isnan(table.age[2]) and table.overall_stage.isna().tolist() == [False, False, True]
@@ -149,7 +158,9 @@ def test_lung1(lung1, caplog, capsys):
         if record["patient_id"] == "LUNG1-003":
             continue
         mask = scan["gt_mask"][0].numpy() > 0
-        assert 2 * (mask & truth).sum() / (mask.sum() + truth.sum()) > (0.97 if "001" in record["patient_id"] else 0.9999)
+        assert 2 * (mask & truth).sum() / (mask.sum() + truth.sum()) > (
+            0.97 if "001" in record["patient_id"] else 0.9999
+        )
         assert mask.sum() * np.prod(SPACING) == pytest.approx(4 / 3 * np.pi * RADIUS**3, rel=0.03)
         assert (scan["image"][0].numpy()[mask] > 0).mean() > 0.97
     assert not list((lung1 / "out").rglob(".*"))
@@ -184,7 +195,10 @@ def test_every_fault_is_told_at_once(lung1):
     assert "row 4, column PatientID: LUNG1-002 is in row 3 too" in refusal(arguments(lung1))
     table.write_text(good.replace("Survival.time", "days").replace("age", "time"))
     message = refusal(arguments(lung1))
-    assert "row 1, column Survival.time: missing (found: PatientID, time, " in message and "column time: would be named" in message
+    assert (
+        "row 1, column Survival.time: missing (found: PatientID, time, " in message
+        and "column time: would be named" in message
+    )
     assert "no such folder" in refusal(arguments(lung1, images="elsewhere"))
 
 
@@ -194,7 +208,10 @@ def test_scans_at_fault_can_be_left_out(lung1, caplog, capsys):
     message = refusal(arguments(lung1))
     assert "row 3: patient LUNG1-002: CT, 'thorax'" in message and "1 slice missing" in message
     main(arguments(lung1, on_fault="skip"))
-    assert "left out: row 3: patient LUNG1-002" in caplog.text and "2 scans, 1 with gt_mask, 1 left out" in capsys.readouterr().out
+    assert (
+        "left out: row 3: patient LUNG1-002" in caplog.text
+        and "2 scans, 1 with gt_mask, 1 left out" in capsys.readouterr().out
+    )
     assert pd.read_csv(lung1 / "out" / "cohort.csv").patient_id.tolist() == ["LUNG1-001", "LUNG1-003"]
 
 
@@ -241,7 +258,9 @@ def test_a_polygon_within_another_is_a_hole(lung1):
 def test_the_ct_that_was_drawn_on_is_taken(lung1):
     """A planning CT beside a contrast CT that would be chosen on its own."""
     study = next((lung1 / "NSCLC-Radiomics" / "LUNG1-001").iterdir())
-    slices = ct_slices(np.full((*SHAPE[:2], 32), -900), (4, 4, 2.5), ORIGIN, PatientID="LUNG1-001", SeriesDescription="thorax")
+    slices = ct_slices(
+        np.full((*SHAPE[:2], 32), -900), (4, 4, 2.5), ORIGIN, PatientID="LUNG1-001", SeriesDescription="thorax"
+    )
     write_slices(study / "1.000000-fine", slices)
     main(arguments(lung1))
     image = pd.read_csv(lung1 / "out" / "cohort.csv").image[0]
@@ -305,7 +324,12 @@ def test_flat(tmp_path):
 
 @pytest.mark.parametrize(
     "column, name",
-    [("clinical.T.Stage", "clinical_t_stage"), ("SmokingStatus", "smoking_status"), ("FVC", "fvc"), (" % of  DLCO ", "of_dlco")],
+    [
+        ("clinical.T.Stage", "clinical_t_stage"),
+        ("SmokingStatus", "smoking_status"),
+        ("FVC", "fvc"),
+        (" % of  DLCO ", "of_dlco"),
+    ],
 )
 def test_tidy(column, name):
     assert tidy(column) == name

@@ -43,6 +43,7 @@ _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _AIR_HU = -1024.0
 _OFF_STEP = 0.1  # of the slice spacing: what a position may be off
 _TILT_DEGREES = 0.5  # less moves the ends of a chest by 2 mm
+_LARGEST_PIXELS = 4096  # a side; more than any CT has, and few enough to allocate
 _LUNGS_MM = 200.0  # a shorter stack doesn't hold the lungs of an adult
 _FINE_MM = 1.0  # thinner slices gain nothing
 _CHEST = re.compile("chest|thora|torax", re.IGNORECASE)  # not lung, which names kernels too
@@ -60,11 +61,12 @@ class Slice:
     thickness: float | None
     acquisition: str
     phase: str
+    whole: bool  # the file is long enough for its pixels, or they are compressed
 
 
 @dataclass(frozen=True)
 class Series:
-    """Slices of one DICOM series that share orientation, pixel size and kernel, from the first to the last along the normal.
+    """Slices of one DICOM series that share orientation, pixel size and kernel, in order along their normal.
 
     A series that mixes these is several `Series` with one `uid`.
     """
@@ -154,8 +156,10 @@ class Series:
         for name, value in (("ImageOrientationPatient", self.orientation), ("PixelSpacing", self.spacing)):
             if value is None:
                 return f"{name} is missing or not valid"
-        if min(self.rows, self.columns) < 1:
-            return "Rows or Columns is missing"
+        if not 1 <= min(self.rows, self.columns) <= max(self.rows, self.columns) <= _LARGEST_PIXELS:
+            return f"{self.columns} x {self.rows} pixels (expected Columns and Rows of 1 to {_LARGEST_PIXELS})"
+        if cut := sum(not s.whole for s in self.slices):
+            return f"{cut} of {_count(len(self.slices), 'file')} truncated (expected whole ones)"
         if lost := sum(s.position is None for s in self.slices):
             return f"ImagePositionPatient is missing or not valid in {lost} of {len(self.slices)} slices"
         if len(self.slices) < 3:
@@ -195,7 +199,7 @@ class Series:
         return None
 
     @property
-    def parted(self) -> int:
+    def repeated(self) -> int:
         """Slices that are at the position of another one."""
         return len(self.slices) - len(self.places)
 
@@ -211,8 +215,12 @@ class Series:
             f"{extent:.0f} mm long": min(extent, _LUNGS_MM) // 50,
             {1: "chest", 0: "no body part", -1: "other body part"}[chest]: chest,
             "derived" if "DERIVED" in self.image_type else "original": -float("DERIVED" in self.image_type),
-            {True: "sharp kernel", False: "soft kernel", None: "unknown kernel"}[sharp]: -1.0 if sharp is None else -2.0 * sharp,
-            f"{extent / max(1, len(self.places)):g} mm apart": -max(_FINE_MM, round(extent / max(1, len(self.places)), 2)),
+            {True: "sharp kernel", False: "soft kernel", None: "unknown kernel"}[sharp]: -1.0
+            if sharp is None
+            else -2.0 * sharp,
+            f"{extent / max(1, len(self.places)):g} mm apart": -max(
+                _FINE_MM, round(extent / max(1, len(self.places)), 2)
+            ),
             f"{len(self.places)} slices": len(self.places),
         }
 
@@ -248,9 +256,9 @@ def sharp_kernel(kernel: str) -> bool | None:
 
 
 def list_series(folder: str | os.PathLike) -> list[Series]:
-    """Every stack of slices in a folder and the folders in it, from the headers alone; files that aren't DICOM are passed over.
+    """Every stack of slices in a folder and the folders in it, from the headers alone.
 
-    Links to folders aren't followed, as they may lead round in a circle.
+    Files that aren't DICOM are passed over. Links to folders aren't followed, as they may lead round in a circle.
     """
     groups: dict[tuple, list[tuple[Series, Slice]]] = defaultdict(list)
     others = 0
@@ -283,7 +291,7 @@ def choose_series(stacks: Sequence[Series], where: str, uid: str | None = None) 
         uid: SeriesInstanceUID to take instead; still it must be a CT.
 
     Raises:
-        InputError: no CT among them; several patients; no series `uid`; the slices of the one chosen are no whole volume.
+        InputError: no CT among them; several patients; no series `uid`; the one chosen is no whole volume.
     """
     if uid is not None:
         found = [s for s in stacks if s.uid == uid]
@@ -299,9 +307,11 @@ def choose_series(stacks: Sequence[Series], where: str, uid: str | None = None) 
             _log.info("%s: %s: %s", where, stack, stack.unfit)
         reasons = Counter(s.unfit for s in stacks).most_common()
         listed = "; ".join(f"{_count(n, 'series')}: {reason}" for reason, n in reasons[:8])
-        raise InputError(f"{where}: no CT volume among the DICOM files ({listed})")
+        raise InputError(f"{where}: no CT volume among the DICOM files ({listed}; expected one)")
     if uid is None and len({s.patient for stack in fit for s in stack.slices} - {""}) > 1:
-        raise InputError(f"{where}: the folder holds scans of several patients (expected one; or name one with --series)")
+        raise InputError(
+            f"{where}: the folder holds scans of several patients (expected one; or name one with --series)"
+        )
 
     best = fit[0]
     if best.fault:
@@ -325,7 +335,9 @@ def find_series(folder: str | os.PathLike, where: str, uid: str | None = None) -
     return choose_series(list_series(folder), where, uid)
 
 
-def read_dicom(folder: str | os.PathLike, where: str, uid: str | None = None) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def read_dicom(
+    folder: str | os.PathLike, where: str, uid: str | None = None
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """The chest CT of a folder, in HU.
 
     Args:
@@ -334,7 +346,7 @@ def read_dicom(folder: str | os.PathLike, where: str, uid: str | None = None) ->
         uid: SeriesInstanceUID to take; None for :func:`choose_series`'s choice.
 
     Returns:
-        (D, H, W) float32, indexed by column, row and position; its affine to RAS mm; notes for the reader of the results.
+        (D, H, W) float32, indexed by column, row and position; its affine to RAS mm; notes for who reads the results.
 
     Raises:
         InputError: as :func:`choose_series`; a file is damaged; slices at one position that differ.
@@ -345,7 +357,7 @@ def read_dicom(folder: str | os.PathLike, where: str, uid: str | None = None) ->
     except InputError as fault:
         raise InputError(f"{where}: {fault}") from fault
     notes = []
-    if series.parted:
+    if series.repeated:
         for place in series.places:
             first, *copies = (_pixels([s.path], where) for s in place)
             if not all(np.array_equal(first, copy) for copy in copies):
@@ -353,7 +365,7 @@ def read_dicom(folder: str | os.PathLike, where: str, uid: str | None = None) ->
                 raise InputError(
                     f"{where}: {len(place)} different slices are at one position, {at:.1f} mm (expected one; {series})"
                 )
-        notes.append(f"{_count(series.parted, 'slice')} repeated another and left out")
+        notes.append(f"{_count(series.repeated, 'slice')} repeated another and left out")
     if len({s.uid for s in series.slices}) < len(series.places):
         notes.append("several slices share one SOPInstanceUID; their positions were used")
     if len({s.thickness for s in series.slices}) > 1:
@@ -430,8 +442,9 @@ def _read_header(path: str) -> tuple[Series, Slice] | None:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom's, about values that break the standard
+        bare = path.lower().endswith((".dcm", ".ima"))  # old files may lack the preamble that says DICM
         try:
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
+            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS, force=bare)
         except Exception:  # whatever a damaged file makes of it
             return None
         series_uid = _text(header, "SeriesInstanceUID")
@@ -450,6 +463,7 @@ def _read_header(path: str) -> tuple[Series, Slice] | None:
             thickness=thickness[0] if thickness else None,
             acquisition=_text(header, "AcquisitionNumber"),
             phase=_text(header, "TemporalPositionIdentifier"),
+            whole=_is_whole(header, path),
         )
         series = Series(
             uid=series_uid,
@@ -471,11 +485,28 @@ def _read_header(path: str) -> tuple[Series, Slice] | None:
     return series, found
 
 
+def _is_whole(header: pydicom.Dataset, path: str) -> bool:
+    syntax = getattr(header.file_meta, "TransferSyntaxUID", None)
+    if syntax is not None and (syntax.is_private or not syntax.is_transfer_syntax or syntax.is_compressed):
+        return True
+    pixels = _integer(header, "Rows", 0) * _integer(header, "Columns", 0) * _integer(header, "SamplesPerPixel", 1)
+    return os.path.getsize(path) >= pixels * _integer(header, "BitsAllocated", 16) // 8
+
+
 def _same_stack(series: Series) -> tuple:
     """Equal for slices that may be neighbours in one volume."""
     rounded = [tuple(round(v, 3) for v in values or ()) for values in (series.orientation, series.spacing)]
     localiser = "LOCALIZER" in series.image_type
-    return (series.uid, series.modality, *rounded, series.rows, series.columns, series.kernel, localiser, series.colours)
+    return (
+        series.uid,
+        series.modality,
+        *rounded,
+        series.rows,
+        series.columns,
+        series.kernel,
+        localiser,
+        series.colours,
+    )
 
 
 def _parts(stack: Series) -> list[Series]:
@@ -483,7 +514,7 @@ def _parts(stack: Series) -> list[Series]:
     if stack.unfit:
         return [stack]
     stack = _ordered(stack, stack.slices)
-    if not stack.fault and not stack.parted:
+    if not stack.fault and not stack.repeated:
         return [stack]
     splits: tuple[Callable[[Slice], object], ...] = (lambda s: s.thickness, lambda s: s.acquisition, lambda s: s.phase)
     for split in splits:
@@ -491,7 +522,7 @@ def _parts(stack: Series) -> list[Series]:
         for s in stack.slices:
             members[split(s)].append(s)
         parts = [_ordered(stack, slices) for slices in members.values()]
-        if len(parts) > 1 and all(len(p.slices) > 2 and not p.fault and not p.parted for p in parts):
+        if len(parts) > 1 and all(len(p.slices) > 2 and not p.fault and not p.repeated for p in parts):
             return parts
     return [stack]
 

@@ -39,8 +39,7 @@ class Layout:
         time: column with the time to death or last contact.
         event: column with 1 died, 0 censored.
         unit: of `time`, one of UNITS.
-        visit: column with the time of a visit relative to the CT, if a patient has several rows; the one nearest to 0 is
-            taken.
+        visit: column with the time of a visit from the CT on, if each has a row; the nearest to 0 is taken.
         outcome: whether time and event must be there; if not, a table without them makes a cohort for inference.
         names: of clinical columns, where another than :func:`tidy`'s is wanted.
     """
@@ -99,7 +98,9 @@ def read_clinical(path: str | os.PathLike, layout: Layout) -> tuple[dict[int, di
         row = {"patient_id": given[layout.patient]}
         checks: list[tuple[str, str, Callable[[str], str], str]] = []
         if layout.time in needed:
-            checks.append(("time", layout.time, lambda text: _months(text, layout.unit), f"{layout.unit} as a number > 0"))
+            checks.append(
+                ("time", layout.time, lambda text: _months(text, layout.unit), f"{layout.unit} as a number > 0")
+            )
             checks.append(("event", layout.event, _event, "1 died or 0 censored"))
         if layout.visit:
             checks.append(("visit", layout.visit, lambda text: f"{_finite(text):g}", "a number"))
@@ -120,7 +121,9 @@ def read_clinical(path: str | os.PathLike, layout: Layout) -> tuple[dict[int, di
             first[patient] = line
             rows[line] = row
         elif not layout.visit:
-            faults.append(f"row {line}, column {layout.patient}: {patient} is in row {earlier} too (expected one row each)")
+            faults.append(
+                f"row {line}, column {layout.patient}: {patient} is in row {earlier} too (expected one row each)"
+            )
         elif visits.get(line, math.inf) < visits.get(earlier, math.inf):
             del rows[earlier]
             first[patient] = line
@@ -133,8 +136,9 @@ def read_clinical(path: str | os.PathLike, layout: Layout) -> tuple[dict[int, di
 def scan_row(patient: str, images: Path, masks: Path, region: str | None) -> dict[str, str]:
     """The files of one patient: `image`, and masks where there are any.
 
-    A folder named after the patient holds DICOM: the chest CT among its series, or the one that the region was drawn on.
-    Else a file of that name is the scan, and `<patient>_lung`, `_gt`, `_confounder` are masks, there or in folders within.
+    A folder named after the patient holds DICOM: the chest CT among its series, or the one that the region was drawn
+    on. Else a file of that name is the scan, and `<patient>_lung`, `_gt`, `_confounder` are masks, there or in folders
+    within.
 
     Args:
         patient: as in the table.
@@ -183,7 +187,9 @@ def _files(patient: str, images: Path) -> dict[str, str]:
                 found.setdefault(column, []).append(os.path.join(root, name))
     for column, paths in found.items():
         if len(paths) > 1:
-            raise InputError(f"patient {patient}: {len(paths)} files could be {column}: {', '.join(sorted(paths))} (expected one)")
+            raise InputError(
+                f"patient {patient}: {len(paths)} files could be {column}: {', '.join(sorted(paths))} (expected one)"
+            )
     if "image" not in found:
         raise InputError(f"patient {patient}: no scan in {images} (expected a folder or a file of that name)")
     return {column: paths[0] for column, paths in found.items()}

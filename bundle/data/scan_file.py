@@ -96,7 +96,7 @@ def check_size(shape: Sequence[int]) -> None:
     Raises:
         InputError: without the name of the file.
     """
-    if min(shape) < 1:
+    if not shape or min(shape) < 1:
         raise InputError(f"its header claims {_by(shape)} voxels (expected at least 1 each way)")
     if math.prod(shape) > MOST_VOXELS:
         raise InputError(f"its header claims {_by(shape)} voxels (expected at most {MOST_VOXELS} in all)")
@@ -167,15 +167,17 @@ def _meta(path: str, start: bytes) -> _Claim:
         raise InputError(f"is {_looks_like(start)} (expected MetaImage)")
     if lacking := [name for name in ("NDims", "DimSize", "ElementType", "ElementDataFile") if name not in fields]:
         raise InputError(f"its MetaImage header lacks {', '.join(lacking)} {_EXPECTED}")
+    if fault := _meta_fault(fields):
+        raise InputError(f"its MetaImage header has {fault} (expected NDims, then numbers for each axis)")
     source, offset = fields["ElementDataFile"], found.end()
     if source.upper() != "LOCAL":
-        if source != os.path.basename(source) or source.split()[0].upper() == "LIST" or "%" in source:
+        if source != os.path.basename(source) or re.match("LIST|$", source.upper()) or "%" in source:
             expected = "expected LOCAL, or one file beside the header"
             raise InputError(f"its voxels are in another place, {source[:80]!r} ({expected})")
         beside = os.path.join(os.path.dirname(path), source)
         if not os.path.isfile(beside):
             raise InputError(f"its voxels are in {source[:80]!r}, which is not beside it {_EXPECTED}")
-        source, offset = beside, max(0, int(fields.get("HeaderSize", 0)))
+        source, offset = beside, max(0, int(float(fields.get("HeaderSize", 0))))
     else:
         source = path
         offset += start[offset : offset + 1] == b"\n"
@@ -183,6 +185,27 @@ def _meta(path: str, start: bytes) -> _Claim:
     text_voxels = fields.get("BinaryData", "True").lower() == "false"
     compressed = fields.get("CompressedData", "False").lower() == "true"
     return _Claim(shape, size, source, None if text_voxels else offset, 0, compressed)
+
+
+def _meta_fault(fields: dict[str, str]) -> str | None:
+    """A field that isn't one number, or as many as there are axes: ITK's parser crashes on some such headers."""
+    order = list(fields)
+    rank = int(fields["NDims"]) if fields["NDims"] in ("2", "3", "4") else 0
+    counts = dict.fromkeys(("NDims", "ElementNumberOfChannels", "HeaderSize"), 1)
+    counts |= dict.fromkeys(("DimSize", "ElementSpacing", "ElementSize", "CenterOfRotation"), rank)
+    counts |= dict.fromkeys(("Offset", "Position", "Origin"), rank)
+    counts |= dict.fromkeys(("TransformMatrix", "Rotation", "Orientation"), rank**2)
+    for name, count in counts.items():
+        if name in fields and (not rank or not _are_numbers(fields[name], count)):
+            return f"{name} = {fields[name][:80]}"
+        if name in fields and order.index(name) < order.index("NDims"):
+            return f"{name} before NDims"
+    return None
+
+
+def _are_numbers(text: str, count: int) -> bool:
+    words = text.split()
+    return len(words) == count and all(re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", word) for word in words)
 
 
 def _itk_claim(path: str, what: str) -> tuple[tuple[int, ...], int]:
@@ -193,11 +216,12 @@ def _itk_claim(path: str, what: str) -> tuple[tuple[int, ...], int]:
         header.ReadImageInformation()
         shape = tuple(int(header.GetDimensions(i)) for i in range(header.GetNumberOfDimensions()))
         channels, pixel = header.GetNumberOfComponents(), header.GetPixelTypeAsString(header.GetPixelType())
+        size = math.prod(shape) * header.GetComponentSize()
     except Exception as error:  # ITK has kinds of its own, and None where no reader takes the file
         raise InputError(f"its header cannot be understood ({what}): damaged {_EXPECTED}") from error
     if channels != 1:
         raise InputError(f"its voxels are {channels} values each, {pixel} (expected one real number each, HU)")
-    return shape, math.prod(shape) * header.GetComponentSize()
+    return shape, size
 
 
 def _check_voxels(claim: _Claim) -> None:

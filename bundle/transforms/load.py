@@ -158,7 +158,9 @@ def _read(path: str, where: str, series: str | None = None) -> MetaTensor:
     if min(array.shape) < 3:
         raise InputError(f"{where}: has {_by(array.shape)} voxels (expected at least 3 slices, rows and columns)")
     if not np.isfinite(array).all():
-        raise InputError(f"{where}: {(~np.isfinite(array)).sum()} voxels are NaN or infinite (expected finite numbers)")
+        count = int((~np.isfinite(array)).sum())
+        what = "1 voxel is" if count == 1 else f"{count} voxels are"
+        raise InputError(f"{where}: {what} NaN or infinite (expected finite numbers)")
 
     affine = np.asarray(affine, dtype=float)
     if affine.shape != (4, 4) or not np.isfinite(affine).all():

@@ -112,13 +112,14 @@ def check_quality(
     elif coarsest > _SPACING_MM[0]:
         notes.append(f"slices {coarsest:.3g} mm apart, small lesions may be missed")
 
-    near = (hu > _NEAR_WATER_HU[0]) & (hu < _NEAR_WATER_HU[1])
-    if near.mean() < _NEAR_WATER_SHARE:
+    low, high = _NEAR_WATER_HU
+    near = float(((hu > low) & (hu < high)).mean())
+    if near < _NEAR_WATER_SHARE:
         faults.append(
-            f"{100 * near.mean():.1f} % of the voxels are within {_NEAR_WATER_HU[0]:g} to {_NEAR_WATER_HU[1]:g} HU, where fat "
-            f"and soft tissue are (expected at least {100 * _NEAR_WATER_SHARE:g} %)"
+            f"{100 * near:.1f} % of the voxels are in {low:g} to {high:g} HU, where fat and soft tissue are (expected "
+            f"at least {100 * _NEAR_WATER_SHARE:g} %)"
         )
-    elif not _SOFT_HU[0] < (peak := _peak(hu, *_NEAR_WATER_HU)) < _SOFT_HU[1]:
+    elif not _SOFT_HU[0] < (peak := _peak(hu, low, high)) < _SOFT_HU[1]:
         faults.append(f"fat and soft tissue peak at {peak:.0f} HU (expected {_SOFT_HU[0]:g} to {_SOFT_HU[1]:g} HU)")
     median = float(np.median(hu[lung]))
     if not _LUNG_MEDIAN_HU[0] < median < _LUNG_MEDIAN_HU[1]:
@@ -128,21 +129,24 @@ def check_quality(
     litres = float(lung.sum() * np.prod(spacing) / 1e6)
     if not lung_litres[0] <= litres <= lung_litres[1]:
         faults.append(f"lung volume is {litres:.2f} L (expected {lung_litres[0]:g} to {lung_litres[1]:g} L)")
+    cut = [[], []]
     for share, where, (note, fault) in _cuts(lung):
-        phrase = f"the lungs are cut at the {where} ({100 * share:.0f} % of their cross-section)"
-        if share > fault:
-            faults.append(f"{phrase}, expected them whole")
-        elif share > note:
-            notes.append(phrase)
+        if share > note:
+            cut[share > fault].append(f"the {where} ({100 * share:.0f} % of their cross-section)")
+    for found, phrases, expected in zip(cut, (notes, faults), ("", " (expected them whole)")):
+        if found:
+            phrases.append(f"the lungs are cut at {', '.join(found)}{expected}")
 
-    width, depth = (float(np.ptp(np.flatnonzero(lung.any(axes))) * mm) for axes, mm in (((1, 2), spacing[0]), ((0, 2), spacing[1])))
-    if width < depth:
+    width, depth = (float(np.ptp(np.flatnonzero(lung.any(axes)))) for axes in ((1, 2), (0, 2)))
+    if width * spacing[0] < depth * spacing[1]:
         notes.append("only one lung is seen")
     metal = float((hu > _METAL_HU).sum() * np.prod(spacing) / 1000)
     if metal >= _METAL_ML:
         notes.append(f"metal ({metal:.1f} mL above {_METAL_HU:g} HU), streaks may mislead the map")
     if (jump := _jump(hu)) > _JUMP:
-        notes.append(f"a jump between neighbouring slices ({jump:.1f} times the usual difference): motion, or slices are missing")
+        notes.append(
+            f"a jump between neighbouring slices ({jump:.1f} times the usual difference): motion, or slices are missing"
+        )
     return faults, notes
 
 
