@@ -183,7 +183,7 @@ class Series:
             where = ", ".join(f"{along[k]:.1f} and {along[k + 1]:.1f} mm" for k in wide[:3])
             more = f" and {len(wide) - 3} more places" if len(wide) > 3 else ""
             return (
-                f"{_count(lost, 'slice')} missing between {where}{more} (positions along the scan; expected one every "
+                f"{_count(lost, 'slice')} missing between {where}{more} along the scan (expected one every "
                 f"{usual:g} mm)"
             )
         if np.abs(gaps - usual).max() > _OFF_STEP * usual:
@@ -208,6 +208,7 @@ class Series:
         """What makes one CT better than another for this purpose, the weightiest first; large is good."""
         words = f"{self.body_part} {self.description}"
         extent = float(np.linalg.norm(self.step)) * len(self.places) if len(self.places) > 1 else 0.0
+        apart = extent / max(1, len(self.places))
         sharp = sharp_kernel(self.kernel)
         chest = 1 if _CHEST.search(words) else -1 if _ELSEWHERE.search(words) else 0
         return {
@@ -215,12 +216,8 @@ class Series:
             f"{extent:.0f} mm long": min(extent, _LUNGS_MM) // 50,
             {1: "chest", 0: "no body part", -1: "other body part"}[chest]: chest,
             "derived" if "DERIVED" in self.image_type else "original": -float("DERIVED" in self.image_type),
-            {True: "sharp kernel", False: "soft kernel", None: "unknown kernel"}[sharp]: -1.0
-            if sharp is None
-            else -2.0 * sharp,
-            f"{extent / max(1, len(self.places)):g} mm apart": -max(
-                _FINE_MM, round(extent / max(1, len(self.places)), 2)
-            ),
+            {False: "soft kernel", True: "sharp kernel", None: "unknown kernel"}[sharp]: {False: 2, True: 1, None: 0}[sharp],
+            f"{apart:g} mm apart": -max(_FINE_MM, round(apart, 2)),
             f"{len(self.places)} slices": len(self.places),
         }
 
