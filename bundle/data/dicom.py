@@ -209,14 +209,14 @@ class Series:
         words = f"{self.body_part} {self.description}"
         extent = float(np.linalg.norm(self.step)) * len(self.places) if len(self.places) > 1 else 0.0
         apart = extent / max(1, len(self.places))
-        sharp = sharp_kernel(self.kernel)
+        kernel, rank = {False: ("soft", 2), None: ("unknown", 1), True: ("sharp", 0)}[sharp_kernel(self.kernel)]
         chest = 1 if _CHEST.search(words) else -1 if _ELSEWHERE.search(words) else 0
         return {
             f"{self.plane}": float(self.plane == "axial"),
             f"{extent:.0f} mm long": min(extent, _LUNGS_MM) // 50,
             {1: "chest", 0: "no body part", -1: "other body part"}[chest]: chest,
             "derived" if "DERIVED" in self.image_type else "original": -float("DERIVED" in self.image_type),
-            {False: "soft kernel", True: "sharp kernel", None: "unknown kernel"}[sharp]: {False: 2, True: 1, None: 0}[sharp],
+            f"{kernel} kernel": rank,
             f"{apart:g} mm apart": -max(_FINE_MM, round(apart, 2)),
             f"{len(self.places)} slices": len(self.places),
         }
@@ -304,7 +304,7 @@ def choose_series(stacks: Sequence[Series], where: str, uid: str | None = None) 
             _log.info("%s: %s: %s", where, stack, stack.unfit)
         reasons = Counter(s.unfit for s in stacks).most_common()
         listed = "; ".join(f"{_count(n, 'series')}: {reason}" for reason, n in reasons[:8])
-        raise InputError(f"{where}: no CT volume among the DICOM files ({listed})")
+        raise InputError(f"{where}: no CT volume among the DICOM files, {listed} (expected slices of a chest CT)")
     if uid is None and len({s.patient for stack in fit for s in stack.slices} - {""}) > 1:
         raise InputError(
             f"{where}: the folder holds scans of several patients (expected one; or name one with --series)"
