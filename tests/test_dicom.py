@@ -397,6 +397,6 @@ def test_a_real_series_reads_as_itk_reads_it(shared_data):
     np.testing.assert_array_equal(array, itk.array_from_image(image).T)
     np.testing.assert_allclose(affine[:3, 3], np.array(image.GetOrigin()) * [-1, -1, 1])
     np.testing.assert_allclose(np.diag(affine)[:3], np.array(image.GetSpacing()) * [-1, -1, 1], rtol=1e-5)
-    assert "no CT volume among the DICOM files (4 series: 1 slice" in refusal(
+    assert "no CT volume among the DICOM files, 4 series: 1 slice" in refusal(
         shared_data / "dicom_covid_ny_sbu_single_slices"
     )

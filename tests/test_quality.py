@@ -160,9 +160,11 @@ def test_predictions_say_what_the_gate_saw(chest, tmp_path):
 
     hu, lung = chest
     affine = np.diag([MM, MM, MM, 1])
-    write_scan(tmp_path / "good.nii.gz", np.where(hu > 400, 3000, hu), affine)
-    write_scan(tmp_path / "cut.nii.gz", hu[:, :, :32], affine)
-    (tmp_path / "cohort.csv").write_text("patient_id,image\ngood,good.nii.gz\ncut,cut.nii.gz\n")
+    for name, end in (("good", 64), ("cut", 32)):
+        write_scan(tmp_path / f"{name}.nii.gz", np.where(hu > 400, 3000, hu)[:, :, :end], affine)
+        write_scan(tmp_path / f"{name}_lung.nii.gz", lung[:, :, :end], affine)
+    rows = "good,good.nii.gz,good_lung.nii.gz\ncut,cut.nii.gz,cut_lung.nii.gz\n"
+    (tmp_path / "cohort.csv").write_text(f"patient_id,image,lung_mask\n{rows}")
     with pytest.raises(InputError, match="1 of 2 scans failed"):
         run("configs/inference.json", cohort=str(tmp_path / "cohort.csv"), output_dir=str(tmp_path / "out"), shifts=1)
     good, cut = pd.read_csv(tmp_path / "out" / "predictions.csv").to_dict("records")

@@ -183,7 +183,7 @@ class Series:
             where = ", ".join(f"{along[k]:.1f} and {along[k + 1]:.1f} mm" for k in wide[:3])
             more = f" and {len(wide) - 3} more places" if len(wide) > 3 else ""
             return (
-                f"{_count(lost, 'slice')} missing between {where}{more} (positions along the scan; expected one every "
+                f"{_count(lost, 'slice')} missing between {where}{more} along the scan (expected one every "
                 f"{usual:g} mm)"
             )
         if np.abs(gaps - usual).max() > _OFF_STEP * usual:
@@ -208,19 +208,16 @@ class Series:
         """What makes one CT better than another for this purpose, the weightiest first; large is good."""
         words = f"{self.body_part} {self.description}"
         extent = float(np.linalg.norm(self.step)) * len(self.places) if len(self.places) > 1 else 0.0
-        sharp = sharp_kernel(self.kernel)
+        apart = extent / max(1, len(self.places))
+        kernel, rank = {False: ("soft", 2), None: ("unknown", 1), True: ("sharp", 0)}[sharp_kernel(self.kernel)]
         chest = 1 if _CHEST.search(words) else -1 if _ELSEWHERE.search(words) else 0
         return {
             f"{self.plane}": float(self.plane == "axial"),
             f"{extent:.0f} mm long": min(extent, _LUNGS_MM) // 50,
             {1: "chest", 0: "no body part", -1: "other body part"}[chest]: chest,
             "derived" if "DERIVED" in self.image_type else "original": -float("DERIVED" in self.image_type),
-            {True: "sharp kernel", False: "soft kernel", None: "unknown kernel"}[sharp]: -1.0
-            if sharp is None
-            else -2.0 * sharp,
-            f"{extent / max(1, len(self.places)):g} mm apart": -max(
-                _FINE_MM, round(extent / max(1, len(self.places)), 2)
-            ),
+            f"{kernel} kernel": rank,
+            f"{apart:g} mm apart": -max(_FINE_MM, round(apart, 2)),
             f"{len(self.places)} slices": len(self.places),
         }
 
@@ -307,7 +304,7 @@ def choose_series(stacks: Sequence[Series], where: str, uid: str | None = None) 
             _log.info("%s: %s: %s", where, stack, stack.unfit)
         reasons = Counter(s.unfit for s in stacks).most_common()
         listed = "; ".join(f"{_count(n, 'series')}: {reason}" for reason, n in reasons[:8])
-        raise InputError(f"{where}: no CT volume among the DICOM files ({listed}; expected one)")
+        raise InputError(f"{where}: no CT volume among the DICOM files, {listed} (expected slices of a chest CT)")
     if uid is None and len({s.patient for stack in fit for s in stack.slices} - {""}) > 1:
         raise InputError(
             f"{where}: the folder holds scans of several patients (expected one; or name one with --series)"
