@@ -159,7 +159,7 @@ def jobs(work: Path) -> list[Job]:
 
     def swept(folder: Path) -> list[str]:
         where = ["--work", str(folder / "work"), "--results", str(folder / "results.csv"), "--page", str(folder / "page.md")]
-        what = ["--complexities", "2", "--variants", "tiny", "--seeds", "0", "--train_scans", "20", "--test_scans", "6"]
+        what = ["--complexities", "2", "--variants", "tiny", "--seeds", "0", "--train_scans", "20", "--test_scans", "4", "--jobs", "2"]
         return [*where, *what]
 
     weights = ("model.pt", "settings.json", "history.csv", "last.pt")
@@ -218,6 +218,8 @@ def main(argv: list[str] | None = None) -> None:
         print("| job | kills | same as uninterrupted |\n|---|---|---|", flush=True)
         for job in jobs(work):
             kills = args.sweep_kills if isinstance(job, Sweep) else args.kills
+            if not kills:
+                continue
             folder = work / "alone" / job.name.partition(",")[0]
             folder = folder if not folder.exists() else folder.with_name(f"{folder.name}_2")
             log = work / f"{folder.name}.txt"
@@ -227,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise SystemExit(f"error: {job.name} can't be repeated even without a kill, see {log}")
             seconds = time.monotonic() - start
             shutil.rmtree(work / "forked")
-            good = kill_and_compare(job, kills, job.found(folder), seconds, work, rng) if kills else 0
+            good = kill_and_compare(job, kills, job.found(folder), seconds, work, rng)
             print(f"| {job.name} | {kills} | {good} |", flush=True)
             passed, total = passed + good, total + kills
     print(f"{passed} of {total}")

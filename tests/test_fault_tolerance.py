@@ -107,7 +107,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(
-    damage, tiny_cohort, tmp_path, trained, stopped, caplog  # noqa: F811
+    damage, tiny_cohort, tmp_path, trained, stopped, capsys  # noqa: F811
 ):
     folder = tmp_path / "run"
     shutil.copytree(stopped, folder)
@@ -120,7 +120,8 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(
     else:
         last.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
     train(tiny_cohort, folder)
-    assert ("damaged" in caplog.text) == (damage != "gone") and "going on after epoch 2 of 4" in caplog.text
+    said = capsys.readouterr().out
+    assert ("damaged" in said) == (damage != "gone") and "going on after epoch 2 of 4" in said
     assert (folder / "model.pt").read_bytes() == trained.read_bytes()
     assert (folder / "last.pt").read_bytes() == (trained.parent / "last.pt").read_bytes()
     assert (folder / "history.csv").read_bytes() == (trained.parent / "history.csv").read_bytes()
@@ -135,14 +136,14 @@ def test_if_both_checkpoints_are_damaged_only_the_user_may_start_anew(tiny_cohor
         train(tiny_cohort, folder)
 
 
-def test_a_finished_run_mends_its_weights(tiny_cohort, tmp_path, trained, caplog):  # noqa: F811
+def test_a_finished_run_mends_its_weights(tiny_cohort, tmp_path, trained, capsys):  # noqa: F811
     folder = tmp_path / "run"
     shutil.copytree(trained.parent, folder)
     content = bytearray(trained.read_bytes())
     content[-300] ^= 1
     (folder / "model.pt").write_bytes(content)
     train(tiny_cohort, folder)
-    assert "SHA-256 differ. They are made anew" in caplog.text
+    assert "SHA-256 differ. They are made anew" in capsys.readouterr().out
     for name in ("model.pt", "settings.json", "last.pt"):
         assert (folder / name).read_bytes() == (trained.parent / name).read_bytes()
 
