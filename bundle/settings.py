@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bundle.data.cohort import patient_of
 from bundle.errors import InputError
 from bundle.files import write_atomically
 
@@ -60,7 +61,8 @@ def training_settings(
     Args:
         network: constructor arguments and `name` of the class, for :func:`bundle.networks.network_from`.
         objective: constructor arguments and `name`, for :func:`bundle.survival.objective_from`.
-        preprocessing: spacing (mm), hu_window (HU), lung_mask (method), margin (mm).
+        preprocessing: spacing (mm), hu_window (HU), lung_mask (method), lung_mask_fill, lungmask_sha256 (of each file
+            of its weights), margin (mm).
         training: seed, max_epochs, batch_size and what else shapes the weights.
         horizon: of the heat, months.
         clinical: how covariates become the clinical vector, from :func:`bundle.data.fit_clinical`.
@@ -71,7 +73,7 @@ def training_settings(
         for part in ("train", "val")
         for r in cohort[part]
     ]
-    seen = sorted(patient_digest(r["patient_id"]) for part in ("train", "val") for r in cohort[part])
+    seen = sorted({patient_digest(patient_of(r)) for part in ("train", "val") for r in cohort[part]})
     settings = {
         "format": FORMAT,
         "network": network,
@@ -92,7 +94,7 @@ def differences(old: Any, new: Any, key: str = "") -> list[str]:
         for k in sorted(old.keys() | new.keys()):
             found += differences(old.get(k), new.get(k), f"{key}.{k}" if key else k)
         return found
-    if old == new:
+    if old == new or (old is None and new in (False, [])):  # a switch that older settings don't know is off
         return []
     short = [text if len(text := json.dumps(value)) <= 60 else "(long)" for value in (old, new)]
     return [f"{key}: {short[0]} -> {short[1]}"]
@@ -109,6 +111,8 @@ def read_settings(ckpt: str | Path) -> dict:
     Raises:
         InputError: weights or settings are missing or unreadable, or the settings belong to other weights.
     """
+    if not isinstance(ckpt, (str, Path)) or Path(ckpt).is_dir():
+        raise InputError(f"--ckpt {ckpt} is no weights file; for several, stack configs/ensemble.json on this config.")
     path = settings_file(ckpt)
     if not Path(ckpt).is_file():
         raise InputError(f"there is no weights file {ckpt}; expected the model.pt that training leaves in --ckpt_dir.")
@@ -149,18 +153,19 @@ def reconcile(settings: dict, ckpt: str | Path, **overrides: Any) -> dict:
     Args:
         settings: from :func:`read_settings`.
         ckpt: the weights file, for the message.
-        overrides: spacing, hu_window, margin or lung_mask given for this run; None for as in training. The method
-            of lung masking may change among those that mask, because the network saw a mask from either.
+        overrides: spacing, hu_window, margin, lung_mask or lung_mask_fill given for this run; None for as in training.
+            The method of lung masking may change among those that mask, because the network saw a mask from either.
 
     Raises:
         InputError: an override contradicts the settings.
     """
-    fixed = dict(settings["preprocessing"])
+    fixed = {"lung_mask_fill": False} | settings["preprocessing"]
     for key, value in overrides.items():
         if value is None:
             continue
         value = json.loads(json.dumps(value))
-        same = value == fixed[key] or (key == "lung_mask" and "none" not in (value, fixed[key]))
+        masks = key.startswith("lung_mask") and "none" not in (value, fixed["lung_mask"])
+        same = value == fixed[key] or masks
         if not same:
             raise InputError(
                 f"--{key} {json.dumps(value)} contradicts {json.dumps(fixed[key])}, with which {ckpt} was trained; "

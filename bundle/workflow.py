@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from monai.data import DataLoader
 from monai.transforms import Compose, RandomizableTrait
@@ -22,7 +23,7 @@ from monai.utils import set_determinism
 from tqdm import tqdm
 
 from bundle.data.clinical import clinical_kinds, encode_clinical
-from bundle.data.cohort import read_cohort, single_scan, split_cohort
+from bundle.data.cohort import patient_of, read_cohort, single_scan, split_cohort
 from bundle.data.datasets import ScanCache
 from bundle.errors import InputError, plain_errors
 from bundle.explain import GridShiftInferer
@@ -131,11 +132,18 @@ def location_range(records: list[dict], tmax: int) -> list[float]:
 def fill_caches(*datasets: ScanCache, jobs: int = 0) -> None:
     """Preprocess all scans that are not in the cache yet, with a progress bar; a bad scan shows before training.
 
+    Of several processes of a training the first one does, and the others find the cache filled.
+
     Args:
         jobs: processes that share the work; 0 for this one alone.
     """
+    first = idist.get_rank() == 0
+    if not first:
+        idist.barrier()
     for dataset in datasets:
-        dataset.fill(jobs, partial(tqdm, desc="preprocessing", unit="scan"))
+        dataset.fill(jobs, partial(tqdm, desc="preprocessing", unit="scan", disable=not first))
+    if first:
+        idist.barrier()
 
 
 def outcomes(records: list[dict]) -> torch.Tensor:
@@ -173,7 +181,7 @@ def finish_training(network: torch.nn.Module, settings: dict, dataset: ScanCache
     hook = severity and severity.register_forward_pre_hook(lambda module, args: read.append(args[0].cpu()))
     numbers, patients, known = [], [], []
     try:
-        for batch in tqdm(loader, desc="finishing", unit="scan"):
+        for batch in tqdm(loader, desc="finishing", unit="scan", disable=idist.get_rank() > 0):
             image, outcome, _, extra = prepare_batch(batch, device)
             with torch.no_grad():
                 survival_map = inferer(image, network, **extra)
@@ -215,7 +223,7 @@ def scans_to_evaluate(cohort: str | None, settings: dict | None, split: str | No
             raise InputError(f'{cohort} has no scan with split "{split}".')
         records = [r for r in records if r.get("split") == split]
     seen = set(settings["trained_on"]) if settings else set()
-    unseen = [r for r in records if patient_digest(r["patient_id"]) not in seen]
+    unseen = [r for r in records if patient_digest(patient_of(r)) not in seen]
     if len(unseen) < len(records):
         logger.info(f"evaluating {len(unseen)} of {len(records)} scans; the weights were trained on the others.")
     if not unseen:
@@ -223,18 +231,21 @@ def scans_to_evaluate(cohort: str | None, settings: dict | None, split: str | No
     return encode_clinical(unseen, encoding)
 
 
-def scans_to_infer(image: str | None, cohort: str | None, encoding: dict) -> list[dict]:
+def scans_to_infer(image: str | None, cohort: str | None, encoding: dict, series: str | None = None) -> list[dict]:
     """The scans to predict: one image (file or DICOM folder) or the rows of a cohort; empty while none is named.
 
     Args:
         image: its covariates are all missing.
         cohort: CSV file.
         encoding: of covariates, from the settings of the weights.
+        series: SeriesInstanceUID to take from a DICOM folder; None lets the folder's chest CT be chosen.
     """
     if image is not None and cohort is not None:
         raise InputError("give --image or --cohort, not both.")
+    if series is not None and not (image is not None and os.path.isdir(image)):
+        raise InputError("--series names one of the DICOM series of a folder: give the folder as --image.")
     if image is not None:
-        return encode_clinical(single_scan(image), encoding)
+        return encode_clinical([record | {"series": series} for record in single_scan(image)], encoding)
     if cohort is not None:
         kinds = clinical_kinds(encoding)
         records = read_cohort(cohort, need_outcome=False, clinical=kinds, need_clinical=False, on_fault="row")

@@ -14,12 +14,9 @@ import io
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel as nib
@@ -29,13 +26,16 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
+from bundle.data.phantoms import PhantomParams
 from bundle.files import write_atomically
 from bundle.metrics.survival import c_index
 from bundle.networks.severity import minkowski_functionals
 from bundle.settings import file_sha256, settings_file, write_json
 from bundle.survival import OBJECTIVES
 
-KEY = ["complexity", "variant", "train_scans", "seed", "test"]
+from .jobs import end_on_sigterm, run_jobs, run_module, threads_of, write_text
+
+KEY = ["complexity", "size", "variant", "train_scans", "seed", "test"]
 SURVIVAL = ["c_index", "integrated_brier", "mae_events", "correlation", "mean_time_censored"]
 MAP = [
     "pointing_game",
@@ -122,14 +122,15 @@ TESTS: dict[str, dict] = {
     "size_96": {"phantoms": {"size": 96}},
 }
 
-RUNNING: set[subprocess.Popen] = set()  # what Runners of this process have started
+def usual_size(complexity: int) -> int:
+    """Voxels a side of a phantom, unless another size is asked for."""
+    return 96 if complexity == 9 else PhantomParams.size
 
 
-def end_by_sigterm(number: int, frame: object) -> None:
-    """SIGTERM ends what the sweep has started, then the sweep; the same command goes on."""
-    for process in list(RUNNING):
-        process.terminate()
-    os._exit(128 + number)  # the threads of a pool would be waited for
+def name_of_run(complexity: int, size: int, variant: str, train_scans: int, seed: int) -> str:
+    """Name of the folder of a run."""
+    name = f"{complexity}_{variant}_{train_scans}_{seed}"
+    return name if size == usual_size(complexity) else f"{name}_size{size}"
 
 
 class Runner:
@@ -138,7 +139,7 @@ class Runner:
     def __init__(self, work: Path, test_scans: int, threads: int) -> None:
         self.work = work
         self.test_scans = test_scans
-        self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        self.threads = threads
 
     def lock(self, name: str) -> FileLock:
         """One process at a time makes a thing, on all machines that share the folder of work."""
@@ -147,29 +148,22 @@ class Runner:
         return FileLock(folder / f"{name}.lock")
 
     def python(self, *args: str, log: Path) -> None:
-        """Run a module of this repository; a failure shows the end of its log."""
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "a") as f:
-            command = [sys.executable, "-m", *args]
-            process = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, env=self.environment)
-            RUNNING.add(process)
-            code = process.wait()
-            RUNNING.discard(process)
-        if code:
-            raise RuntimeError(f"{' '.join(args)} failed:\n{log.read_text()[-2000:]}")
+        """Run a module of this repository; see :func:`~scripts.jobs.run_module`."""
+        run_module(*args, log=log, threads=self.threads)
 
-    def phantoms(self, complexity: int, num: int, seed: int, options: dict) -> Path:
+    def phantoms(self, complexity: int, size: int, num: int, seed: int, options: dict) -> Path:
         """Folder of a cohort of phantoms."""
-        options = {"size": 96, **options} if complexity == 9 else options
+        options = {"size": size, **options} if size != PhantomParams.size else options
         name = "_".join([str(complexity), str(num), str(seed), *(f"{k}{v}" for k, v in options.items())]).replace(" ", "-")
         folder = self.work / "phantoms" / name
         with self.lock(name):
-            self.python(
-                *("scripts.make_phantoms", "--complexity", str(complexity), "--num", str(num), "--seed", str(seed)),
-                *(text for key, value in options.items() for text in (f"--{key}", *str(value).split())),
-                *("--out", str(folder)),
-                log=self.work / "phantoms" / f"{name}.log",
-            )
+            if not (folder / "cohort.csv").is_file():  # written last
+                self.python(
+                    *("scripts.make_phantoms", "--complexity", str(complexity), "--num", str(num), "--seed", str(seed)),
+                    *(text for key, value in options.items() for text in (f"--{key}", *str(value).split())),
+                    *("--out", str(folder)),
+                    log=self.work / "phantoms" / f"{name}.log",
+                )
         return folder
 
     def moved(self, phantoms: Path, test: str) -> Path:
@@ -185,11 +179,11 @@ class Runner:
                 write_atomically(folder / "cohort.csv", lambda p: shutil.copy(phantoms / "cohort.csv", p))
         return folder
 
-    def train(self, complexity: int, variant: str, train_scans: int, seed: int) -> tuple[Path, int]:
+    def train(self, complexity: int, size: int, variant: str, train_scans: int, seed: int) -> tuple[Path, int]:
         """Folder of the trained weights and the seconds that training took."""
         overrides = dict(VARIANTS[variant])
-        phantoms = self.phantoms(complexity, train_scans, seed, overrides.pop("phantoms", {}))
-        folder = self.work / "runs" / f"{complexity}_{variant}_{train_scans}_{seed}"
+        phantoms = self.phantoms(complexity, size, train_scans, seed, overrides.pop("phantoms", {}))
+        folder = self.work / "runs" / name_of_run(complexity, size, variant, train_scans, seed)
         done = folder / "seconds.txt"
         if done.is_file():
             return folder, int(done.read_text())
@@ -215,13 +209,13 @@ class Runner:
         write_atomically(done, lambda p: p.write_text(str(round(time.time() - start))))
         return folder, int(done.read_text())
 
-    def row(self, complexity: int, variant: str, train_scans: int, seed: int, test: str) -> dict:
+    def row(self, complexity: int, size: int, variant: str, train_scans: int, seed: int, test: str) -> dict:
         """Train, unless that is done, and evaluate: one row of the table."""
-        with self.lock(f"{complexity}_{variant}_{train_scans}_{seed}"):
-            run, seconds = self.train(complexity, variant, train_scans, seed)
+        with self.lock(name_of_run(complexity, size, variant, train_scans, seed)):
+            run, seconds = self.train(complexity, size, variant, train_scans, seed)
         what, own = TESTS[test], VARIANTS[variant].get("phantoms", {})
         options = {**own, **what.get("phantoms", {})}
-        phantoms = self.phantoms(complexity, self.test_scans, seed + HELD_OUT, options)
+        phantoms = self.phantoms(complexity, size, self.test_scans, seed + HELD_OUT, options)
         if "move" in what:
             phantoms = self.moved(phantoms, test)
         folder = run / f"test_{test}"
@@ -239,14 +233,14 @@ class Runner:
         scans = pd.read_csv(folder / "metrics_per_scan.csv")
         cohort = pd.read_csv(phantoms / "cohort.csv")
         values = {**found["survival"], **found["localisation"]}
-        row = dict(zip(KEY, (complexity, variant, train_scans, seed, test)))
+        row = dict(zip(KEY, (complexity, size, variant, train_scans, seed, test)))
         row |= {"overrides": json.dumps(VARIANTS[variant]), "test_scans": len(cohort), "train_seconds": seconds}
         row |= {name: values[name]["value"] for name in MAP + SURVIVAL if name in values}
         row["inverted"] = int((scans.auroc < 0.5).sum())  # a map that ranks its lesion below the rest
         if "true_risk" in cohort:
             row["c_index_oracle"] = c_index(*(torch.tensor(cohort[k]) for k in ("true_risk", "time", "event")))
         else:
-            run_phantoms = self.phantoms(complexity, train_scans, seed, own)
+            run_phantoms = self.phantoms(complexity, size, train_scans, seed, own)
             row["mae_oracle"] = mae_of_true_masks(run_phantoms, phantoms)
         return row
 
@@ -270,21 +264,21 @@ def mae_of_true_masks(train: Path, test: Path) -> float:
     return float(np.abs(numbers[test] @ fit - times[test]).mean())
 
 
-def draw_pictures(runner: Runner, path: Path, keys: list[tuple[int, str, int, int]]) -> None:
+def draw_pictures(runner: Runner, path: Path, keys: list[tuple[int, int, str, int, int]]) -> None:
     """A grid of phantoms by variants: one held-out scan each, its lesion outlined, and the heat of the trained maps."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    complexities, variants = sorted({key[0] for key in keys}), list(dict.fromkeys(key[1] for key in keys))
+    complexities, variants = sorted({key[0] for key in keys}), list(dict.fromkeys(key[2] for key in keys))
     shape = len(variants) + 1, len(complexities)
     figure, axes = plt.subplots(*shape, figsize=(1.6 * shape[1], 1.75 * shape[0]), squeeze=False, layout="constrained")
     for ax in axes.flat:
         ax.set_axis_off()
-    for complexity, variant, train_scans, seed in tqdm(keys, desc="pictures"):
-        run, _ = runner.train(complexity, variant, train_scans, seed)
-        phantoms = runner.phantoms(complexity, runner.test_scans, seed + HELD_OUT, {})
+    for complexity, size, variant, train_scans, seed in tqdm(keys, desc="pictures"):
+        run, _ = runner.train(complexity, size, variant, train_scans, seed)
+        phantoms = runner.phantoms(complexity, size, runner.test_scans, seed + HELD_OUT, {})
         cohort = pd.read_csv(phantoms / "cohort.csv")
         scan = cohort[cohort.event == 1].iloc[0]
         folder, one = run / "picture", phantoms / "picture.csv"
@@ -326,11 +320,13 @@ def without_severity(run: Path, folder: Path) -> Path:
 
 
 def read_rows(path: Path) -> list[dict]:
-    return list(csv.DictReader(path.open())) if path.is_file() else []
+    """Rows of the table; one without a size is of the usual size."""
+    rows = list(csv.DictReader(path.open())) if path.is_file() else []
+    return [row | {"size": row.get("size") or usual_size(int(row["complexity"]))} for row in rows]
 
 
 def order(row: dict) -> tuple:
-    return int(row["complexity"]), row["variant"], int(row["train_scans"]), int(row["seed"]), row["test"]
+    return tuple(row[name] if name in ("variant", "test") else int(row[name]) for name in KEY)
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -340,16 +336,33 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     writer.writeheader()
     for row in sorted(rows, key=order):
         writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda p: p.write_text(text.getvalue()))
+    write_text(path, text.getvalue())
+
+
+def numbers(rows: list[dict]) -> pd.DataFrame:
+    """The rows as a table whose measures are numbers."""
+    table = pd.DataFrame(rows).reindex(columns=COLUMNS)
+    text = ["variant", "test", "overrides"]
+    table[table.columns.difference(text)] = table[table.columns.difference(text)].apply(pd.to_numeric)
+    return table
+
+
+def cell(values: pd.Series, digits: int, total: bool = False) -> str:
+    """Mean, or total, over seeds (minimum-maximum)."""
+    values = values.dropna()
+    if not len(values):
+        return "–"
+    spread = f" ({values.min():.{digits}f}–{values.max():.{digits}f})" if len(values) > 1 else ""
+    return f"{values.sum() if total else values.mean():.{digits}f}{spread}"
+
+
+def phantom_name(complexity: int, size: int) -> str:
+    return str(complexity) if size == usual_size(complexity) else f"{complexity}, {size}³"
 
 
 def markdown(rows: list[dict]) -> str:
     """Mean (min - max) over seeds of every measure, a line for each complexity and variant."""
-    table = pd.DataFrame(rows)
-    table = table.reindex(columns=COLUMNS)
-    text = ["variant", "test", "overrides"]
-    table[table.columns.difference(text)] = table[table.columns.difference(text)].apply(pd.to_numeric)
+    table = numbers(rows)
     names = {"pointing_game": "pointing", "average_precision": "AP", "average_precision_ceiling": "AP ceiling"}
     names |= {"mass_accuracy": "heat in mask", "confounder_mass": "heat in confounder", "survivor_heat": "survivors / dead"}
     names |= {"inverted": "inverted maps", "c_index": "C-index", "c_index_oracle": "of the oracle", "mae_events": "MAE events, months"}
@@ -357,38 +370,28 @@ def markdown(rows: list[dict]) -> str:
     names |= {"correlation": "correlation", "mean_time_censored": "mean time of censored", "train_seconds": "training, s"}
     names = {name: title for name, title in names.items() if table[name].notna().any()}
     lines = ["| phantom | variant | scans | measured on | seeds | " + " | ".join(names.values()) + " |", "|" + "---|" * (len(names) + 5)]
-    for (complexity, variant, scans, test), group in table.groupby(KEY[:3] + KEY[4:]):
+    for (complexity, size, variant, scans, test), group in table.groupby([name for name in KEY if name != "seed"]):
         cells = []
         for name in names:
-            values = group[name].dropna()
-            if not len(values):
-                cells.append("–")
-                continue
             digits = 0 if name in ("train_seconds", "mean_time_censored", "inverted") else 2 if "mae" in name else 3
-            spread = f" ({values.min():.{digits}f}–{values.max():.{digits}f})" if len(values) > 1 else ""
-            cells.append(f"{values.sum() if name == 'inverted' else values.mean():.{digits}f}{spread}")
-        lines.append(f"| {complexity} | {variant} | {scans} | {test} | {len(group)} | " + " | ".join(cells) + " |")
+            cells.append(cell(group[name], digits, total=name == "inverted"))
+        phantom = phantom_name(complexity, size)
+        lines.append(f"| {phantom} | {variant} | {scans} | {test} | {len(group)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def renew_table(page: Path, rows: list[dict]) -> None:
-    """Put the table between the two marks of the page."""
+def renew_table(page: Path, text: str) -> None:
+    """Put the text between the two marks of the page."""
     before, mark, rest = page.read_text().partition("<!-- table -->\n")
     _, end, after = rest.partition("<!-- end of table -->\n")
     if not (mark and end):
         raise SystemExit(f"error: {page} lacks the marks <!-- table --> and <!-- end of table -->.")
-    write_atomically(page, lambda p: p.write_text(before + mark + markdown(rows) + end + after))
+    write_text(page, before + mark + text + end + after)
 
 
 def rows_of_threads(work: Path, test_scans: int, todo: list[tuple], jobs: int) -> Iterator[dict | Exception]:
     """Rows of the runs as they are done, or what went wrong with one; `jobs` at a time on this machine."""
-    runner = Runner(work, test_scans, max(1, (os.cpu_count() or 1) // jobs))
-    with ThreadPoolExecutor(jobs) as pool:
-        for future in as_completed([pool.submit(runner.row, *key) for key in todo]):
-            try:
-                yield future.result()
-            except Exception as e:  # one run's failure must not end the others
-                yield e
+    yield from run_jobs(Runner(work, test_scans, threads_of(jobs)).row, todo, jobs)
 
 
 def rows_of_ray(work: Path, test_scans: int, todo: list[tuple], jobs: int) -> Iterator[dict | Exception]:
@@ -400,7 +403,7 @@ def rows_of_ray(work: Path, test_scans: int, todo: list[tuple], jobs: int) -> It
         from ray import tune
     except ImportError:
         raise SystemExit("error: --engine ray needs Ray: pip install 'ray[tune]'.") from None
-    cpus, here = max(1, (os.cpu_count() or 1) // jobs), os.getcwd()
+    cpus, here = threads_of(jobs), os.getcwd()
     folder = work / "ray_rows"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -436,37 +439,47 @@ def rows_of_ray(work: Path, test_scans: int, todo: list[tuple], jobs: int) -> It
 ENGINES = {"threads": rows_of_threads, "ray": rows_of_ray}
 
 
-def main() -> None:
+def main(prog: str = "scripts.sweep", about: str | None = __doc__, layout: Callable = markdown, **defaults: object) -> None:
+    """Run the sweep that the command line asks for.
+
+    Args:
+        prog: name of the module that was run.
+        about: what it is for.
+        layout: from all rows of the CSV to the text between the marks of the page.
+        defaults: of options.
+    """
     p = argparse.ArgumentParser(
-        prog="python -m scripts.sweep",
-        description=__doc__,
+        prog=f"python -m {prog}",
+        description=about,
         epilog="variants: "
         + "; ".join(f"{k} {' '.join(f'--{a} {b}' for a, b in v.items()) or '(as shipped)'}" for k, v in VARIANTS.items()),
     )
-    p.add_argument("--complexities", type=int, nargs="+", default=[1, 2], help="phantoms (default 1 2)")
-    p.add_argument("--variants", nargs="+", default=["default"], choices=VARIANTS, help="see below (default: default)")
+    p.add_argument("--complexities", type=int, nargs="+", default=[1, 2], help="phantoms (default %(default)s)")
+    p.add_argument("--size", type=int, help="voxels a side of the phantoms (default 64; 96 for complexity 9)")
+    p.add_argument("--variants", nargs="+", default=["default"], choices=VARIANTS, help="see below (default %(default)s)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of network and data (default 0 1 2)")
     p.add_argument("--tests", nargs="+", default=["same"], choices=TESTS, help="what to measure on (default: same)")
     p.add_argument("--train_scans", type=int, default=100, help="scans a run, a tenth for validation (default 100)")
     p.add_argument("--test_scans", type=int, default=24, help="held-out scans a run (default 24)")
     p.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default 1)")
     p.add_argument("--engine", choices=ENGINES, default="threads", help="ray: by Ray Tune, here or on a cluster")
-    p.add_argument("--results", type=Path, default=Path("docs/results/localisation.csv"), help="the tidy CSV")
+    p.add_argument("--results", type=Path, default=Path("docs/results/localisation.csv"), help="the tidy CSV (default %(default)s)")
     p.add_argument("--work", type=Path, default=Path("runs/sweep"), help="phantoms and weights (default runs/sweep)")
-    p.add_argument("--page", type=Path, default=Path("docs/localisation.md"), help="page whose table is renewed")
+    p.add_argument("--page", type=Path, default=Path("docs/localisation.md"), help="page whose table is renewed (default %(default)s)")
     p.add_argument("--table", action="store_true", help="renew the table and run nothing")
     p.add_argument("--pictures", type=Path, metavar="PNG", help="draw the maps of these runs as well: phantoms x variants")
+    p.set_defaults(**defaults)
     args = p.parse_args()
     rows = read_rows(args.results)
     if args.table:
-        renew_table(args.page, rows)
+        renew_table(args.page, layout(rows))
         return
     done = {tuple(str(row[k]) for k in KEY) for row in rows}
-    pairs = [(c, v) for v in args.variants for c in args.complexities]
-    wanted = [(c, v, args.train_scans, s, t) for s in args.seeds for c, v in pairs for t in args.tests]
+    what = [(c, args.size or usual_size(c), v) for v in args.variants for c in args.complexities]
+    wanted = [(*w, args.train_scans, s, t) for s in args.seeds for w in what for t in args.tests]
     todo = [key for key in wanted if tuple(map(str, key)) not in done]
     work, failed = args.work.resolve(), 0
-    signal.signal(signal.SIGTERM, end_by_sigterm)
+    end_on_sigterm()
     with tqdm(total=len(wanted), initial=len(wanted) - len(todo)) as bar:
         for row in ENGINES[args.engine](work, args.test_scans, todo, args.jobs) if todo else ():
             if isinstance(row, Exception):
@@ -477,12 +490,12 @@ def main() -> None:
             write_rows(args.results, rows)
             bar.update()
             bar.write(" ".join(f"{k}={row[k]}" for k in (*KEY, "pointing_game", "average_precision", "mae_events")))
-            renew_table(args.page, rows)
+            renew_table(args.page, layout(rows))
     if failed:
         raise SystemExit(f"error: {failed} of {len(todo)} runs failed; the same command tries them again.")
     if args.pictures:
         runner = Runner(work, args.test_scans, os.cpu_count() or 1)
-        draw_pictures(runner, args.pictures, [(c, v, args.train_scans, args.seeds[0]) for c, v in pairs])
+        draw_pictures(runner, args.pictures, [(*w, args.train_scans, args.seeds[0]) for w in what])
 
 
 if __name__ == "__main__":

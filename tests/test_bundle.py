@@ -349,7 +349,7 @@ def test_evaluation_scores_unseen_scans_and_the_maps_of_other_tools(tiny_cohort,
 
 def test_evaluation_without_figures_writes_the_metrics_alone(tiny_cohort, tmp_path, trained):
     run("configs/evaluate.json", cohort=str(tiny_cohort), ckpt=str(trained), output_dir=str(tmp_path), figures=False)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.json", "metrics_per_scan.csv"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.json", "metrics_per_scan.csv", "survival_curves.csv"]
 
 
 def test_overrides_that_contradict_training_are_errors(tiny_cohort, tmp_path, trained):

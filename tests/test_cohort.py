@@ -78,7 +78,7 @@ def test_reads_the_contract(write, tmp_path):
         ("A,,5,1", "row 3, column image: empty"),
         ("A,a.nii.gz,5", "row 3: 3 values (expected 4, as in the header)"),
         ("A,lost.nii.gz,5,1", "row 3, column image: "),
-        ("A,cohort.csv,5,1", "cannot be read (expected one of .nii .nii.gz"),
+        ("A,cohort.csv,5,1", "has the suffix '.csv' (expected one of .nii .nii.gz"),
     ],
 )
 def test_a_fault_names_row_column_and_what_was_expected(write, row, says):

@@ -11,11 +11,14 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from monai.data import MetaTensor
+from monai.transforms import SpatialResample
 from scipy.ndimage import gaussian_filter1d
+from scipy.spatial.transform import Rotation
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from bundle.explain import GridShiftInferer, patch_heat, to_voxels
+from bundle.explain import GridShiftInferer, patch_heat, to_scan_space, to_voxels
 from bundle.explain.grid_shift import brightness_ratio
 from bundle.networks import SurvivalMapNet
 from bundle.survival import death_by, log_pmf
@@ -305,3 +308,23 @@ def test_refinement_keeps_a_texture_and_an_evenly_bright_lesion_as_they_are():
 def test_shifts_that_do_not_divide_the_stride_are_refused(shifts, stride):
     with pytest.raises(ValueError, match="must divide the stride"):
         GridShiftInferer(shifts, stride)
+
+
+@pytest.mark.parametrize(
+    "axes, mm, shear",
+    [((0, 1, 2), (1.7, 1.7, 1), 0), ((1, 2, 0), (-1.7, 0.9, -1.5), 0), ((2, 0, 1), (5, -0.5, 1), 0), ((0, 1, 2), (1, 1, 2), 0.3)],
+)
+def test_scan_space_equals_a_general_resampling_that_keeps_the_sum(axes, mm, shear):
+    rotation = Rotation.from_euler("xyz", [10, 20, 30], degrees=True).as_matrix()
+    own, scan = np.eye(4), np.eye(4)
+    own[:3, :3], own[:3, 3] = 3 * rotation, [5, -20, 7]
+    scan[:3, :3] = rotation[:, axes] * mm @ np.array([[1, 0, shear], [0, 1, 0], [0, 0, 1]])
+    shape = (50, 60, 40)
+    middle = own[:3, :3] @ [9.5, 11.5, 8.5] + own[:3, 3]
+    scan[:3, 3] = middle - scan[:3, :3] @ [n / 2 for n in shape]
+    volume = MetaTensor(torch.rand(1, 20, 24, 18), affine=torch.tensor(own))
+    found = to_scan_space(volume, torch.tensor(scan), shape)
+    general = SpatialResample(mode="bilinear", padding_mode="zeros")(volume, torch.tensor(scan), spatial_size=shape)
+    torch.testing.assert_close(found.as_tensor(), (general * (volume.sum() / general.sum())).as_tensor(), rtol=1e-4, atol=1e-6)
+    assert found.shape == (1, *shape) and np.allclose(found.affine, scan)
+    assert (found == 0).any() and found.sum().item() == pytest.approx(volume.sum().item(), rel=1e-4)

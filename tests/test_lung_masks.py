@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import functools
-import time
+import pickle
+from pathlib import Path
 
 import lungmask.mask
+import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from lungmask.resunet import UNet
-from monai.data import ITKReader, MetaTensor
-from monai.transforms import Compose, LoadImaged, Orientationd, Spacingd
+from monai.data import MetaTensor
+from scipy import ndimage
 
+from bundle.data.phantoms import phantom_cohort
 from bundle.errors import InputError
-from bundle.transforms import LungMaskd, lungmask_network, threshold_lung_mask
+from bundle.explain import mask_to_scan_space
+from bundle.networks.survival_map_net import Attention
+from bundle.transforms import LungMaskd, fill_thorax, lungmask_digests, lungmask_network, threshold_lung_mask
 from bundle.transforms.lung import _lungmask
+from scripts.measure_lung_masks import CHESTS, read, with_mass
+
+from .test_bundle import run
 
 
 def ball(places: np.ndarray, centre, radii) -> np.ndarray:
@@ -55,7 +64,7 @@ def dice(a, b) -> float:
     return 2 * (a & b).sum() / (a.sum() + b.sum())
 
 
-@pytest.mark.parametrize("spacing", [(4, 4, 4), (2.5, 2.5, 7), (6, 5, 3)])
+@pytest.mark.parametrize("spacing", [(4, 4, 4), (1.5, 1.4, 6), (6, 5, 3)])
 def test_threshold_finds_both_lungs_with_their_lesions_and_nothing_else(spacing):
     hu, parts = chest(spacing)
     mask = threshold_lung_mask(hu, spacing)
@@ -104,29 +113,76 @@ def test_threshold_survives_a_narrow_field_of_view():
     assert dice(found, parts["lungs"][:, cut]) > 0.97
 
 
+def test_lungs_that_touch_do_not_take_the_mediastinum_with_them():
+    hu, parts = chest()
+    x, y, z = np.meshgrid(*(4 * np.arange(n) for n in hu.shape[1:]), indexing="ij")
+    # Both lungs reach the middle in front of the heart, and meet there along a whole line.
+    front = (abs(x - 150) < 30) & (y > 140) & (y < 152) & (z > 80) & (z < 180)
+    hu[0][torch.from_numpy(front)] = -850
+    found = threshold_lung_mask(hu, (4, 4, 4))[0].numpy() > 0
+    heart = (abs(x - 150) < 12) & (abs(y - 100) < 25) & (abs(z - 130) < 60) & ~parts["trachea"]
+    assert found[heart].mean() < 0.1 and found[parts["lungs"]].mean() > 0.98
+
+
+def test_gap_in_the_wall_of_the_body_and_air_beside_an_arm():
+    hu, parts = chest()
+    x, y, z = np.meshgrid(*(4 * np.arange(n) for n in hu.shape[1:]), indexing="ij")
+    arm = np.hypot(x - 12, y - 110) < 10
+    hu[0][torch.from_numpy(arm)] = 40
+    hu[0][torch.from_numpy((abs(x - 85) < 12) & (y > 160) & (abs(z - 130) < 30))] = -850
+    found = threshold_lung_mask(hu, (4, 4, 4))[0].numpy() > 0
+    assert dice(found, parts["lungs"]) > 0.95
+    assert not found[(x < 22)].any()
+
+
 @pytest.mark.parametrize(
-    ("image", "mask", "least"),
+    ("image", "least"),
     [
-        ("chest_cip_64_lowres_ct.nrrd", "chest_cip_64_lowres_lung_labelmap.nrrd", 0.94),
-        ("rightlung_elastix_ct.mha", "rightlung_elastix_lung_mask.mha", 0.96),
+        ("ct/chest_cip_64_lowres_ct.nrrd", 0.96),
+        ("ct/rightlung_elastix_ct.mha", 0.975),
+        ("ct/chest_pyradiomics_lung1_ct.nrrd", 1.0),
+        ("ct/chest_lungpetctdx_A0001_ct.nii.gz", 0.6),
+        ("dicom_lungpetctdx_A0002_B40f", 0.6),
     ],
 )
-def test_threshold_against_reference_masks_of_real_scans(shared_data, image, mask, least):
-    data = {"image": shared_data / "ct" / image, "mask": shared_data / "ct" / mask}
-    keys = ["image", "mask"]
-    out = Compose(
-        [
-            LoadImaged(keys, reader=ITKReader(), ensure_channel_first=True),
-            Orientationd(keys, axcodes="RAS", labels=None),
-            Spacingd(keys, pixdim=(3, 3, 3), mode=["bilinear", "nearest"]),
-        ]
-    )(data)
-    start = time.perf_counter()
-    found = threshold_lung_mask(out["image"].as_tensor(), (3, 3, 3))
-    assert time.perf_counter() - start < 5
-    labels = out["mask"].as_tensor().long()
-    reference = (labels > 0) & ((labels & 255) != 0)  # the Chest Imaging Platform's codes: low byte 0 is no lung region
-    assert dice(found, reference) > least
+def test_threshold_against_reference_masks_of_real_scans(shared_data, image, least):
+    scan = read(shared_data, image, *CHESTS[image])
+    assert (scan.dice() if scan.kind == "lungs" else scan.kept()) >= least
+    assert scan.kept(filled=True) >= scan.kept() and 2 < scan.litres() < 7
+
+
+def test_threshold_on_chest_phantoms_keeps_what_lies_at_the_pleura():
+    scans = [scan for _, scan in phantom_cohort(9, 4, 7)]
+    for i, scan in enumerate(scans):
+        found = threshold_lung_mask(torch.from_numpy(scan.image).float()[None], (5, 5, 5))[0].numpy() > 0
+        assert dice(found, scan.lung_mask) > 0.98
+        assert not scan.gt_mask.any() or found[scan.gt_mask].mean() > 0.8
+    for radius, least in ((10, KEPT10), (20, KEPT20)):
+        kept = []
+        for i, scan in enumerate(scans):
+            hu, mass = with_mass(scan, radius, True, np.random.default_rng(i))
+            kept.append((threshold_lung_mask(torch.from_numpy(hu).float()[None], (5, 5, 5))[0].numpy() > 0)[mass].mean())
+        assert np.mean(kept) > least
+
+
+def test_filling_the_thorax_brings_a_white_lung_back():
+    hu, parts = chest()
+    white = hu.clone()
+    white[0][torch.from_numpy(parts["left"])] = 40
+    white[0, 36:40, 14:17] = 500  # spine
+    lungs = threshold_lung_mask(white, (4, 4, 4))
+    filled = fill_thorax(lungs, white)[0].numpy() > 0
+    assert lungs[0].numpy()[parts["left"]].mean() < 0.05 and filled[parts["left"]].mean() > 0.9
+    assert filled[lungs[0].numpy() > 0].all()
+    assert not filled[parts["trachea"]].any() and not filled[36:40, 14:17].any() and not filled[parts["table"]].any()
+
+    affine = torch.diag(torch.tensor([4.0, 4, 4, 1]))
+    scan = {"patient_id": "P7", "image": MetaTensor(white, affine=affine), "lung_mask": MetaTensor(lungs, affine=affine)}
+    for method, source in (("threshold", "threshold, thorax filled"), ("auto", "given, thorax filled")):
+        out = LungMaskd(method=method, fill=True)(scan)
+        assert out["lung_mask_source"] == source and np.array_equal(out["lung"][0].numpy() > 0, filled)
+    none = LungMaskd(method="none", fill=True)(scan)
+    assert none["lung_mask_source"] == "none" and none["lung"].all()
 
 
 class FakeLungmask:
@@ -139,7 +195,7 @@ class FakeLungmask:
 
 def test_lungmask_sees_dicom_slices_and_its_mask_comes_back(monkeypatch):
     fake = FakeLungmask()
-    monkeypatch.setattr("bundle.transforms.lung._lungmask", lambda weights: fake)
+    monkeypatch.setattr("bundle.transforms.lung._lungmask", lambda weights, fill_weights: fake)
     hu = torch.zeros(1, 7, 6, 5)
     hu[0, 1, 4, 2] = -900  # RAS: on the patient's left, towards the front
     mask = lungmask_network(hu, "weights.pth")
@@ -149,29 +205,78 @@ def test_lungmask_sees_dicom_slices_and_its_mask_comes_back(monkeypatch):
     assert torch.equal(mask, (hu < -500).float())
 
 
-def test_lungmask_runs_from_a_local_file_without_a_download(tmp_path, monkeypatch):
-    def no_download(*args, **kwargs):
+def unet(n_classes: int, seed: int, path: Path, **width: int) -> dict[str, torch.Tensor]:
+    """Random weights of lungmask's network, saved as lungmask's own are; with each class somewhere in what it says."""
+    torch.manual_seed(seed)
+    net = UNet(n_classes=n_classes, padding=True, depth=5, up_mode="upsample", batch_norm=True, residual=False, **width)
+    torch.save(net.state_dict(), path)
+    return net.state_dict()
+
+
+@pytest.fixture
+def no_download(monkeypatch):
+    def download(*args, **kwargs):
         raise AssertionError("lungmask tried to download")
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_download)
-    monkeypatch.setattr(lungmask.mask, "UNet", functools.partial(UNet, wf=1))  # the same network, thin
-    torch.manual_seed(0)
-    net = UNet(n_classes=3, padding=True, depth=5, up_mode="upsample", batch_norm=True, residual=False, wf=1)
-    torch.save(net.state_dict(), tmp_path / "thin.pth")
-    # Whatever the untrained network says, its mask replaces none; a patient without a given mask takes it.
-    monkeypatch.setattr(lungmask.mask.LMInferer, "apply", lambda self, image: np.ones(image.shape, np.uint8))
-    scan = {"patient_id": "P7", "image": MetaTensor(torch.zeros(1, 8, 8, 4), affine=torch.eye(4))}
-    for method in ("auto", "lungmask"):
-        out = LungMaskd(method=method, weights=str(tmp_path / "thin.pth"))(scan)
-        assert out["lung_mask_source"] == "lungmask" and out["lung"].all()
-
-    monkeypatch.undo()
-    (tmp_path / "wrong.pth").write_bytes(b"not weights")
-    torch.save({"layer.weight": torch.zeros(2)}, tmp_path / "other.pth")
-    for name in ("wrong.pth", "other.pth"):
-        with pytest.raises(InputError, match="not a state dict of lungmask's U-net"):
-            LungMaskd(method="lungmask", weights=str(tmp_path / name))(scan)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
     _lungmask.cache_clear()
+    yield
+    _lungmask.cache_clear()
+
+
+def test_lungmask_loads_its_own_architecture_from_a_local_file(tmp_path, no_download):
+    state = unet(6, 0, tmp_path / "lobes.pth")  # full width, as LTRCLobes
+    model = _lungmask(str(tmp_path / "lobes.pth"), None).model
+    assert type(model) is UNet and not model.training
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert model.last.out_channels == 6 and sum(p.numel() for p in model.parameters()) > 3e7
+
+
+def test_lungmask_fuses_two_files_as_the_package_does(tmp_path, no_download, monkeypatch):
+    monkeypatch.setattr(lungmask.mask, "UNet", functools.partial(UNet, wf=1))  # the same network, thin
+    files = [str(tmp_path / name) for name in ("lobes.pth", "r231.pth")]
+    for file, classes in zip(files, (6, 3)):
+        unet(classes, classes, Path(file), wf=1)
+    hu, _ = chest((10, 10, 30))
+    scan = {"patient_id": "P7", "image": MetaTensor(hu, affine=torch.diag(torch.tensor([10.0, 10, 30, 1])))}
+    slices = np.ascontiguousarray(hu[0].numpy().transpose(2, 1, 0)[:, ::-1, ::-1])
+    inferer = lungmask.mask.LMInferer
+    found = {}
+    for weights in (files[:1], files):
+        options = dict(zip(("modelpath", "fillmodel_path"), weights))
+        expected = inferer(**options, force_cpu=True, tqdm_disable=True).apply(slices)[:, ::-1, ::-1].transpose(2, 1, 0) > 0
+        for given in (weights, weights[0] if len(weights) == 1 else tuple(weights)):
+            out = LungMaskd(method="auto", weights=given)(scan)
+            assert out["lung_mask_source"] == "lungmask" and np.array_equal(out["lung"][0].numpy() > 0, expected)
+        found[len(weights)] = expected
+    assert not np.array_equal(found[1], found[2]) and found[1].any()
+    assert len(set(lungmask_digests(files))) == 2 and lungmask_digests(None) == []
+
+
+class Malice:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_files_that_are_not_lungmasks_weights_are_refused_and_run_nothing(tmp_path, no_download, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    scan = {"patient_id": "P7", "image": MetaTensor(torch.zeros(1, 8, 8, 4), affine=torch.eye(4))}
+    (tmp_path / "wrong.pth").write_bytes(b"not weights")
+    (tmp_path / "malice.pth").write_bytes(pickle.dumps(Malice(tmp_path / "ran")))
+    torch.save(Malice(tmp_path / "ran"), tmp_path / "zipped_malice.pth")
+    torch.save({"layer.weight": torch.zeros(2)}, tmp_path / "other.pth")
+    for name in ("wrong", "malice", "zipped_malice", "other"):
+        with pytest.raises(InputError, match="not a state dict of lungmask's U-net"):
+            LungMaskd(method="lungmask", weights=str(tmp_path / f"{name}.pth"))(scan)
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(InputError, match="gone.pth: no such file"):
+        LungMaskd(weights=[str(tmp_path / "other.pth"), str(tmp_path / "gone.pth")])
+    with pytest.raises(InputError, match="3 files"):
+        LungMaskd(weights=[str(tmp_path / "other.pth")] * 3)
+    assert LungMaskd(method="threshold", weights="gone.pth").method == "threshold"  # not needed
 
 
 def test_source_is_threshold_without_weights_or_mask():
@@ -180,3 +285,63 @@ def test_source_is_threshold_without_weights_or_mask():
     out = LungMaskd(method="auto")({"patient_id": "P7", "image": MetaTensor(hu, affine=affine)})
     assert out["lung_mask_source"] == "threshold"
     assert dice(out["lung"][0], parts["lungs"]) > 0.95 and torch.equal(out["lung"].affine, out["image"].affine)
+
+
+@pytest.mark.parametrize("rotation", [np.eye(3), [[0, 0, -1], [1, 0, 0], [0, -1, 0]], [[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1]]])
+def test_mask_comes_back_to_the_voxels_of_the_scan(rotation):
+    affine = np.eye(4)
+    affine[:3, :3] = np.array(rotation) * [0.7, 0.9, 2.5]
+    affine[:3, 3] = [3, -5, 11]
+    mask = MetaTensor((torch.rand(1, 9, 8, 7) > 0.5).float(), affine=torch.diag(torch.tensor([3.0, 3, 3, 1])))
+    mask.affine[:3, 3] = torch.tensor([-4.0, -6, 2])
+    shape = (20, 15, 9)
+    found = mask_to_scan_space(mask, torch.from_numpy(affine), shape)
+    index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
+    near = (index @ affine[:3, :3].T + affine[:3, 3] - [-4, -6, 2]) / 3
+    inside = ((near > -0.5) & (near < np.array([8.5, 7.5, 6.5]))).all(-1)
+    i, j, k = np.moveaxis(np.rint(near).astype(int).clip(0, [8, 7, 6]), -1, 0)
+    expected = np.where(inside, mask[0].numpy()[i, j, k], 0)
+    assert found.dtype == np.uint8 and found.shape == shape and 0 < inside.mean() < 1
+    assert (found == expected).mean() > 0.995 and 0 < found.mean() < 1  # ties of rounding
+
+
+def test_the_mask_named_on_the_command_line_decides_which_tokens_there_are(tmp_path, root, monkeypatch):
+    monkeypatch.chdir(root)
+    hu, parts = chest((6, 6, 6))
+    affine = np.diag([-6.0, 6, 6, 1])  # not the order that the network sees
+    nib.save(nib.Nifti1Image(hu[0].numpy().astype(np.int16), affine), tmp_path / "scan.nii.gz")
+    right = parts["right"] & (np.arange(hu.shape[3]) < 24)
+    nib.save(nib.Nifti1Image(right.astype(np.uint8), affine), tmp_path / "given.nii.gz")
+    (tmp_path / "c.csv").write_text("patient_id,image,lung_mask\nA,scan.nii.gz,given.nii.gz\n")
+    tokens: list[int] = []
+    attend = Attention.forward
+
+    def counted(self, x, *args):
+        tokens.append(len(x))
+        return attend(self, x, *args)
+
+    monkeypatch.setattr(Attention, "forward", counted)
+    found, counts = {}, {}
+    for name, options in {
+        "given": {},
+        "threshold": {"lung_mask": "threshold"},
+        "filled": {"lung_mask": "threshold", "lung_mask_fill": "true"},
+    }.items():
+        tokens.clear()
+        out = tmp_path / name
+        run("configs/inference.json", cohort=str(tmp_path / "c.csv"), output_dir=str(out), shifts=1, refine=False, **options)
+        assert pd.read_csv(out / "predictions.csv").status.tolist() == ["ok"]
+        saved = nib.load(out / "maps" / "A_lung.nii.gz")
+        assert np.allclose(saved.affine, affine) and saved.shape == hu.shape[1:] and saved.get_data_dtype() == np.uint8
+        found[name], counts[name] = np.asarray(saved.dataobj) > 0, tokens[0]
+        heat = nib.load(out / "maps" / "A_heat.nii.gz").get_fdata()
+        # A voxel of the scan is made of the network's voxels around it, so the heat ends one voxel further out.
+        assert not heat[~ndimage.binary_dilation(found[name], np.ones((3, 3, 3)))].any() and heat[found[name]].sum() > 0
+        source = {"given": "given", "threshold": "threshold", "filled": "threshold, thorax filled"}[name]
+        assert f"lung mask: {source};" in (out / "report.html").read_text()
+    assert dice(found["given"], right) > 0.97 and dice(found["threshold"], parts["lungs"]) > 0.94
+    volume = {name: mask.sum() * 6**3 for name, mask in found.items()}
+    assert volume["given"] < 0.6 * volume["threshold"] < 0.6 * volume["filled"]
+    for name in found:  # patches of 12 mm, those that are at least a quarter lung
+        assert 0.8 < counts[name] / (volume[name] / 12**3) < 1.6, name
+    assert counts["given"] < counts["threshold"] < counts["filled"]

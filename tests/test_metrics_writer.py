@@ -66,7 +66,7 @@ def strict_json(path) -> dict:
 def test_writes_metrics_and_one_row_a_scan(tmp_path):
     folder = tmp_path / "made" / "on demand"
     evaluator(folder).run([[0, 1], [2, 3], [4, 5], [6]], max_epochs=1)
-    assert sorted(p.name for p in folder.iterdir()) == ["metrics.json", "metrics_per_scan.csv"]
+    assert sorted(p.name for p in folder.iterdir()) == ["metrics.json", "metrics_per_scan.csv", "survival_curves.csv"]
     metrics = strict_json(folder / "metrics.json")
     assert list(metrics) == ["horizon", "survival", "localisation"]
     assert metrics["survival"]["num_scans"] == NUM and metrics["localisation"]["num_empty_mask"] == 3
@@ -81,6 +81,10 @@ def test_writes_metrics_and_one_row_a_scan(tmp_path):
     assert rows[1]["auroc"] == "" and rows[1]["num_lesions"] == "0" and rows[6]["num_lesions"] == ""
     mean = float((scan(3)["pmf"] * torch.arange(1, 41)).sum())
     assert float(rows[3]["mean_months"]) == pytest.approx(mean, rel=1e-5)
+    with open(folder / "survival_curves.csv", newline="") as file:
+        curve = [row for row in csv.DictReader(file) if row["patient_id"] == "p3"][0]
+    alive = 1 - scan(3)["pmf"].cumsum(0)
+    assert [float(curve[f"survival_{t}m"]) for t in range(1, 41)] == pytest.approx(alive.tolist(), abs=1e-6)
 
 
 def test_rows_join_by_patient_or_by_position():
@@ -108,7 +112,7 @@ def test_a_failed_write_is_one_sentence_and_leaves_the_old_file(tmp_path, monkey
     with pytest.raises(InputError, match="metrics.json can't be written: No space left on device"):
         engine.run([[0, 1]], max_epochs=1)
     assert (tmp_path / "metrics.json").read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.json", "metrics_per_scan.csv"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.json", "metrics_per_scan.csv", "survival_curves.csv"]
     monkeypatch.undo()
     engine = evaluator(tmp_path / "metrics.json")
     engine.logger.setLevel("CRITICAL")

@@ -14,7 +14,7 @@ import torch
 from bundle.networks import SurvivalMapNet
 from bundle.settings import file_sha256
 from bundle.survival import CenTime
-from scripts import sweep
+from scripts import objectives, sweep
 
 
 @pytest.fixture
@@ -32,11 +32,11 @@ def command(tmp_path, *args):
 def test_a_killed_sweep_goes_on_and_runs_nothing_twice(tmp_path, page, monkeypatch):
     ran = []
 
-    def row_of(runner, complexity, variant, train_scans, seed, test):
+    def row_of(runner, complexity, size, variant, train_scans, seed, test):
         if len(ran) == 2:
             raise KeyboardInterrupt
         ran.append((complexity, seed))
-        row = dict(zip(sweep.KEY, (complexity, variant, train_scans, seed, test))) | {"overrides": "{}"}
+        row = dict(zip(sweep.KEY, (complexity, size, variant, train_scans, seed, test))) | {"overrides": "{}"}
         row |= {"test_scans": 8, "train_seconds": 60 + seed, "pointing_game": 0.9 + seed / 10, "inverted": seed}
         return row | {"average_precision": 0.5, "mae_events": 1.0}
 
@@ -61,10 +61,10 @@ def test_a_killed_sweep_goes_on_and_runs_nothing_twice(tmp_path, page, monkeypat
 
 
 def test_a_run_that_fails_does_not_take_the_others_with_it(tmp_path, page, monkeypatch, capsys):
-    def row_of(runner, complexity, variant, train_scans, seed, test):
+    def row_of(runner, complexity, size, variant, train_scans, seed, test):
         if complexity == 2:
             raise RuntimeError("no such luck")
-        return dict(zip(sweep.KEY, (complexity, variant, train_scans, seed, test))) | dict.fromkeys(
+        return dict(zip(sweep.KEY, (complexity, size, variant, train_scans, seed, test))) | dict.fromkeys(
             ("pointing_game", "average_precision", "mae_events", "inverted"), 1
         )
 
@@ -105,3 +105,63 @@ def test_weights_without_severity_say_the_months_of_the_softmin(tmp_path):
     torch.testing.assert_close(net(image), before)
     found = json.loads((tmp_path / "test" / "settings.json").read_text())
     assert found["objective"]["variance"] == 36.0 and found["weights_sha256"] == file_sha256(model)
+
+
+def test_another_size_is_another_run_and_rows_without_a_size_stay_valid(tmp_path, page, monkeypatch):
+    (tmp_path / "results.csv").write_text("complexity,variant,train_scans,seed,test,mae_events\n2,default,100,0,same,1\n")
+    trained = []
+
+    def row_of(runner, *key):
+        trained.append(key)
+        return dict(zip(sweep.KEY, key)) | {"pointing_game": 1.0, "average_precision": 0.5, "mae_events": 2.0}
+
+    monkeypatch.setattr(sweep.Runner, "row", row_of)
+    monkeypatch.setattr("sys.argv", command(tmp_path, "--complexities", "2", "9", "--seeds", "0"))
+    sweep.main()
+    assert trained == [(9, 96, "default", 100, 0, "same")]
+    monkeypatch.setattr("sys.argv", command(tmp_path, "--complexities", "2", "--seeds", "0", "--size", "48"))
+    sweep.main()
+    sweep.main()
+    assert trained[1:] == [(2, 48, "default", 100, 0, "same")]
+    rows = {(r["complexity"], r["size"]): r["mae_events"] for r in csv.DictReader((tmp_path / "results.csv").open())}
+    assert rows == {("2", "48"): "2", ("2", "64"): "1", ("9", "96"): "2"}
+    assert "| 2, 48³ | default |" in page.read_text() and "| 2 | default |" in page.read_text()
+
+
+def test_training_and_test_phantoms_have_the_size_of_the_run(tmp_path, monkeypatch):
+    runner, made = sweep.Runner(tmp_path, 8, 1), []
+
+    def python(self, *args, log):
+        if args[0] == "scripts.make_phantoms":
+            made.append(args[args.index("--size") + 1] if "--size" in args else "64")
+
+    monkeypatch.setattr(sweep.Runner, "python", python)
+    usual, small = (runner.phantoms(2, size, 8, 0, {}) for size in (64, 48))
+    assert made == ["64", "48"] and usual != small
+    assert runner.phantoms(2, 64, 8, 0, {"size": 48}) == small  # the test size_48 of a run of the usual size
+    assert sweep.name_of_run(2, 64, "cox", 100, 0) == "2_cox_100_0" != sweep.name_of_run(2, 48, "cox", 100, 0)
+    assert sweep.name_of_run(9, 96, "cox", 100, 0) == "9_cox_100_0"
+
+
+def test_the_page_of_objectives_names_the_best_and_those_not_told_apart(tmp_path, page, monkeypatch):
+    precision = {"centime": 0.9, "classical": 0.9, "cox": 0.5}
+    rows = [
+        dict(zip(sweep.KEY, (complexity, 48, "default" if name == "centime" else name, 100, seed, "same")))
+        | {"train_seconds": 60, "average_precision": value + 0.1 * seed + (0.02 * seed - 0.01) * (name == "classical")}
+        | {"c_index": 1 - value, "mae_events": 1.5}
+        for complexity in (1, 2)
+        for seed in (0, 1)
+        for name, value in precision.items()
+    ]
+    rows.append({**rows[0], "complexity": 6, "average_precision": 0.0})  # the others were not trained on it
+    sweep.write_rows(tmp_path / "results.csv", rows)
+    monkeypatch.setattr("sys.argv", command(tmp_path, "--table"))
+    objectives.main()
+    text = page.read_text()
+    assert "Best map (average precision)**: centime 0.950; not told apart from it: classical 0.950; worse: cox 0.550." in text
+    assert "Best order of patients (C-index)**: cox 0.500; worse: centime 0.100, classical 0.100." in text
+    assert "Best probabilities (integrated Brier)**: not measured yet." in text
+    assert "Means over the 4 pairs of phantom and seed" in text
+    lines = [line for line in text.splitlines() if line.startswith("| 1, 48³ |")]
+    assert [line.split(" | ")[1] for line in lines] == ["centime", "classical", "cox"]
+    assert "0.950 (0.900–1.000)" in lines[0] and "| – |" in lines[0]

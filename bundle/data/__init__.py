@@ -5,6 +5,17 @@
 from __future__ import annotations
 
 from .clinical import clinical_names, encode_clinical, fit_clinical
-from .cohort import read_cohort, single_scan, split_cohort
+from .cohort import patient_of, read_cohort, single_scan, split_cohort
+from .folds import cross_validation_parts, stratified_folds
 
-__all__ = ["clinical_names", "encode_clinical", "fit_clinical", "read_cohort", "single_scan", "split_cohort"]
+__all__ = [
+    "clinical_names",
+    "cross_validation_parts",
+    "encode_clinical",
+    "fit_clinical",
+    "patient_of",
+    "read_cohort",
+    "single_scan",
+    "split_cohort",
+    "stratified_folds",
+]

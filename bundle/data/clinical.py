@@ -158,8 +158,21 @@ def fit_clinical(records: Sequence[dict], columns: Mapping[str, str], missing_ma
     }
 
 
-def clinical_kinds(encoding: Mapping) -> dict[str, str]:
-    """The columns that an encoding takes and their kinds, as :func:`~bundle.data.read_cohort` wants them."""
+def clinical_kinds(encoding: Mapping | list[Mapping]) -> dict[str, str]:
+    """The columns that an encoding takes and their kinds, as :func:`~bundle.data.read_cohort` wants them.
+
+    Args:
+        encoding: one, or those of the members of an ensemble.
+
+    Raises:
+        InputError: a column is of one kind for one member, and of another for another.
+    """
+    if isinstance(encoding, list):
+        kinds: dict[str, str] = {}
+        for name, kind in (item for each in encoding for item in clinical_kinds(each).items()):
+            if kinds.setdefault(name, kind) != kind:
+                raise InputError(f"column {name} is numeric for one member of the ensemble, categorical for another.")
+        return kinds
     columns = encoding["columns"] if encoding else {}
     return {name: "categorical" if "categories" in fitted else "numeric" for name, fitted in columns.items()}
 
@@ -174,7 +187,7 @@ def clinical_names(encoding: Mapping) -> list[str]:
     return names + [f"{name} missing" for name in encoding["missing_mask"]]
 
 
-def encode_clinical(records: Sequence[dict], encoding: Mapping) -> list[dict]:
+def encode_clinical(records: Sequence[dict], encoding: Mapping | list[Mapping]) -> list[dict]:
     """The records with `clinical`, the vector that the network takes, as floats.
 
     A gap, a column that the table lacks and a category that training had not seen are all missing values: they are
@@ -182,8 +195,16 @@ def encode_clinical(records: Sequence[dict], encoding: Mapping) -> list[dict]:
 
     Args:
         records: scans, with `covariates` where the table has any.
-        encoding: from :func:`fit_clinical`; with an empty one the records stay as they are.
+        encoding: from :func:`fit_clinical`; with an empty one the records stay as they are. Those of the members of an
+            ensemble put their vectors one after the other.
     """
+    if isinstance(encoding, list):
+        joint = [{**record, "clinical": []} for record in records]
+        for each in encoding:
+            for record, one in zip(joint, encode_clinical(records, each)):
+                record["clinical"] = record["clinical"] + one.get("clinical", [])
+                record.update({key: one[key] for key in ("imputed",) if key in one})
+        return joint
     if not encoding:
         return list(records)
     columns = encoding["columns"]

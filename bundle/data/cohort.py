@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 
 from bundle.errors import InputError
 
-__all__ = ["IMAGE_SUFFIXES", "read_cohort", "single_scan", "split_cohort"]
+__all__ = ["IMAGE_SUFFIXES", "patient_of", "read_cohort", "read_table", "single_scan", "split_cohort"]
 
 IMAGE_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
 MASK_COLUMNS = ("lung_mask", "gt_mask", "confounder_mask")
@@ -27,6 +28,7 @@ KINDS = ("numeric", "categorical")
 
 _CONTRACT = ("patient_id", "image", "time", "event", *MASK_COLUMNS, "split", "fold")
 _HEADER_LINE = 1
+_ID_BYTES = 200  # names of files may have 255, and more is added to an id
 _log = logging.getLogger(__name__)
 
 
@@ -45,7 +47,8 @@ def read_cohort(
     Args:
         path: CSV in UTF-8, one row a scan. Columns `patient_id`, `image`; `time` (months) and `event` (1 died,
             0 censored); optional `lung_mask`, `gt_mask`, `confounder_mask`, `split` (train, val or test), `fold`
-            (integer). Paths are absolute or relative to the CSV. Any other column is clinical.
+            (integer). Paths are absolute or relative to the CSV. Any other column is clinical. A patient may have
+            several scans, which must then be other images in the same split and fold.
         need_outcome: whether `time`, `event` and at least one event must be there (not so in inference).
         clinical: clinical columns to take and the kind of each, "numeric" or "categorical".
         need_clinical: whether these columns must be there; if not, all values of one that isn't are missing.
@@ -57,7 +60,8 @@ def read_cohort(
     Returns:
         For each scan a dict with `patient_id`, `image` and, where given, masks (absolute paths), `time` (float),
         `event` (int), `split`, `fold` (int), and `covariates` if clinical columns are named: for each a float or,
-        if categorical, a string; None where missing.
+        if categorical, a string; None where missing. All outputs name a scan by its `patient_id`, so that of a patient
+        with several scans the second is `<patient_id>_2`, and so on in the order of the rows; see :func:`patient_of`.
 
     Raises:
         InputError: listing each fault as ``row N, column X: what (expected ...)``; N is the line in the file, the
@@ -70,28 +74,35 @@ def read_cohort(
         example = '{"age": "numeric", "sex": "categorical"}'
         raise InputError(f"clinical is {clinical} (expected each column with its kind, such as {example})")
     path = Path(path)
-    header, rows = _read_table(path)
+    header, rows = read_table(path)
     faults = _header_faults(header, need_outcome, clinical, need_clinical)
     if not rows:
         faults.append(f"row {_HEADER_LINE + 1}: the table has no rows (expected one row a scan)")
 
     records: list[dict] = []
     scan_faults: list[str] = []
-    first_line: dict[str, int] = {}
+    scans_of: dict[str, list[tuple[int, dict]]] = {}
+    spelling: dict[str, tuple[int, str]] = {}
     for line, values in rows:
         if len(values) != len(header):
             faults.append(f"row {line}: {len(values)} values (expected {len(header)}, as in the header)")
             continue
         row = dict(zip(header, (value.strip() for value in values)))
         record, wrong = _check_row(row, need_outcome, clinical, tmax)
-        patient = row.get("patient_id")
-        if patient and first_line.setdefault(patient, line) != line:
-            wrong.append(f"column patient_id: {patient!r} is in row {first_line[patient]} too (expected one row each)")
-        faults += [f"row {line}, {what}" for what in wrong]
-
+        patient = row.get("patient_id", "")
+        # Files are named after ids, and some file systems take names for the same that differ by case or Unicode form.
+        first, known = spelling.setdefault(unicodedata.normalize("NFC", patient).casefold(), (line, patient))
+        if patient != known:
+            alike = f"{patient!r} is {known!r} of row {first} in another case or Unicode form"
+            wrong.append(f"column patient_id: {alike} (expected one spelling)")
         for column in ("image", *MASK_COLUMNS):
             if row.get(column):
                 record[column] = os.path.abspath(path.parent / Path(row[column]).expanduser())
+        if record.get("patient_id"):
+            others = scans_of.setdefault(record["patient_id"], [])
+            wrong += _repetition_faults(record, others)
+            others.append((line, record))
+        faults += [f"row {line}, {what}" for what in wrong]
         if check_files:
             of_files = [
                 f"row {line}, column {column}: {what}"
@@ -103,6 +114,7 @@ def read_cohort(
                 record["fault"] = "; ".join(of_files)
         records.append(record)
 
+    faults += _name_scans(scans_of)
     if need_outcome and not faults and not any(record["event"] for record in records):
         faults.append("column event: no row has event 1 (expected at least one death)")
     if on_fault == "fail":
@@ -119,6 +131,11 @@ def read_cohort(
         if not records or (need_outcome and not any(record["event"] for record in records)):
             raise InputError(f"{path}: no {'deaths' if records else 'scans'} remain once scans at fault are left out")
     return records
+
+
+def patient_of(record: Mapping) -> str:
+    """Whose scan a record is: the `patient_id` of the table, of which the record's own is one scan."""
+    return record.get("patient", record["patient_id"])
 
 
 def single_scan(image: str | os.PathLike) -> list[dict]:
@@ -148,7 +165,7 @@ def split_cohort(
 
     By the `split` column if there is one; else, for a given `fold`, the rows of that fold are val and all others
     train; else at random, the same for the same patients and seed whatever the order of the rows, with the same
-    share of deaths in each part (at least one, if three or more died).
+    share of deaths in each part (at least one, if three or more died). All scans of a patient are in one part.
 
     Args:
         records: from :func:`read_cohort`.
@@ -179,13 +196,15 @@ def split_cohort(
         if len(fractions) != len(SPLITS) or min(fractions) < 0 or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
             raise InputError(f"split fractions are {list(fractions)} (expected three numbers >= 0 with sum 1)")
         rng = np.random.default_rng(seed)
-        ordered = sorted(records, key=lambda record: record["patient_id"])
+        patients: dict[str, list[dict]] = {}
+        for record in sorted(records, key=lambda record: record["patient_id"]):
+            patients.setdefault(patient_of(record), []).append(record)
         for event in (1, 0):
-            stratum = [record for record in ordered if record["event"] == event]
+            stratum = [scans for scans in patients.values() if max(scan["event"] for scan in scans) == event]
             ends = np.cumsum(_shares(len(stratum), fractions))
             shuffled = [stratum[i] for i in rng.permutation(len(stratum))]
             for name, start, end in zip(SPLITS, (0, *ends), ends):
-                parts[name] += shuffled[start:end]
+                parts[name] += [scan for scans in shuffled[start:end] for scan in scans]
     for name in ("train", "val"):
         if not parts[name]:
             sizes = ", ".join(f"{key} {len(part)}" for key, part in parts.items())
@@ -193,7 +212,7 @@ def split_cohort(
     return parts
 
 
-def _read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """Header and (line in the file, values) of each row that is not blank."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -243,7 +262,7 @@ def _check_row(
             return None
 
     if "patient_id" in row:
-        expected = "a name without / \\ .. or control characters, as files are named after it"
+        expected = f"a name of up to {_ID_BYTES} bytes without / \\ .. or control characters, as files are named after it"
         record["patient_id"] = parse("patient_id", _patient_id, expected)
     if row.get("image") == "":
         wrong.append("column image: empty (expected a file or a DICOM folder)")
@@ -265,8 +284,40 @@ def _check_row(
     return record, wrong
 
 
+def _repetition_faults(record: dict, others: list[tuple[int, dict]]) -> list[str]:
+    """What is wrong with another scan of a patient, given the (row, record) of those before it."""
+    wrong = []
+    for line, other in others:
+        if record.get("image") == other.get("image"):
+            what = f"{record['patient_id']!r} is in row {line} too, with the same image (expected one row a scan)"
+            wrong.append(f"column patient_id: {what}")
+            break
+    for column in ("split", "fold"):
+        if others and record.get(column) != others[0][1].get(column):
+            line, other = others[0]
+            what = f"{record.get(column)}, but {other.get(column)} for the same patient in row {line}"
+            wrong.append(f"column {column}: {what} (expected all scans of a patient in one)")
+    return wrong
+
+
+def _name_scans(scans_of: dict[str, list[tuple[int, dict]]]) -> list[str]:
+    """Give the scans of a patient who has several names of their own, by which files can be called; faults in them."""
+    faults = []
+    for patient, scans in scans_of.items():
+        for number, (line, record) in enumerate(scans, 1):
+            if len(scans) > 1:
+                record["patient"] = patient
+            if number > 1:
+                record["patient_id"] = f"{patient}_{number}"
+            if number > 1 and record["patient_id"] in scans_of:
+                taken = f"scan {number} of {patient!r} is to be named {record['patient_id']!r}, which is another patient"
+                faults.append(f"row {line}, column patient_id: {taken} (expected names that differ)")
+    return faults
+
+
 def _patient_id(text: str) -> str:
-    if not text or ".." in text or text == "." or any(c in "/\\" or not c.isprintable() for c in text):
+    too_long = len(text.encode()) > _ID_BYTES
+    if not text or too_long or ".." in text or text == "." or any(c in "/\\" or not c.isprintable() for c in text):
         raise ValueError
     return text
 
@@ -320,9 +371,10 @@ def _file_fault(path: str, folder: bool) -> str | None:
     if os.path.isdir(path):
         return None if folder else f"{path} is a folder (expected {expected})"
     if not os.path.exists(path):
-        return f"{path} does not exist (expected {expected})"
+        what = "is a symbolic link that leads nowhere" if os.path.islink(path) else "does not exist"
+        return f"{path} {what} (expected {expected})"
     if not path.lower().endswith(IMAGE_SUFFIXES):
-        return f"{path} cannot be read (expected {expected})"
+        return f"{path} has the suffix '{Path(path).suffix}' (expected {expected})"
     return None
 
 

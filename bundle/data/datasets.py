@@ -10,7 +10,9 @@ import json
 import logging
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -41,13 +43,13 @@ _DATA_FILE = re.compile(rb"^(?:ElementDataFile\s*=|data ?file:)\s*(.+?)\s*$", re
 
 
 def content_digest(path: str) -> str:
-    """SHA-256 of a scan's content, wherever it lies and whenever it was written: a file, or a folder of slices.
+    """SHA-256 of a scan's content, wherever it lies and whenever it was written: a file, or a folder with slices in it.
 
     What a detached header (.mhd, .nrrd) points to counts too. A file that has not been touched since it was last
     digested in this process is not read again.
     """
     p = Path(path)
-    digests = [_file_digest(str(f), *_stamp(f)) for f in (sorted(p.iterdir()) if p.is_dir() else _parts(p)) if f.is_file()]
+    digests = [_file_digest(str(f), *_stamp(f)) for f in (sorted(p.rglob("*")) if p.is_dir() else _parts(p)) if f.is_file()]
     return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
 
 
@@ -238,38 +240,58 @@ class EventSampler(Sampler[int]):
         return iter(place.argsort(stable=True).tolist())
 
 
+def _unforeseen(patient: str, error: BaseException) -> str:
+    """One sentence on an error that no check foresaw: the first, as MONAI's around it say no more than where."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"patient {patient}: {type(error).__name__} while reading or preprocessing: {' '.join(str(error).split())}"
+
+
 class ScanStream(IterableDataset):
     """Scans one after the other; a bad one is noted in `faults`, (patient_id, sentence), and the next one comes.
 
-    Patients in `done` are passed over.
+    Patients in `done` are passed over. A thread reads and preprocesses the next scan while the last one is in use: reading a
+    CT takes as long as computing its map, and most of it is done in libraries that leave Python to others meanwhile.
 
     Args:
         data: records of the cohort; one with a key ``fault`` is bad from the start.
         transform: preprocessing of a record.
+        ahead: scans to read ahead; each is one more in memory.
     """
 
-    def __init__(self, data: Sequence[dict], transform: Callable) -> None:
+    def __init__(self, data: Sequence[dict], transform: Callable, ahead: int = 1) -> None:
         self.data = list(data)
         self.transform = transform
+        self.ahead = ahead
         self.faults: list[tuple[str, str]] = []
         self.done: set[str] = set()
 
     def __iter__(self) -> Iterator[dict]:
-        for record in self.data:
-            if record["patient_id"] in self.done:
-                continue
-            if record.get("fault"):
-                self.faults.append((record["patient_id"], record["fault"]))
-                continue
-            try:
-                item = self.transform(record)
-            except Exception as e:  # one scan's failure, of whatever kind, must not end the run
-                fault = input_error_of(e)
-                sentence = str(fault) if fault else f"{type(e).__name__} while reading or preprocessing: {e}"
-                self.faults.append((record["patient_id"], sentence))
-                logger.warning(sentence)
-                continue
-            yield item
+        todo = [record for record in self.data if record["patient_id"] not in self.done]
+        if self.ahead == 0:
+            yield from filter(None, map(self.prepare, todo))
+            return
+        with ThreadPoolExecutor(1) as reader:
+            read: deque[Future] = deque()
+            for record in todo:
+                read.append(reader.submit(self.prepare, record))
+                if len(read) > self.ahead and (item := read.popleft().result()) is not None:
+                    yield item
+            yield from filter(None, (item.result() for item in read))
+
+    def prepare(self, record: dict) -> dict | None:
+        """What the transform makes of a record; None for a bad one."""
+        if record.get("fault"):
+            self.faults.append((record["patient_id"], record["fault"]))
+            return None
+        try:
+            return self.transform(record)
+        except Exception as e:  # one scan's failure, of whatever kind, must not end the run
+            fault = input_error_of(e)
+            sentence = str(fault) if fault else _unforeseen(record["patient_id"], e)
+            self.faults.append((record["patient_id"], sentence))
+            logger.warning(sentence)
+            return None
 
     def require_all(self, on_fault: str = "fail") -> None:
         """After a run: raise if a scan failed, unless ``on_fault`` is ``skip``.

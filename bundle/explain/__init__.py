@@ -4,6 +4,15 @@
 
 from .grid_shift import GridShiftInferer
 from .heat import patch_heat, to_voxels
-from .maps import HeatToScand, MapToHeatd, to_scan_space
+from .maps import EnsembleToHeatd, HeatToScand, MapToHeatd, mask_to_scan_space, to_scan_space
 
-__all__ = ["GridShiftInferer", "HeatToScand", "MapToHeatd", "patch_heat", "to_scan_space", "to_voxels"]
+__all__ = [
+    "EnsembleToHeatd",
+    "GridShiftInferer",
+    "HeatToScand",
+    "MapToHeatd",
+    "mask_to_scan_space",
+    "patch_heat",
+    "to_scan_space",
+    "to_voxels",
+]

@@ -4,30 +4,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, SpatialResample, Transform
+from scipy import ndimage
 
 from bundle.survival.readout import death_by
 
 from .heat import patch_heat, to_voxels
 
-__all__ = ["HeatToScand", "MapToHeatd", "to_scan_space"]
+__all__ = ["EnsembleToHeatd", "HeatToScand", "MapToHeatd", "mask_to_scan_space", "to_scan_space"]
+
+
+def linear_weights(at: torch.Tensor, size: int) -> torch.Tensor:
+    """Weights (len(at), size) by which linear interpolation at the places `at` takes voxels 0..size-1; 0 is outside."""
+    return (1 - (at.unsqueeze(1) - torch.arange(size).to(at)).abs()).clamp_min(0)
 
 
 def to_scan_space(volume: MetaTensor, affine: torch.Tensor, shape: tuple[int, ...]) -> MetaTensor:
-    """Resample a volume (C, D, H, W) onto the grid given by `affine` (RAS, mm) and `shape`, linearly, keeping its sum.
+    """Resample a volume (1, D, H, W) onto the grid given by `affine` (RAS, mm) and `shape`, linearly, keeping its sum.
 
     One resampling by world coordinates undoes orientation, spacing, cropping and padding at once, oblique affines
     included. What lies outside the volume is 0.
+
+    Orientation and spacing leave the axes of both grids parallel, and linear interpolation is then a small matrix an
+    axis: a CT of 512 x 512 x 300 voxels takes a tenth of the time and memory of a general resampling, which is left for
+    sheared affines. The memory of the result runs as a NIfTI's does, the first axis fastest, so that it is written fast.
     """
-    resample = SpatialResample(mode="bilinear", padding_mode="zeros", dtype=torch.float32)
-    out = resample(volume, dst_affine=affine, spatial_size=tuple(int(n) for n in shape))
-    total = out.sum().clamp_min(torch.finfo(torch.float32).tiny)
-    return out * (volume.sum() / total)
+    shape = tuple(int(n) for n in shape)
+    affine = torch.as_tensor(affine, dtype=torch.float64)
+    relation = torch.linalg.solve(volume.affine.double(), affine)  # voxel of the grid -> voxel of the volume
+    matrix, offset = relation[:3, :3], relation[:3, 3]
+    source = matrix.abs().argmax(0).tolist()  # the volume's axis along each axis of the grid
+    bent = matrix.clone()
+    bent[source, range(3)] = 0
+    volume_sum = volume.as_tensor().sum()
+    tiny = torch.finfo(torch.float32).tiny
+    if len(set(source)) < 3 or float((bent.abs() * torch.tensor(shape)).sum(1).max()) > 0.01:
+        resample = SpatialResample(mode="bilinear", padding_mode="zeros", dtype=torch.float32)
+        out = resample(volume, dst_affine=affine, spatial_size=shape)
+        return out * (volume_sum / out.sum().clamp_min(tiny))
+    small = volume.as_tensor()[0].float().permute(*reversed(source))
+    weights = []  # of the grid's axes from last to first, as `small` has them
+    for axis, of in reversed(list(enumerate(source))):
+        at = matrix[of, axis] * torch.arange(shape[axis]) + offset[of]
+        weights.append(linear_weights(at, volume.shape[1 + of]).to(small))
+    total, out = small, small
+    for weight in weights:
+        total = torch.tensordot(total, weight.sum(0), ([0], [0]))
+    out = out * (volume_sum / total.clamp_min(tiny))
+    for weight in weights:
+        out = torch.tensordot(out, weight, ([0], [1]))
+    return MetaTensor(out.permute(2, 1, 0)[None], affine=affine)
+
+
+def mask_to_scan_space(mask: MetaTensor, affine: torch.Tensor, shape: tuple[int, ...]) -> np.ndarray:
+    """The nearest voxel of a mask (1, D, H, W) for each one of the grid given by `affine` (RAS, mm) and `shape`.
+
+    Returns:
+        uint8 of that shape; 0 outside the mask's grid.
+    """
+    source = np.asarray(mask[0].cpu(), dtype=np.uint8)
+    to_source = np.linalg.inv(np.asarray(mask.affine, dtype=float)) @ np.asarray(affine, dtype=float)
+    matrix, offset = to_source[:3, :3], to_source[:3, 3]
+    shape = tuple(int(n) for n in shape)
+    axes = abs(matrix).argmax(1)
+    steps = matrix[range(3), axes]
+    rest = matrix.copy()
+    rest[range(3), axes] = 0
+    if len(set(axes)) < 3 or abs(rest).sum(1).max() * max(shape) > 0.5:  # half a voxel off at most
+        return ndimage.affine_transform(source, matrix, offset, shape, order=0)
+    # The axes run along each other: one index an axis, hundreds of times as fast on a whole CT.
+    for axis in range(3):
+        index = np.rint(np.arange(shape[axes[axis]]) * steps[axis] + offset[axis]).astype(int)
+        inside = (index >= 0) & (index < source.shape[axis])
+        source = np.take(source, index.clip(0, source.shape[axis] - 1), axis)
+        source *= inside.reshape([-1 if n == axis else 1 for n in range(3)])
+    return np.ascontiguousarray(source.transpose(np.argsort(axes)))
 
 
 class MapToHeatd(Transform):
@@ -65,6 +122,30 @@ class MapToHeatd(Transform):
         heat = to_voxels(heat, self.cell, tuple(image.shape[1:]), lung.to(heat.device))
         out["pmf"] = pmf[0]
         out["heat"] = MetaTensor(heat[0], affine=image.affine)
+        return out
+
+
+class EnsembleToHeatd(Transform):
+    """As :class:`MapToHeatd` for the maps of several networks: ``pmf`` and ``heat`` are the means of the members'.
+
+    A member's heat sums to its own P(T <= horizon), so the mean sums to that of the mean distribution. ``pred`` becomes
+    the mean of the members' locations and weights, to look at: nothing is read off it.
+
+    Args:
+        objectives: of the members; their maps are ``pred_0``, ``pred_1``, ..., as `EnsembleEvaluator` names them.
+        horizon, cell: as for one.
+    """
+
+    def __init__(self, objectives: Sequence[torch.nn.Module], horizon: int, cell: int) -> None:
+        self.members = [MapToHeatd(o, horizon, cell, map_key=f"pred_{i}") for i, o in enumerate(objectives)]
+
+    def __call__(self, data: Mapping[str, Any]) -> dict:
+        out = dict(data)
+        read = [member(data) for member in self.members]
+        out["pmf"] = torch.stack([one["pmf"] for one in read]).mean(0)
+        heat = torch.stack([one["heat"].as_tensor() for one in read]).mean(0)
+        out["heat"] = MetaTensor(heat, affine=data["image"].affine)
+        out["pred"] = torch.stack([torch.as_tensor(data[member.map_key])[[0, -1]] for member in self.members]).mean(0)
         return out
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ class MetricsWriter:
 
     ``metrics.json`` holds one object a metric set, e.g. ``{"survival": {"c_index": {"value", "lower", "upper",
     "num_scans"}, ...}, "localisation": {...}}``, with null where there is no value. ``metrics_per_scan.csv`` has one
-    row a scan and empty cells where a value was left out.
+    row a scan and empty cells where a value was left out. A metric with `curves()`, one dict a scan, adds
+    ``survival_curves.csv``.
 
     In a distributed run all processes gather their scans, and the first one writes.
 
@@ -56,7 +58,7 @@ class MetricsWriter:
         self.write()
 
     def write(self) -> None:
-        """Write both files; called by the engine, or directly where the metrics were filled without one.
+        """Write the files; called by the engine, or directly where the metrics were filled without one.
 
         Raises:
             InputError: the folder or a file can't be written; a file that was there before is then as it was.
@@ -67,7 +69,11 @@ class MetricsWriter:
             return
         summary = {**self.extra, **{name: metric.aggregate() for name, metric in self.metrics.items()}}
         rows = merge_rows([metric.rows() for metric in self.metrics.values()])
-        texts = {"metrics.json": json.dumps(summary, indent=2, allow_nan=False) + "\n", "metrics_per_scan.csv": _csv(rows)}
+        curves = [row for metric in self.metrics.values() if hasattr(metric, "curves") for row in metric.curves()]
+        texts = {"metrics.json": json.dumps(summary, indent=2, allow_nan=False) + "\n"}
+        texts["metrics_per_scan.csv"] = _csv(rows, FIRST_COLUMNS)
+        if curves:
+            texts["survival_curves.csv"] = _csv(curves, ())
         for name, text in texts.items():
             write_atomically(self.output_dir / name, lambda p: p.write_text(text))
 
@@ -85,10 +91,11 @@ def merge_rows(tables: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return list(merged.values())
 
 
-def _csv(rows: list[dict[str, Any]]) -> str:
-    others = {name: None for row in rows for name in row if name not in FIRST_COLUMNS}
+def _csv(rows: list[dict[str, Any]], first: Sequence[str]) -> str:
+    """A table whose columns begin with `first`."""
+    others = {name: None for row in rows for name in row if name not in first}
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*FIRST_COLUMNS, *others], lineterminator="\n")
+    writer = csv.DictWriter(text, [*first, *others], lineterminator="\n")
     writer.writeheader()
     # Seven digits: what a float32 holds.
     writer.writerows({k: f"{v:.7g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)

@@ -14,15 +14,17 @@ import numpy as np
 import pandas as pd
 import torch
 from ignite.engine import Engine, Events
+from monai.data import MetaTensor
 
 from bundle.data.datasets import ScanStream, content_digest, describe
+from bundle.explain import mask_to_scan_space
 from bundle.files import remove_leftovers, write_atomically
 from bundle.report import failed_section, patient_section, write_report
 from bundle.report.pictures import heat_figure, png
 from bundle.settings import file_sha256, write_json
 from bundle.survival.readout import death_by, mean_months, quantile_months, survival_curve
 
-__all__ = ["PredictionWriter", "prediction_row", "write_heat"]
+__all__ = ["PredictionWriter", "prediction_row", "write_heat", "write_lung"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +50,17 @@ def failed_row(patient_id: str, message: str) -> dict:
 
 def write_heat(path: Path, heat: torch.Tensor, affine: torch.Tensor) -> None:
     """Write heat (1, D, H, W) as NIfTI with the scan's affine (RAS, mm)."""
-    image = nib.Nifti1Image(np.asarray(heat[0], dtype=np.float32), np.asarray(affine, dtype=np.float64))
+    _write_nifti(path, np.asarray(heat[0], dtype=np.float32), affine)
+
+
+def write_lung(path: Path, lung: MetaTensor, image: MetaTensor) -> None:
+    """Write the mask (1, D, H, W) on the grid of the file that `image` was loaded from, as uint8 NIfTI."""
+    affine = image.meta["original_affine"]
+    _write_nifti(path, mask_to_scan_space(lung, affine, image.meta["spatial_shape"]), affine)
+
+
+def _write_nifti(path: Path, voxels: np.ndarray, affine: torch.Tensor) -> None:
+    image = nib.Nifti1Image(voxels, np.asarray(affine, dtype=np.float64))
     image.header.set_xyzt_units("mm")
     write_atomically(path, image.to_filename)
 
@@ -61,11 +73,11 @@ class PredictionWriter:
     scans whose record fits and whose map is whole, so that it goes on where it was stopped; failed scans are tried again.
 
     Expects the output of :class:`~bundle.explain.maps.MapToHeatd` and :class:`~bundle.explain.maps.HeatToScand`, and
-    in the batch ``patient_id``, ``image`` (HU scaled to [0, 1]), ``lung`` and ``lung_mask_source``.
+    in the batch ``patient_id``, ``image`` (HU scaled to [0, 1]), ``lung``, ``lung_mask_source`` and ``notes``.
 
     Args:
         output_dir: folder for `predictions.csv`, `survival_curves.csv`, `report.html`, `done/`, and `maps/` with a NIfTI
-            and a picture of each scan.
+            and a picture of each scan, and the lung mask that was used, unless that is "none".
         stream: the dataset, which knows the scans that failed, and is told which are done.
         settings: of the weights, shown in the report.
         horizon: of the heat, months.
@@ -131,8 +143,11 @@ class PredictionWriter:
         for scan, output in zip(engine.state.batch, engine.state.output):
             patient_id, pmf = scan["patient_id"], output["pmf"].cpu()
             record, *files = self.files(patient_id)
-            row = prediction_row(patient_id, pmf) | {"message": self.scans[patient_id].get("imputed", "")}
+            message = "; ".join(filter(None, [self.scans[patient_id].get("imputed"), scan.get("notes")]))
+            row = prediction_row(patient_id, pmf) | {"message": message}
             heat = output["scan_heat"].cpu()
+            if scan["lung_mask_source"] != "none":
+                write_lung(self.output_dir / "maps" / f"{patient_id}_lung.nii.gz", scan["lung"], scan["image"])
             write_heat(files[0], heat, heat.affine)
             low, high = self.hu_window
             hu = np.asarray(scan["image"][0]) * (high - low) + low

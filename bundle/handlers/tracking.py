@@ -41,7 +41,8 @@ class Progress:
         total = self.total
         if total is None and engine.state.epoch_length:
             total = engine.state.max_epochs * engine.state.epoch_length
-        self.bar = tqdm(desc=self.desc, total=total, mininterval=1.0, dynamic_ncols=True)
+        hidden = idist.get_rank() > 0
+        self.bar = tqdm(desc=self.desc, total=total, mininterval=1.0, dynamic_ncols=True, disable=hidden)
 
     def step(self, engine: Engine) -> None:
         output = engine.state.output
@@ -98,7 +99,7 @@ class HistoryWriter:
 class WandbHandler:
     """Log a run to Weights & Biases: the loss of every iteration of a trainer, the metrics of every validation.
 
-    Trainer and validator log into one run, which a resumed training continues. The default mode needs neither an
+    Trainer and validator log into one run, which a resumed training continues; of several processes the first logs. The default mode needs neither an
     account nor a network; `wandb sync` uploads such a run later.
 
     Args:
@@ -113,6 +114,8 @@ class WandbHandler:
         self.mode = mode
 
     def attach(self, engine: Engine) -> None:
+        if idist.get_rank() > 0:
+            return
         engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.log_loss)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.log_metrics)

@@ -107,10 +107,10 @@ class RunCheckpoint:
     validation metric is at its best `model.pt` holds the network's plain state dict and `settings.json` its settings
     with the SHA-256 of the weights. After the last epoch the best weights go through `finish`. All of this is in
     `last.pt` too, so that `model.pt` needs no more than it to be right. Every file is written under another name,
-    flushed and renamed; ignite's `Checkpoint` neither flushes nor has a checksum, and MONAI's `CheckpointSaver` writes
-    in place.
+    flushed and renamed, by the first of several processes; ignite's `Checkpoint` neither flushes nor has a checksum, and
+    MONAI's `CheckpointSaver` writes in place.
 
-    A second process that trains in the same folder waits until the first has ended: one that outlived its killed parent,
+    A second run that trains in the same folder waits until the first has ended: one that outlived its killed parent,
     for instance.
 
     Args:
@@ -205,13 +205,18 @@ class RunCheckpoint:
 
     def load(self, engine: Engine) -> None:
         """Prepare the folder, and go on where a run of the same settings stopped."""
-        if idist.get_rank() == 0:
+        first = idist.get_rank() == 0
+        if first:
             self.lock()
             remove_leftovers(self.ckpt_dir)
-        if not self.resume:
-            for name in ("last.pt", "previous.pt"):
-                (self.ckpt_dir / name).unlink(missing_ok=True)
-        state = self.read()
+            if not self.resume:
+                for name in ("last.pt", "previous.pt"):
+                    (self.ckpt_dir / name).unlink(missing_ok=True)
+            state = self.read()
+        idist.barrier()  # what is damaged is gone
+        if not first:
+            state = self.read()
+        idist.barrier()  # every process has read it
         if state is None:
             return
         changed = differences(state["settings"], self.settings)
@@ -268,6 +273,8 @@ class RunCheckpoint:
             self.end(engine)
 
     def save_model(self, objective: dict) -> None:
+        if idist.get_rank() != 0:
+            return
         model, network = self.ckpt_dir / "model.pt", self.objects["network"].state_dict()
 
         def write(path: Path) -> None:
@@ -279,6 +286,8 @@ class RunCheckpoint:
         write_json(settings_file(model), {**self.settings, **changes})
 
     def save_state(self, engine: Engine, finished: bool) -> None:
+        if idist.get_rank() != 0:
+            return
         state = {name: target.state_dict() for name, target in self.objects.items()}
         state.update(settings=self.settings, epoch=engine.state.epoch, iteration=engine.state.iteration)
         state.update(best=self.best, best_epoch=self.best_epoch, best_objective=self.best_objective, finished=finished)

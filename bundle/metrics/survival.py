@@ -15,10 +15,9 @@ Functions compute in the precision they are given; :class:`SurvivalMetric` gives
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from monai.metrics.metric import CumulativeIterationMetric
 from scipy.stats import chi2
@@ -375,12 +374,19 @@ class SurvivalMetric(CumulativeIterationMetric):
         values = zip(*(column.tolist() for column in columns.values()))
         return [{"patient_id": name, **dict(zip(columns, row))} for name, row in zip(ids, values)]
 
-    def aggregate(self) -> dict[str, Any]:
-        """Each metric as ``{"value", "lower", "upper", "num_scans"}``, then the counts `num_scans`, `num_events`."""
+    def curves(self) -> list[dict[str, Any]]:
+        """One dict a patient: `patient_id` (None if not given), then `survival_1m` ..., S(t) = P(T > t)."""
+        pmf, _, _, ids = self._table()
+        names = [f"survival_{t}m" for t in range(1, pmf.shape[1] + 1)]
+        return [{"patient_id": name, **dict(zip(names, row))} for name, row in zip(ids, survival_curve(pmf).tolist())]
+
+    def statistics(self) -> dict[str, tuple[Callable[[Any], float | None], int]]:
+        """Each metric as a function of the indices of the patients to count, in the order of :meth:`rows`, and the
+        number of patients that it stands on."""
         pmf, time, event, _ = self._table()
         median, mean, training = quantile_months(pmf, 0.5), mean_months(pmf), self.training
         total, deaths = len(time), int((event == 1).sum())
-        statistics = {
+        return {
             "c_index": (lambda i: c_index(-mean[i], time[i], event[i]), total),
             "c_index_ipcw": (lambda i: c_index_ipcw(-mean[i], time[i], event[i], training), total),
             "integrated_brier": (lambda i: integrated_brier(pmf[i], time[i], event[i], training), total),
@@ -402,11 +408,15 @@ class SurvivalMetric(CumulativeIterationMetric):
             "correlation": (lambda i: correlation(mean[i], time[i], event[i]), deaths),
             "mean_time_censored": (lambda i: mean_time_censored(mean[i], event[i]), total - deaths),
         }
+
+    def aggregate(self) -> dict[str, Any]:
+        """Each metric as ``{"value", "lower", "upper", "num_scans"}``, then the counts `num_scans`, `num_events`."""
+        event = self._table()[2]
         result: dict[str, Any] = {
-            name: with_interval(total, statistic, count, self.num_resamples, self.seed)
-            for name, (statistic, count) in statistics.items()
+            name: with_interval(len(event), statistic, count, self.num_resamples, self.seed)
+            for name, (statistic, count) in self.statistics().items()
         }
-        return result | {"num_scans": total, "num_events": deaths}
+        return result | {"num_scans": len(event), "num_events": int((event == 1).sum())}
 
 
 def _check_outcome(outcome: Tensor) -> None:

@@ -1,11 +1,25 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What MONAI's transforms do not have: loading CT with checks, the lung mask, whole-voxel shifts."""
+"""What MONAI's transforms do not have: loading CT with checks, the lung mask, the quality gate, whole-voxel shifts."""
 
 from __future__ import annotations
 
 from .augment import RandShiftd
 from .load import LoadCTd, check_hu
-from .lung import LUNG_METHODS, LungMaskd, lungmask_network, threshold_lung_mask
+from .lung import LUNG_METHODS, LungMaskd, lungmask_digests, lungmask_network
+from .lung_threshold import fill_thorax, threshold_lung_mask
+from .quality import QualityGated, check_quality
 
-__all__ = ["LUNG_METHODS", "LoadCTd", "LungMaskd", "RandShiftd", "check_hu", "lungmask_network", "threshold_lung_mask"]
+__all__ = [
+    "LUNG_METHODS",
+    "LoadCTd",
+    "LungMaskd",
+    "QualityGated",
+    "RandShiftd",
+    "check_hu",
+    "check_quality",
+    "fill_thorax",
+    "lungmask_digests",
+    "lungmask_network",
+    "threshold_lung_mask",
+]

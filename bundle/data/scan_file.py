@@ -1,0 +1,273 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a file is the scan that its name and header say, found out in bounded memory before any voxel is loaded."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+import re
+import stat
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO, NamedTuple
+
+import itk
+import nibabel as nib
+
+from bundle.errors import InputError
+
+__all__ = ["MOST_VOXELS", "check_scan_file", "check_size"]
+
+# 1024 x 1024 x 1024: four times a CT of 1000 slices of 512 x 512. As float32 that is 4 GiB, what one scan may take.
+MOST_VOXELS = 2**30
+
+_HEADER_BYTES = 2**16  # text headers are far shorter
+_CHUNK_BYTES = 2**20
+_TRAILING_BYTES = 4096  # padding that some programs leave after the voxels
+_NIFTI_BYTES = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
+_EXPECTED = "(expected a whole scan)"
+
+_MAGIC = (
+    (b"\x1f\x8b", "compressed by gzip"),
+    (b"NRRD", "NRRD"),
+    (b"PK\x03\x04", "a ZIP archive"),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"\x89PNG", "a PNG picture"),
+    (b"\xff\xd8\xff", "a JPEG picture"),
+    (b"%PDF", "a PDF"),
+    (b"\x89HDF", "HDF5"),
+    *((bytes([0x80, protocol]), "a Python pickle") for protocol in range(2, 6)),
+)
+
+
+class _Claim(NamedTuple):
+    """What a header says of the voxels."""
+
+    shape: tuple[int, ...]
+    size: int  # bytes of all voxels
+    source: str  # file which holds them
+    offset: int | None  # byte where they (or, if compressed, their stream) begin; None: they are written as text
+    skip: int  # bytes of the inflated stream before the voxels
+    compressed: bool
+
+
+def check_scan_file(path: str | os.PathLike) -> None:
+    """Refuse a file that isn't a whole NIfTI, NRRD or MetaImage of at most :data:`MOST_VOXELS` real numbers.
+
+    Only the header is parsed. Compressed voxels are inflated once, a megabyte at a time and never beyond what the
+    header claims, as the readers themselves don't all notice a flipped bit; so neither a small file that inflates to
+    many gigabytes nor a header that claims them costs memory.
+
+    Args:
+        path: a file with one of :data:`bundle.data.cohort.IMAGE_SUFFIXES`.
+
+    Raises:
+        InputError: what is wrong with the file and what was expected, without its name: not a regular file, empty,
+            of another format than its suffix says, a header that makes no sense or names a file elsewhere, complex or
+            colour voxels, no voxels or too many, more or fewer bytes than the header claims, a damaged stream.
+    """
+    path = os.fspath(path)
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError("is neither a regular file nor a folder (expected a scan)")
+    if status.st_size == 0:
+        raise InputError(f"is empty, 0 bytes {_EXPECTED}")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(_HEADER_BYTES)
+        name = path.lower()
+        if name.endswith((".nii", ".nii.gz")):
+            claim = _nifti(path, start)
+        elif name.endswith(".nrrd"):
+            claim = _nrrd(path, start)
+        else:
+            claim = _meta(path, start)
+        check_size(claim.shape)
+        _check_voxels(claim)
+    except OSError as error:
+        raise InputError(f"cannot be opened: {error.strerror or error} {_EXPECTED}") from error
+
+
+def check_size(shape: Sequence[int]) -> None:
+    """Refuse a header that claims no voxels, or more than :data:`MOST_VOXELS`.
+
+    Raises:
+        InputError: without the name of the file.
+    """
+    if min(shape) < 1:
+        raise InputError(f"its header claims {_by(shape)} voxels (expected at least 1 each way)")
+    if math.prod(shape) > MOST_VOXELS:
+        raise InputError(f"its header claims {_by(shape)} voxels (expected at most {MOST_VOXELS} in all)")
+
+
+def _nifti(path: str, start: bytes) -> _Claim:
+    zipped = path.lower().endswith(".gz")
+    if zipped != start.startswith(b"\x1f\x8b"):
+        raise InputError(f"is {_looks_like(start)} (expected {'gzip-compressed ' if zipped else ''}NIfTI)")
+    if zipped:
+        try:
+            with gzip.open(path) as file:
+                start = file.read(max(_NIFTI_BYTES))
+        except (EOFError, OSError, zlib.error) as error:
+            what = "its gzip stream ends or breaks within the header"
+            raise InputError(f"{what}: truncated or damaged {_EXPECTED}") from error
+    # Its first number says which NIfTI it is and in which order its bytes are; nibabel would guess that from others.
+    first = {int.from_bytes(start[:4], order): order for order in ("big", "little")}
+    size = next((size for size in _NIFTI_BYTES if size in first), None)
+    if size is None:
+        raise InputError(f"holds {_looks_like(start)} (expected NIfTI)")
+    if len(start) < size:
+        raise InputError(f"ends within its header, after {len(start)} bytes: truncated {_EXPECTED}")
+    header = _NIFTI_BYTES[size](start[:size], endianness=first[size], check=False)
+    if not bytes(header["magic"]).startswith(b"n+"):
+        raise InputError(f"its header has the magic {bytes(header['magic'])!r} (expected n+1 or n+2, NIfTI in one file)")
+    rank = int(header["dim"][0])
+    if not 1 <= rank <= 7:
+        raise InputError(f"its header claims {rank} dimensions (expected 3)")
+    shape = tuple(int(n) for n in header["dim"][1 : rank + 1])
+    try:
+        dtype = header.get_data_dtype()
+    except (nib.spatialimages.HeaderDataError, KeyError) as error:
+        what = f"its header has the data type {int(header['datatype'])}, which NIfTI has not"
+        raise InputError(f"{what} (expected one of real numbers)") from error
+    if dtype.kind not in "iuf":
+        what = "complex numbers" if dtype.kind == "c" else "colours (RGB)"
+        raise InputError(f"its voxels are {what} (expected one real number each, HU)")
+    offset = float(header["vox_offset"])
+    if not size <= offset < 2**31:
+        raise InputError(f"its header says that voxels begin at byte {offset:g} (expected {size + 4} or a little more)")
+    where = (0, int(offset)) if zipped else (int(offset), 0)
+    return _Claim(shape, math.prod(shape) * dtype.itemsize, path, *where, zipped)
+
+
+def _nrrd(path: str, start: bytes) -> _Claim:
+    if not start.startswith(b"NRRD"):
+        raise InputError(f"is {_looks_like(start)} (expected NRRD)")
+    text, end, _ = re.split(rb"(\r?\n\r?\n)", start, maxsplit=1) if re.search(rb"\n\r?\n", start) else (start, b"", b"")
+    fields = dict(re.findall(r"^([a-z ]+): *(.*?)\r?$", text.decode("latin-1").lower(), re.MULTILINE))
+    if other := fields.get("data file", fields.get("datafile")):
+        raise InputError(f"its voxels are in another file, {other[:80]!r} (expected header and voxels in one file)")
+    if lacking := [name for name in ("type", "dimension", "sizes", "encoding") if name not in fields]:
+        raise InputError(f"its NRRD header lacks {', '.join(lacking)} {_EXPECTED}")
+    if not end:
+        raise InputError(f"ends within its header: truncated {_EXPECTED}")
+    shape, size = _itk_claim(path, f"NRRD, sizes {fields['sizes'][:80]}")
+    encoding = fields["encoding"]
+    offset = None if encoding in ("text", "txt", "ascii", "hex") else len(text) + len(end)
+    return _Claim(shape, size, path, offset, 0, encoding in ("gzip", "gz"))
+
+
+def _meta(path: str, start: bytes) -> _Claim:
+    found = re.search(rb"^ElementDataFile *= *(.*?) *\r?\n?$", start, re.MULTILINE)
+    text = start[: found.end()] if found else start
+    fields = dict(re.findall(r"^(\w+) *= *(.*?) *\r?$", text.decode("latin-1"), re.MULTILINE))
+    if "NDims" not in fields and "ObjectType" not in fields:
+        raise InputError(f"is {_looks_like(start)} (expected MetaImage)")
+    if lacking := [name for name in ("NDims", "DimSize", "ElementType", "ElementDataFile") if name not in fields]:
+        raise InputError(f"its MetaImage header lacks {', '.join(lacking)} {_EXPECTED}")
+    source, offset = fields["ElementDataFile"], found.end()
+    if source.upper() != "LOCAL":
+        if source != os.path.basename(source) or source.split()[0].upper() == "LIST" or "%" in source:
+            expected = "expected LOCAL, or one file beside the header"
+            raise InputError(f"its voxels are in another place, {source[:80]!r} ({expected})")
+        beside = os.path.join(os.path.dirname(path), source)
+        if not os.path.isfile(beside):
+            raise InputError(f"its voxels are in {source[:80]!r}, which is not beside it {_EXPECTED}")
+        source, offset = beside, max(0, int(fields.get("HeaderSize", 0)))
+    else:
+        source = path
+        offset += start[offset : offset + 1] == b"\n"
+    shape, size = _itk_claim(path, f"MetaImage, DimSize {fields['DimSize'][:80]}")
+    text_voxels = fields.get("BinaryData", "True").lower() == "false"
+    compressed = fields.get("CompressedData", "False").lower() == "true"
+    return _Claim(shape, size, source, None if text_voxels else offset, 0, compressed)
+
+
+def _itk_claim(path: str, what: str) -> tuple[tuple[int, ...], int]:
+    """Shape and bytes of the voxels, by ITK's own parser of the header."""
+    try:
+        header = itk.ImageIOFactory.CreateImageIO(path, itk.CommonEnums.IOFileMode_ReadMode)
+        header.SetFileName(path)
+        header.ReadImageInformation()
+        shape = tuple(int(header.GetDimensions(i)) for i in range(header.GetNumberOfDimensions()))
+        channels, pixel = header.GetNumberOfComponents(), header.GetPixelTypeAsString(header.GetPixelType())
+    except Exception as error:  # ITK has kinds of its own, and None where no reader takes the file
+        raise InputError(f"its header cannot be understood ({what}): damaged {_EXPECTED}") from error
+    if channels != 1:
+        raise InputError(f"its voxels are {channels} values each, {pixel} (expected one real number each, HU)")
+    return shape, math.prod(shape) * header.GetComponentSize()
+
+
+def _check_voxels(claim: _Claim) -> None:
+    """Refuse fewer or more bytes of voxels than the header claims, and a damaged stream."""
+    if claim.offset is None:
+        return  # text may write a voxel in any number of characters; the reader counts them
+    expected = claim.skip + claim.size
+    with open(claim.source, "rb") as file:
+        held = os.fstat(file.fileno()).st_size - claim.offset
+        if claim.compressed:
+            file.seek(claim.offset)
+            held = 0
+            try:
+                for count in _inflated(file):
+                    held += count
+                    if held > expected + _TRAILING_BYTES:
+                        break
+            except EOFError as error:
+                what = f"its compressed voxels end after {max(0, held - claim.skip)} of {claim.size} bytes"
+                raise InputError(f"{what}: truncated {_EXPECTED}") from error
+            except zlib.error as error:
+                raise InputError(f"its compressed voxels do not decode: damaged {_EXPECTED}") from error
+    if held < expected:
+        what = f"holds {max(0, held - claim.skip)} of the {claim.size} bytes that {_by(claim.shape)} voxels take"
+        raise InputError(f"{what}: truncated, or a wrong header {_EXPECTED}")
+    if held > expected + _TRAILING_BYTES:
+        what = f"holds more than the {claim.size} bytes that the {_by(claim.shape)} voxels of its header take"
+        raise InputError(f"{what}: a wrong header, or made to fill the memory {_EXPECTED}")
+
+
+def _inflated(file: BinaryIO) -> Iterator[int]:
+    """Sizes of the inflated pieces of a gzip (any number of members) or zlib stream, whose checksums are verified.
+
+    Raises:
+        EOFError: the stream ends early.
+        zlib.error: it is damaged.
+    """
+    data = file.read(_CHUNK_BYTES)
+    while data:
+        inflate = zlib.decompressobj(wbits=47)  # gzip or zlib, whichever its header says
+        while not inflate.eof:
+            piece = inflate.decompress(data, _CHUNK_BYTES)
+            yield len(piece)
+            data = inflate.unconsumed_tail or (b"" if inflate.eof else file.read(_CHUNK_BYTES))
+            if not data and not inflate.eof and len(piece) < _CHUNK_BYTES:
+                raise EOFError
+        data = inflate.unused_data
+        data += file.read(_CHUNK_BYTES) if len(data) < 2 else b""
+        if not data.startswith((b"\x1f\x8b", b"\x78")):
+            return  # padding after the last member
+
+
+def _looks_like(start: bytes) -> str:
+    """What the first bytes of a file are, in words."""
+    for magic, what in _MAGIC:
+        if start.startswith(magic):
+            return what
+    if start[128:132] == b"DICM":
+        return "one DICOM file"
+    if start[344:347] in (b"n+1", b"ni1"):
+        return "NIfTI without compression"
+    text = start.lstrip()
+    if text[:1] in (b"{", b"["):
+        return "JSON"
+    if text[:1] == b"<":
+        return "HTML or XML"
+    if re.match(rb"(ObjectType|NDims) *=", text):
+        return "MetaImage"
+    return "text" if start.isascii() and b"\0" not in start else "no format that is known"
+
+
+def _by(sizes) -> str:
+    return " x ".join(str(size) for size in sizes)

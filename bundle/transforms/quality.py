@@ -1,0 +1,170 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The last look at a scan before a network sees it: is it a CT of a chest, whole, in HU, fine enough?"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+
+import numpy as np
+from monai.config import KeysCollection
+from monai.data.utils import affine_to_spacing
+from monai.transforms import MapTransform
+from monai.utils import convert_to_numpy
+
+from bundle.errors import InputError
+
+__all__ = ["QualityGated", "check_quality"]
+
+_LUNG_LITRES = (0.8, 10.0)
+_SPACING_MM = (5.0, 10.0)  # voxels larger than this: noted, refused
+_CUT_SIDE = (0.05, 0.25)  # share of the lungs' outline on a face of the volume: noted, refused
+_CUT_END = (0.05, 0.5)  # lung in the first or last slice, of the widest slice: noted, refused
+_NEAR_WATER_HU, _NEAR_WATER_SHARE = (-300.0, 300.0), 0.05
+_SOFT_HU = (-150.0, 150.0)  # where the peak of fat (-100) or of soft tissue (40) must be
+_LUNG_MEDIAN_HU = (-985.0, -250.0)  # of emphysema to fibrosis
+_METAL_HU, _METAL_ML = 2500.0, 0.2
+_JUMP = 2.0
+
+
+class QualityGated(MapTransform):
+    """Refuse a scan that no survival map can be drawn from, and add what its reader should know to `notes`.
+
+    Place it behind :class:`~bundle.transforms.lung.LungMaskd`. A scan whose lungs aren't masked (`lung_mask: none`,
+    phantoms) passes unseen. What is asked, see :func:`check_quality`.
+
+    Args:
+        keys: the image, in HU and in RAS order; one key.
+        lung_key: its lung mask, with `lung_mask_source` beside it.
+        lung_litres: volume that the lungs may have.
+        max_spacing: largest voxel side of the scan on file, mm.
+
+    Raises:
+        InputError: naming the patient and every fault.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection = "image",
+        lung_key: str = "lung",
+        lung_litres: Sequence[float] = _LUNG_LITRES,
+        max_spacing: float = _SPACING_MM[1],
+    ) -> None:
+        super().__init__(keys)
+        self.lung_key = lung_key
+        self.lung_litres = tuple(lung_litres)
+        self.max_spacing = max_spacing
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+        data = dict(data)
+        if data["lung_mask_source"] == "none":
+            return data
+        image = data[self.keys[0]]
+        faults, notes = check_quality(
+            convert_to_numpy(image[0]),
+            convert_to_numpy(data[self.lung_key][0]) > 0,
+            affine_to_spacing(image.affine).tolist(),
+            affine_to_spacing(image.meta["original_affine"]).tolist(),
+            lung_litres=self.lung_litres,
+            max_spacing=self.max_spacing,
+        )
+        if faults:
+            source = data["lung_mask_source"]
+            raise InputError(
+                f"patient {data.get('patient_id', '?')}, image {image.meta.get('filename_or_obj', '')}: not a chest CT "
+                f"fit for a survival map: {'; '.join(faults)} (lung mask: {source})"
+            )
+        known = data.get("notes", "")
+        if "contrast" not in known:
+            notes.append("contrast phase unknown")
+        data["notes"] = "; ".join(filter(None, [known, *notes]))
+        return data
+
+
+def check_quality(
+    hu: np.ndarray,
+    lung: np.ndarray,
+    spacing: Sequence[float],
+    on_file: Sequence[float],
+    *,
+    lung_litres: Sequence[float] = _LUNG_LITRES,
+    max_spacing: float = _SPACING_MM[1],
+) -> tuple[list[str], list[str]]:
+    """What speaks against a chest CT: faults, for which it is to be refused, and notes, which its reader should know.
+
+    Args:
+        hu: (D, H, W) from the patient's left to right, back to front, feet to head.
+        lung: of the same shape, true in the lungs, not empty.
+        spacing: of both, mm.
+        on_file: spacing of the scan before resampling, mm.
+        lung_litres: volume that the lungs may have.
+        max_spacing: largest voxel side on file, mm.
+
+    Returns:
+        (faults, notes), each a list of phrases; docs/real_ct.md has the thresholds and their reasons.
+    """
+    faults: list[str] = []
+    notes: list[str] = []
+
+    coarsest = float(max(on_file))
+    if coarsest > max_spacing:
+        faults.append(f"voxels are {coarsest:g} mm long (expected at most {max_spacing:g} mm)")
+    elif coarsest > _SPACING_MM[0]:
+        notes.append(f"slices {coarsest:.3g} mm apart, small lesions may be missed")
+
+    near = (hu > _NEAR_WATER_HU[0]) & (hu < _NEAR_WATER_HU[1])
+    if near.mean() < _NEAR_WATER_SHARE:
+        faults.append(
+            f"{100 * near.mean():.1f} % of the voxels are within {_NEAR_WATER_HU[0]:g} to {_NEAR_WATER_HU[1]:g} HU, where fat "
+            f"and soft tissue are (expected at least {100 * _NEAR_WATER_SHARE:g} %)"
+        )
+    elif not _SOFT_HU[0] < (peak := _peak(hu, *_NEAR_WATER_HU)) < _SOFT_HU[1]:
+        faults.append(f"fat and soft tissue peak at {peak:.0f} HU (expected {_SOFT_HU[0]:g} to {_SOFT_HU[1]:g} HU)")
+    median = float(np.median(hu[lung]))
+    if not _LUNG_MEDIAN_HU[0] < median < _LUNG_MEDIAN_HU[1]:
+        expected = f"{_LUNG_MEDIAN_HU[0]:g} to {_LUNG_MEDIAN_HU[1]:g} HU"
+        faults.append(f"the median in the lung mask is {median:.0f} HU (expected lung, {expected})")
+
+    litres = float(lung.sum() * np.prod(spacing) / 1e6)
+    if not lung_litres[0] <= litres <= lung_litres[1]:
+        faults.append(f"lung volume is {litres:.2f} L (expected {lung_litres[0]:g} to {lung_litres[1]:g} L)")
+    for share, where, (note, fault) in _cuts(lung):
+        phrase = f"the lungs are cut at the {where} ({100 * share:.0f} % of their cross-section)"
+        if share > fault:
+            faults.append(f"{phrase}, expected them whole")
+        elif share > note:
+            notes.append(phrase)
+
+    width, depth = (float(np.ptp(np.flatnonzero(lung.any(axes))) * mm) for axes, mm in (((1, 2), spacing[0]), ((0, 2), spacing[1])))
+    if width < depth:
+        notes.append("only one lung is seen")
+    metal = float((hu > _METAL_HU).sum() * np.prod(spacing) / 1000)
+    if metal >= _METAL_ML:
+        notes.append(f"metal ({metal:.1f} mL above {_METAL_HU:g} HU), streaks may mislead the map")
+    if (jump := _jump(hu)) > _JUMP:
+        notes.append(f"a jump between neighbouring slices ({jump:.1f} times the usual difference): motion, or slices are missing")
+    return faults, notes
+
+
+def _peak(hu: np.ndarray, low: float, high: float) -> float:
+    """The commonest value between two HU, in bins of 20."""
+    count, edges = np.histogram(hu, bins=np.arange(low, high + 1, 20))
+    return float(edges[count.argmax()] + 10)
+
+
+def _cuts(lung: np.ndarray) -> list[tuple[float, str, tuple[float, float]]]:
+    """For each face of the volume: how much of the lungs' cross-section lies on it, its name, limits."""
+    cuts = []
+    for axis, names in enumerate((("left side", "right side"), ("back", "front"), ("lower end", "upper end"))):
+        others = tuple(a for a in range(3) if a != axis)
+        limits = _CUT_END if axis == 2 else _CUT_SIDE
+        whole = lung.sum(others).max() if axis == 2 else lung.any(axis).sum()
+        cuts += [(float(lung.take(end, axis).sum() / whole), name, limits) for end, name in zip((0, -1), names)]
+    return cuts
+
+
+def _jump(hu: np.ndarray) -> float:
+    """Largest mean difference between neighbouring axial slices, in units of the median among the seven around it."""
+    difference = np.abs(np.diff(hu, axis=2)).mean((0, 1))
+    usual = [np.median(difference[max(0, k - 3) : k + 4]) for k in range(len(difference))]
+    return float((difference / np.maximum(usual, 1.0)).max(initial=0.0))

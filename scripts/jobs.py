@@ -1,0 +1,111 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What scripts that start many runs share: processes that end with their parent, several at a time, and whole files."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bundle.files import write_atomically
+
+__all__ = ["end_on_sigterm", "locked", "run_jobs", "run_module", "threads_of", "write_text"]
+
+_running: set[subprocess.Popen] = set()
+
+
+def run_module(*args: str, log: Path, threads: int, lock: int | None = None) -> None:
+    """Run a module of this repository in a process of its own, `python -m args`.
+
+    Args:
+        log: file to which its output is appended.
+        threads: how many it may use.
+        lock: from :func:`locked`; the process holds it, too.
+
+    Raises:
+        RuntimeError: it failed; with its error message or, without one, the end of its log.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    with open(log, "a") as file:
+        start = file.tell()
+        process = subprocess.Popen(
+            [sys.executable, "-m", *args],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            pass_fds=() if lock is None else (lock,),
+        )
+    _running.add(process)
+    try:
+        code = process.wait()
+    finally:
+        _running.discard(process)
+    if code:
+        with open(log, errors="replace") as file:
+            file.seek(start)
+            text = file.read()
+        _, *errors = re.split(r"(?:^|[\r\n])error: ", text)
+        raise RuntimeError(errors[-1].strip() if errors else f"{' '.join(args)} failed:\n{text[-2000:]}")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[int]:
+    """Wait for the lock of a file, and hold it; its file descriptor is to be given to the processes that are started.
+
+    They hold it then as well: if this process is killed and they are not, the next one waits until they are done, and
+    never works beside them in one folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tqdm.write(f"waiting for a process that works in {path.parent}", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()
+
+
+def threads_of(jobs: int) -> int:
+    """Threads of each of so many jobs that share the cores."""
+    return max(1, (os.cpu_count() or 1) // jobs)
+
+
+def run_jobs(call: Callable[..., Any], todo: Iterable[tuple], jobs: int) -> Iterator[Any]:
+    """Results of `call(*key)` for each key as they are done, or the exception of one; `jobs` at a time.
+
+    Where the loop over them is left early, by an interrupt for one, what waits isn't started and what runs is ended.
+    """
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        for future in as_completed([pool.submit(call, *key) for key in todo]):
+            try:
+                yield future.result()
+            except Exception as e:  # one job's failure must not end the others
+                yield e
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(_running):
+            process.terminate()
+        pool.shutdown()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of text whole or not at all; its folder is made."""
+    write_atomically(path, lambda p: p.write_text(text))
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM, a cluster's preemption, end :func:`run_jobs` as an interrupt does: what runs saves and ends, too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

@@ -1,0 +1,373 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import itk
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+from pydicom.encaps import encapsulate, generate_frames
+from pydicom.uid import JPEGLSLossless, RLELossless, generate_uid
+from scipy import ndimage
+
+from bundle.data.dicom import find_series, list_series, read_dicom, sharp_kernel, straighten
+from bundle.errors import InputError
+from bundle.transforms import LoadCTd
+from bundle.workflow import scans_to_infer
+
+from .dicom_files import ct_slices, set_pixels, write_series, write_slices
+
+SPACING, ORIGIN = (2.0, 2.0, 10.0), (-12.0, -10.0, 100.0)
+
+
+def chest(slices: int = 24, seed: int = 0, shape: tuple[int, int] = (12, 10)) -> np.ndarray:
+    """Air, and in it a block of soft tissue; 240 mm long."""
+    values = np.random.default_rng(seed).normal(-900, 20, (*shape, slices)).round()
+    values[3:6, 3:6, slices // 4 : slices // 2] += 940
+    return values.astype(np.int16)
+
+
+def add(folder, name: str, values: np.ndarray | None = None, spacing=SPACING, spoil=lambda slices: None, **tags) -> str:
+    """A series in a folder within; its UID."""
+    uid = generate_uid()
+    values = chest() if values is None else values
+    write_series(folder / name, values, spacing, ORIGIN, spoil, SeriesInstanceUID=uid, SeriesDescription=name, **tags)
+    return uid
+
+
+def refusal(folder, **kwargs) -> str:
+    with pytest.raises(InputError) as caught:
+        read_dicom(folder, "patient P7", **kwargs)
+    message = str(caught.value)
+    assert message.startswith("patient P7: ") and "\n" not in message and "Secret" not in message
+    return message
+
+
+@pytest.fixture(scope="module")
+def hospital(tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """What a hospital sends, one study with everything in it, in nested folders; and the UID of each series."""
+    folder = tmp_path_factory.mktemp("hospital")
+    coronal = {"ImageOrientationPatient": [1, 0, 0, 0, 0, -1]}
+
+    def along_y(slices):
+        for k, ds in enumerate(slices):
+            ds.ImagePositionPatient = [0, 10.0 * k, 0]
+
+    short = chest(4)
+    series = {
+        "soft": add(folder, "deep/er/soft", ConvolutionKernel="B31f"),
+        "lung": add(folder, "lung", ConvolutionKernel="B70f"),
+        "thick": add(folder, "thick", chest(12), (2.0, 2.0, 20.0), ConvolutionKernel="B31f"),
+        "scout": add(folder, "scout", chest(3), ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]),
+        "bolus": add(folder, "bolus", short),
+        "coronal": add(folder, "coronal", spoil=along_y, **coronal),
+        "reformat": add(folder, "reformat", ImageType=["DERIVED", "SECONDARY", "MPR"], ConvolutionKernel="B31f"),
+        "abdomen": add(folder, "abdomen", BodyPartExamined="ABDOMEN", ConvolutionKernel="B31f"),
+        "PET": add(folder, "pet", Modality="PT"),
+    }
+    (folder / "report.pdf").write_bytes(b"%PDF-1.4")
+    (folder / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
+    (folder / "cut.dcm").write_bytes(b"\0" * 128 + b"DICM\x02\0")
+    os.mkfifo(folder / "pipe")
+    (folder / "loop").symlink_to(folder)
+    return folder, series
+
+
+def test_the_chest_ct_is_chosen_among_all_that_is_there(hospital, caplog):
+    caplog.set_level(logging.INFO)
+    folder, series = hospital
+    chosen = find_series(folder, "patient P7")
+    assert chosen.uid == series["soft"]
+    for name, why in {
+        "lung": "sharp kernel, not soft kernel",
+        "thick": "20 mm apart, not 10 mm apart",
+        "scout": "a localiser",
+        "bolus": "40 mm long, not 240 mm long",
+        "coronal": "coronal, not axial",
+        "reformat": "derived, not original",
+        "abdomen": "other body part, not no body part",
+        "PET": "modality PT, not CT",
+    }.items():
+        line = next(r.message for r in caplog.records if series[name] in r.message)
+        assert line.endswith(f"left: {why}"), line
+    (line,) = (r.message for r in caplog.records if series["soft"] in r.message)
+    assert "CT, 'deep/er/soft', kernel B31f, 24 slices, 10 mm thick, axial, 12 x 10" in line and "taken (axial, 240 mm" in line
+    assert "Secret" not in caplog.text
+
+
+def test_a_series_can_be_named(hospital):
+    folder, series = hospital
+    assert find_series(folder, "here", series["lung"]).uid == series["lung"]
+    assert "modality PT, not CT" in refusal(folder, uid=series["PET"])
+    assert "there is no DICOM series 1.2.3 (found: " in refusal(folder, uid="1.2.3")
+
+    (record,) = scans_to_infer(str(folder), None, {}, series["thick"])
+    image = LoadCTd()(record)["image"]
+    np.testing.assert_array_equal(image[0].numpy(), chest(12))
+    for image, cohort in ((None, "cohort.csv"), (str(folder / "report.pdf"), None)):
+        with pytest.raises(InputError, match="give the folder as --image"):
+            scans_to_infer(image, cohort, {}, series["thick"])
+
+
+def test_a_coronal_series_is_read_where_there_is_no_axial_one(tmp_path):
+    values = chest()
+
+    def along_y(slices):
+        for k, ds in enumerate(slices):
+            ds.ImagePositionPatient = [0, 10.0 * k, 0]
+
+    add(tmp_path, "coronal", values, spoil=along_y, ImageOrientationPatient=[1, 0, 0, 0, 0, -1])
+    array, affine, _ = read_dicom(tmp_path, "here")
+    np.testing.assert_array_equal(array, values)
+    assert nib.aff2axcodes(affine) == ("L", "I", "P")
+
+
+@pytest.mark.parametrize(
+    "kernel, sharp",
+    [("B31f", False), ("Br40d\\3", False), ("B70f", True), ("I31f", False), ("Bl57", True), ("STANDARD", False)]
+    + [("LUNG", True), ("BONEPLUS", True), ("FC08", False), ("FC52", True), ("B", False), ("L", True), ("", None)],
+)
+def test_kernels(kernel, sharp):
+    assert sharp_kernel(kernel) is sharp
+
+
+def test_nothing_but_what_cannot_be_used(tmp_path):
+    assert "no DICOM series" in refusal(tmp_path)
+    add(tmp_path, "pet", Modality="PT")
+    add(tmp_path, "scout", chest(3), ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    for _ in range(2):
+        add(tmp_path, "one", chest(1))
+    message = refusal(tmp_path)
+    assert "no CT volume" in message
+    assert "2 series: 1 slice (expected at least 3)" in message and "1 series: a localiser" in message
+
+
+# --- slices that do not make a volume ------------------------------------------------------------------------------
+
+
+def test_missing_slices_are_refused_with_the_place(tmp_path):
+    def lose(slices):
+        del slices[5:7], slices[15]  # z = 150, 160 and 270 mm
+
+    uid = add(tmp_path, "gap", spoil=lose)
+    message = refusal(tmp_path)
+    assert "3 slices missing between 140.0 and 170.0 mm, 260.0 and 280.0 mm" in message and "one every 10 mm" in message
+    # A whole series as long is taken instead; by name it is still refused.
+    whole = add(tmp_path, "whole", ConvolutionKernel="B70f")
+    assert find_series(tmp_path, "here").uid == whole
+    assert "missing" in refusal(tmp_path, uid=uid)
+
+
+def test_a_short_whole_series_does_not_stand_in_for_a_long_one(tmp_path):
+    add(tmp_path, "gap", spoil=lambda slices: slices.pop(5))
+    add(tmp_path, "short", chest(5))
+    assert "1 slice missing" in refusal(tmp_path)
+
+
+def test_uneven_or_crooked_slices_are_refused(tmp_path):
+    def mixed(slices):
+        for k, ds in enumerate(slices[12:], start=12):
+            ds.ImagePositionPatient[2] = 100 + 120 + 3 * (k - 12)
+
+    add(tmp_path / "a", "mixed", spoil=mixed)
+    assert "slices are 3 to 10 mm apart" in refusal(tmp_path / "a")
+
+    def bent(slices):
+        for ds in slices[12:]:
+            ds.ImagePositionPatient[0] += 8
+
+    add(tmp_path / "b", "bent", spoil=bent)
+    assert "off a straight line" in refusal(tmp_path / "b")
+
+
+def test_two_thicknesses_in_one_series_are_two_volumes(tmp_path):
+    fine, coarse = ct_slices(chest(48), (2, 2, 5), ORIGIN), ct_slices(chest(24, seed=1), SPACING, ORIGIN)
+    for ds in coarse:
+        ds.SeriesInstanceUID = fine[0].SeriesInstanceUID
+    write_slices(tmp_path, fine + coarse)
+    assert sorted(len(s.slices) for s in list_series(tmp_path)) == [24, 48]
+    array, _, notes = read_dicom(tmp_path, "here")
+    np.testing.assert_array_equal(array, chest(48))
+    assert not notes
+
+
+def test_two_acquisitions_at_the_same_places_are_two_volumes(tmp_path):
+    def two(slices):
+        slices += ct_slices(chest(seed=1), SPACING, ORIGIN, SeriesInstanceUID=slices[0].SeriesInstanceUID)
+        for k, ds in enumerate(slices):
+            ds.AcquisitionNumber = 1 + (k >= 24)
+
+    add(tmp_path, "phases", spoil=two)
+    assert [len(s.slices) for s in list_series(tmp_path)] == [24, 24]
+    assert any(np.array_equal(read_dicom(tmp_path, "here")[0], chest(seed=k)) for k in (0, 1))
+
+
+def test_mixed_thickness_on_one_grid_is_noted(tmp_path):
+    def thicker(slices):
+        for ds in slices[::2]:
+            ds.SliceThickness = 12
+
+    add(tmp_path, "mixed", spoil=thicker)
+    # Every other slice alone is even too, but the whole is a volume already.
+    array, _, notes = read_dicom(tmp_path, "here")
+    assert array.shape[2] == 24 and notes == ["slice thickness varies within the series"]
+
+
+def test_repeated_slices(tmp_path):
+    add(tmp_path, "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    array, _, notes = read_dicom(tmp_path, "here")
+    np.testing.assert_array_equal(array, chest())
+    assert notes == ["24 slices repeated another and left out"]
+
+    def differ(slices):
+        slices.append(pydicom.dcmread(next((tmp_path / "whole").iterdir())))  # another UID in the file name, the same place
+        slices[-1].SeriesInstanceUID = slices[0].SeriesInstanceUID
+        slices[-1].ImagePositionPatient = slices[7].ImagePositionPatient
+        slices[-1].FrameOfReferenceUID = slices[7].FrameOfReferenceUID
+
+    add(tmp_path / "b", "differ", spoil=differ)
+    assert "2 different slices are at one position, 170.0 mm" in refusal(tmp_path / "b")
+
+
+def test_one_sop_instance_uid_for_all(tmp_path):
+    def same(slices):
+        for ds in slices:
+            ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = slices[0].SOPInstanceUID
+
+    add(tmp_path, "same", spoil=same)
+    array, _, notes = read_dicom(tmp_path, "here")
+    np.testing.assert_array_equal(array, chest())
+    assert notes == ["several slices share one SOPInstanceUID; their positions were used"]
+
+
+def test_two_patients(tmp_path):
+    add(tmp_path, "one")
+    other = add(tmp_path, "two", PatientID="P8")
+    message = refusal(tmp_path)
+    assert "several patients" in message and "P8" not in message
+    assert find_series(tmp_path, "here", other).uid == other
+
+    def swap(slices):
+        slices[3].PatientID = "P9"
+
+    add(tmp_path / "mixed", "mixed", spoil=swap)
+    assert "patients" in refusal(tmp_path / "mixed")
+
+
+@pytest.mark.parametrize("keyword", ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"])
+def test_missing_tags(tmp_path, keyword):
+    add(tmp_path, "all", spoil=lambda slices: [delattr(ds, keyword) for ds in slices])
+    assert f"{keyword} is missing" in refusal(tmp_path)
+
+
+def test_values_that_are_no_numbers(tmp_path):
+    add(tmp_path, "odd", PixelSpacing=[0, 0])
+    assert "PixelSpacing is missing or not valid" in refusal(tmp_path)
+    add(tmp_path / "b", "b", ImageOrientationPatient=[1, 0, 0, 1, 0, 0])
+    assert "ImageOrientationPatient is missing or not valid" in refusal(tmp_path / "b")
+
+
+def test_a_cut_file_is_refused(tmp_path):
+    add(tmp_path, "cut")
+    path = sorted((tmp_path / "cut").iterdir())[5]
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "truncated or damaged" in refusal(tmp_path)
+
+
+# --- pixels --------------------------------------------------------------------------------------------------------
+
+
+def test_each_slice_has_its_own_slope_and_intercept(tmp_path):
+    values = chest()
+
+    def rescale(slices):
+        for k, ds in enumerate(slices):
+            set_pixels(ds, values[:, :, k], slope=(1, 0.5, 2.0)[k % 3], intercept=(-1024, -2048, -1500)[k % 3])
+
+    add(tmp_path, "slopes", values, spoil=rescale)
+    assert np.abs(read_dicom(tmp_path, "here")[0] - values).max() <= 1  # slope 2 keeps even values only
+
+
+def gdcm_frame(ds: pydicom.Dataset, kind, tmp_path) -> tuple[bytes, str]:
+    """The pixels of a slice as ITK's GDCM compresses them, and the transfer syntax."""
+    pixels = np.frombuffer(ds.PixelData, np.uint16).reshape(ds.Rows, ds.Columns)
+    io = itk.GDCMImageIO.New()
+    io.SetCompressionType(kind)
+    itk.imwrite(itk.image_from_array(pixels), str(tmp_path / "frame.dcm"), compression=True, imageio=io)
+    made = pydicom.dcmread(tmp_path / "frame.dcm")
+    return next(generate_frames(made.PixelData, number_of_frames=1)), made.file_meta.TransferSyntaxUID
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "JPEG2000", "JPEG-LS", "RLE"])
+def test_compressed_pixels_are_the_same(tmp_path, kind):
+    values = chest(6, shape=(40, 36))
+
+    def compress(slices):
+        for ds in slices:
+            if kind in ("JPEG-LS", "RLE"):
+                ds.compress(JPEGLSLossless if kind == "JPEG-LS" else RLELossless, generate_instance_uid=False)
+                continue
+            frame, syntax = gdcm_frame(ds, getattr(itk.GDCMImageIOEnums, f"Compression_{kind}"), tmp_path)
+            ds.PixelData = encapsulate([frame])
+            ds["PixelData"].is_undefined_length = True
+            ds.file_meta.TransferSyntaxUID = syntax
+
+    add(tmp_path, "compressed", values, spoil=compress)
+    file = pydicom.dcmread(next((tmp_path / "compressed").iterdir()))
+    assert file.file_meta.TransferSyntaxUID.is_compressed
+    np.testing.assert_array_equal(read_dicom(tmp_path / "compressed", "here")[0], values)
+
+
+# --- gantry tilt ---------------------------------------------------------------------------------------------------
+
+
+def test_a_tilted_gantry_is_straightened(tmp_path):
+    tilt = np.radians(20.0)
+    shape, spacing = (40, 50, 40), np.array([2.0, 2.0, 3.0])
+    column = np.array([0, np.cos(tilt), -np.sin(tilt)])
+    origin, centre, radius = np.array([-40.0, -50, 0]), np.array([0.0, 0, 50]), 18.0  # LPS
+    i, j, k = np.meshgrid(*map(np.arange, shape), indexing="ij")
+    points = origin + i[..., None] * [2.0, 0, 0] + j[..., None] * 2 * column + k[..., None] * [0, 0, 3.0]
+    ball = np.linalg.norm(points - centre, axis=-1) < radius
+    values = np.where(ball, 40, -900)
+
+    add(tmp_path, "tilted", values, spacing, spoil=lambda slices: [
+        setattr(ds, "ImagePositionPatient", [*origin[:2], 3.0 * n]) for n, ds in enumerate(slices)
+    ], ImageOrientationPatient=[1, 0, 0, *column])  # fmt: skip
+    array, affine, notes = read_dicom(tmp_path, "here")
+    assert notes == ["gantry tilt of 20.0 degrees straightened by resampling"]
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    np.testing.assert_allclose(axes.T @ axes, np.eye(3), atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(affine[:3, :3], axis=0), spacing, atol=1e-6)
+    found = array > -430
+    assert found.sum() * spacing.prod() == pytest.approx(4 / 3 * np.pi * radius**3, rel=0.03)
+    middle = affine[:3, :3] @ ndimage.center_of_mass(found) + affine[:3, 3]
+    np.testing.assert_allclose(middle, centre * [-1, -1, 1], atol=0.5)
+    assert found.sum((1, 2)).max() * 6 == pytest.approx(np.pi * radius**2, rel=0.05)  # round in the other planes too
+    # Masks go the same way.
+    series = find_series(tmp_path, "here")
+    mask = straighten(ball, series.affine, mode="nearest", outside=0.0)
+    assert mask.shape[1:] == array.shape and set(np.unique(mask)) == {0, 1}
+    overlap = 2 * (found & (mask[0].numpy() > 0)).sum() / (found.sum() + mask.sum().item())
+    assert overlap > 0.95
+
+
+def test_a_real_series_reads_as_itk_reads_it(shared_data):
+    folder = shared_data / "dicom_lungpetctdx_A0002_B40f"
+    array, affine, notes = read_dicom(folder, "here")
+    names = itk.GDCMSeriesFileNames.New()
+    names.SetDirectory(str(folder))
+    image = itk.imread(names.GetFileNames(names.GetSeriesUIDs()[0]))
+    np.testing.assert_array_equal(array, itk.array_from_image(image).T)
+    np.testing.assert_allclose(affine[:3, 3], np.array(image.GetOrigin()) * [-1, -1, 1])
+    np.testing.assert_allclose(np.diag(affine)[:3], np.array(image.GetSpacing()) * [-1, -1, 1], rtol=1e-5)
+    assert "no CT volume among the DICOM files (4 series: 1 slice" in refusal(
+        shared_data / "dicom_covid_ny_sbu_single_slices"
+    )
