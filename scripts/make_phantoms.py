@@ -76,7 +76,8 @@ def write_cohort(out: Path, args: argparse.Namespace, params: PhantomParams) -> 
     try:
         for folder in ("images", "masks"):
             (out / folder).mkdir(parents=True, exist_ok=True)
-        (out / "cohort.csv").unlink(missing_ok=True)
+        if not (record.is_file() and json.loads(record.read_text()) == wanted):
+            (out / "cohort.csv").unlink(missing_ok=True)  # else it is right, if a run that outlived its parent has written it
         write_json(record, wanted)
         nib.openers.Opener.default_compresslevel = 1  # several times faster, hardly larger
         mm = Chest.FIELD / params.size if args.complexity == 9 else args.spacing

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from monai.transforms import Compose, CropForegroundd, Flipd, Orientationd, ScaleIntensityRanged, SelectItemsd, Spacingd
 
 from bundle.data import read_cohort
-from bundle.data.datasets import ScanCache, content_digest
+from bundle.data.datasets import CODE, ScanCache, content_digest
 from bundle.errors import InputError
 from bundle.files import load_checked
 from bundle.transforms import LoadCTd, LungMaskd, RandShiftd
@@ -102,13 +103,20 @@ def test_the_key_knows_weights_by_content_and_other_transforms_but_not_random_on
     weights = [tmp_path / f"w{i}.pth" for i in range(3)]
     for path, content in zip(weights, (b"a", b"a", b"b")):
         path.write_bytes(content)
-    keys = [cache(record, tmp_path, weights=str(path)).key(record) for path in weights]
+    keys = [cache(record, tmp_path, method="auto", weights=str(path)).key(record) for path in weights]
     assert keys[0] == keys[1] != keys[2]
     plain = cache(record, tmp_path)
     assert cache(record, tmp_path, shift=2).key(record) == plain.key(record)
     more = Compose([*transforms().transforms, Flipd("image", spatial_axis=0)])
     assert ScanCache([record], more, str(tmp_path / "cache")).key(record) != plain.key(record)
     assert plain.key({**record, "series": "1.2.3"}) != plain.key(record)
+
+
+def test_the_code_of_all_that_is_cached_is_part_of_the_key(root):
+    named = {f for pattern in CODE for f in (root / "bundle").glob(pattern)}
+    imported = [re.findall(r"^from bundle\.(data)\.(\w+) import", f.read_text(), re.MULTILINE) for f in named]
+    assert {root / "bundle" / package / f"{name}.py" for found in imported for package, name in found} <= named
+    assert root / "bundle" / "transforms" / "load.py" in named
 
 
 def test_slices_and_detached_headers_count_with_their_data(tmp_path):

@@ -30,13 +30,14 @@ from bundle.errors import InputError, input_error_of
 from bundle.files import DamagedFile, load_checked, remove_leftovers, save_checked
 from bundle.settings import file_sha256
 
-__all__ = ["EventSampler", "ScanCache", "ScanStream", "content_digest", "describe"]
+__all__ = ["EventSampler", "ScanCache", "ScanStream", "code_digest", "content_digest", "describe", "describe_scan"]
 
 logger = logging.getLogger(__name__)
 
 CACHED = ("image", "lung", "lung_mask_source")
 KEPT = ("patient_id", "time", "event", "clinical")  # of the record, which may change without a scan being read again
-NOT_READ = {*KEPT, "gt_mask", "confounder_mask", "split", "fold", "covariates", "imputed"}
+NOT_READ = {*KEPT, "patient", "gt_mask", "confounder_mask", "split", "fold", "covariates", "imputed"}
+CODE = ("transforms/*.py", "data/dicom.py", "data/scan_file.py")  # of all that is cached
 LEVELS = 65535  # of a cached image, which lies in [0, 1]
 
 _DATA_FILE = re.compile(rb"^(?:ElementDataFile\s*=|data ?file:)\s*(.+?)\s*$", re.MULTILINE | re.IGNORECASE)
@@ -96,11 +97,24 @@ def describe(thing: Any) -> Any:
     return {"class": name, **{key: describe(value) for key, value in sorted(getattr(thing, "__dict__", {}).items())}}
 
 
+def describe_scan(record: dict) -> dict:
+    """What transforms may read of a record, as plain JSON: image and lung mask by their content, all else as it is."""
+    scan = {key: describe(value) for key, value in record.items() if key not in NOT_READ}
+    return scan | {key: content_digest(record[key]) for key in ("image", "lung_mask") if record.get(key)}
+
+
+def code_digest(*patterns: str) -> str:
+    """SHA-256 of this package's files of these patterns, and of MONAI's version."""
+    package = Path(bundle.transforms.__file__).parents[1]
+    digests = [file_sha256(f) for pattern in patterns for f in sorted(package.glob(pattern))]
+    return hashlib.sha256(json.dumps([monai.__version__, digests]).encode()).hexdigest()
+
+
 class ScanCache(PersistentDataset):
     """MONAI's `PersistentDataset`, whose files are named after the content of the scan and all that was done to it.
 
     A name is the SHA-256 of the scan's and its masks' content, of every transform before the first random one with its
-    arguments, and of the code of `bundle.transforms` and MONAI's version. So a copied or touched scan is found, and a
+    arguments, and of their code and MONAI's version. So a copied or touched scan is found, and a
     changed scan or a changed setting never reads a stale file. Times, events and covariates are not in a file.
 
     Images are rounded to 16 bits between 0 and 1 of the HU window, an error of at most 1/131070 of it (0.01 HU of
@@ -121,18 +135,14 @@ class ScanCache(PersistentDataset):
         super().__init__(data=list(data), transform=transform, cache_dir=cache_dir, hash_func=self.key)
         self.on_fault = on_fault
         fixed = itertools.takewhile(lambda t: not isinstance(t, RandomizableTrait), transform.flatten().transforms)
-        code = [file_sha256(f) for f in sorted(Path(bundle.transforms.__file__).parent.glob("*.py"))]
-        self.recipe = [monai.__version__, code, LEVELS, [describe(t) for t in fixed]]
+        self.recipe = [code_digest(*CODE), LEVELS, [describe(t) for t in fixed]]
 
     def key(self, record: dict) -> bytes:
         """Name of the file in which a record is cached."""
-        if "cache_key" not in record:
-            read = {k: describe(v) for k, v in record.items() if k not in NOT_READ}
-            for name in ("image", "lung_mask"):
-                if record.get(name):
-                    read[name] = content_digest(record[name])
-            return hashlib.sha256(json.dumps([read, self.recipe], sort_keys=True).encode()).hexdigest().encode()
-        return record["cache_key"].encode()
+        if "cache_key" in record:
+            return record["cache_key"].encode()
+        content = json.dumps([describe_scan(record), self.recipe], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest().encode()
 
     def file(self, record: dict) -> Path:
         """Where a record is cached."""

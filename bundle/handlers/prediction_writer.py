@@ -16,7 +16,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 
-from bundle.data.datasets import ScanStream, content_digest, describe
+from bundle.data.datasets import ScanStream, code_digest, describe, describe_scan
 from bundle.explain import mask_to_scan_space
 from bundle.files import remove_leftovers, write_atomically
 from bundle.report import failed_section, patient_section, write_report
@@ -69,7 +69,7 @@ class PredictionWriter:
     """Write the files of an inference run as its scans come; a bad scan becomes a row that says why.
 
     When all files of a scan are there, `done/<patient_id>.json` is written, with what the tables and the report say of
-    it and what the map depends on: weights, options, content of the scan. A run into the same folder passes over the
+    it and what the map depends on: weights, options, code, content of the scan. A run into the same folder passes over the
     scans whose record fits and whose map is whole, so that it goes on where it was stopped; failed scans are tried again.
 
     Expects the output of :class:`~bundle.explain.maps.MapToHeatd` and :class:`~bundle.explain.maps.HeatToScand`, and
@@ -99,7 +99,7 @@ class PredictionWriter:
         self.settings = settings
         self.horizon = horizon
         self.hu_window = hu_window
-        self.options = [settings, horizon, describe([hu_window, options])]
+        self.options = [settings, horizon, describe([hu_window, options]), code_digest("**/*.py")]
         self.scans = {r["patient_id"]: r for r in stream.data}
 
     def attach(self, engine: Engine) -> None:
@@ -107,28 +107,21 @@ class PredictionWriter:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.add)
         engine.add_event_handler(Events.COMPLETED, self.finish)
 
-    def files(self, patient_id: str) -> tuple[Path, Path, Path]:
-        """Record, map and picture of a scan."""
-        maps = self.output_dir / "maps"
-        return (
-            self.output_dir / "done" / f"{patient_id}.json",
-            maps / f"{patient_id}_heat.nii.gz",
-            maps / f"{patient_id}_heat.png",
-        )
+    def record(self, patient_id: str) -> Path:
+        return self.output_dir / "done" / f"{patient_id}.json"
 
     def key(self, patient_id: str) -> str:
         """What the map of a scan depends on, as SHA-256."""
         scan = self.scans[patient_id]
-        digests = {name: content_digest(scan[name]) for name in ("image", "lung_mask") if scan.get(name)}
-        content = [self.options, digests, scan.get("clinical"), scan.get("imputed")]
+        content = [self.options, describe_scan(scan), scan.get("clinical"), scan.get("imputed")]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def is_done(self, patient_id: str) -> bool:
-        record, *files = self.files(patient_id)
         try:
-            found = json.loads(record.read_text())
-            return found["key"] == self.key(patient_id) and found["sha256"] == [file_sha256(f) for f in files]
-        except (OSError, ValueError, KeyError, TypeError):  # not there, torn, or a scan that can't be read any more
+            done = json.loads(self.record(patient_id).read_text())
+            whole = all(file_sha256(self.output_dir / "maps" / name) == sha256 for name, sha256 in done["files"].items())
+            return whole and done["key"] == self.key(patient_id)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, torn, or a scan that is gone
             return False
 
     def start(self, engine: Engine) -> None:
@@ -142,21 +135,23 @@ class PredictionWriter:
     def add(self, engine: Engine) -> None:
         for scan, output in zip(engine.state.batch, engine.state.output):
             patient_id, pmf = scan["patient_id"], output["pmf"].cpu()
-            record, *files = self.files(patient_id)
+            maps = self.output_dir / "maps"
+            files = [maps / f"{patient_id}_heat.nii.gz", maps / f"{patient_id}_heat.png"]
             message = "; ".join(filter(None, [self.scans[patient_id].get("imputed"), scan.get("notes")]))
             row = prediction_row(patient_id, pmf) | {"message": message}
             heat = output["scan_heat"].cpu()
             if scan["lung_mask_source"] != "none":
-                write_lung(self.output_dir / "maps" / f"{patient_id}_lung.nii.gz", scan["lung"], scan["image"])
+                files.append(maps / f"{patient_id}_lung.nii.gz")
+                write_lung(files[-1], scan["lung"], scan["image"])
             write_heat(files[0], heat, heat.affine)
             low, high = self.hu_window
             hu = np.asarray(scan["image"][0]) * (high - low) + low
             spacing = tuple(float(mm) for mm in scan["image"].pixdim)
             picture = png(heat_figure(hu, np.asarray(output["heat"].cpu()[0]), spacing, self.horizon))
             write_atomically(files[1], lambda p: p.write_bytes(picture))
-            done = {"key": self.key(patient_id), "sha256": [file_sha256(f) for f in files], "row": row}
+            done = {"key": self.key(patient_id), "files": {f.name: file_sha256(f) for f in files}, "row": row}
             done |= {"pmf": pmf.tolist(), "risk": float(heat.sum()), "lung_mask_source": scan["lung_mask_source"]}
-            write_json(record, done)
+            write_json(self.record(patient_id), done)
             logger.info(
                 f"{patient_id}: median {row['median_months']:.1f} months, "
                 f"P(death by {self.horizon} months) {done['risk']:.2f}, lung mask: {scan['lung_mask_source']}."
@@ -170,8 +165,8 @@ class PredictionWriter:
                 rows.append(failed_row(patient_id, faults[patient_id]))
                 sections.append(failed_section(patient_id, faults[patient_id]))
                 continue
-            record, _, picture = self.files(patient_id)
-            done = json.loads(record.read_text())
+            done = json.loads(self.record(patient_id).read_text())
+            picture = self.output_dir / "maps" / f"{patient_id}_heat.png"
             pmf = torch.tensor(done["pmf"])
             rows.append(done["row"])
             curves.append([patient_id, *survival_curve(pmf).tolist()])
