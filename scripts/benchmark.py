@@ -28,8 +28,10 @@ from bundle.explain import GridShiftInferer
 from bundle.networks import SurvivalMapNet
 from bundle.survival import CenTime, SurvivalMapLoss
 
+from . import benchmark_ct
+
 WHAT = """\
-Three questions, each answered by measurements made side by side in one run:
+Five questions, each answered by measurements made side by side in one run:
 
   train step   forward, loss, backward and AdamW. The network with windows and with global attention beside a plain
                PyTorch transformer of the same size (Conv3d embedding of every patch, nn.TransformerEncoder over the
@@ -37,6 +39,8 @@ Three questions, each answered by measurements made side by side in one run:
                alternate, so that a busy machine slows all of them.
   forward      a whole CT, without gradients, in a process of its own: time, and peak memory over that of the imports;
                once, and from all 64 origins of the patch grid with refinement, as inference does.
+  CT           a CT of 512 x 512 x 300 voxels from its file to the saved heat map: time of every stage, peak memory.
+  cohort       six of them, one by one and reading ahead.
   scaling      train step of one scan from 32 to 256 voxels a side, fitted to time = a * voxels ** exponent.
 
 Times are medians. Let nothing else run beside it; a loaded machine makes them useless.
@@ -169,10 +173,10 @@ def alone(task: str, name: str, shape: tuple[int, ...], batch: int, share: float
     return {"task": task, "network": name, "shape": list(shape), "batch": batch, "lung_share": share, **result}
 
 
-def measure_alone(*args) -> dict:
-    """:func:`alone` with these arguments, in a process of its own."""
+def apart(function: Callable[..., dict], *args) -> dict:
+    """Call a function in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(alone, *args).result()
+        return pool.submit(function, *args).result()
 
 
 def exponent(voxels: list[int], times: list[float]) -> float:
@@ -219,7 +223,9 @@ def measure_all(quick: bool, threads: int) -> dict:
         ("train", "plain", (64, 64, 64), 4, SHARE),
     ]
     print("measuring whole scans ...", file=sys.stderr)
-    whole = [measure_alone(*case, few, threads) for case in alone_cases]
+    whole = [apart(alone, *case, few, threads) for case in alone_cases]
+    print("measuring whole CTs from file to map ...", file=sys.stderr)
+    ct = benchmark_ct.measure_ct(apart, 3 if quick else 6, threads)
     print("measuring train steps ...", file=sys.stderr)
     train = measure_train(repeats)
     print("measuring scaling ...", file=sys.stderr)
@@ -236,6 +242,7 @@ def measure_all(quick: bool, threads: int) -> dict:
     ]
     if peaks:
         aims.append({"aim": "and below 2 GiB", "measured": max(peaks), "met": max(peaks) < 2})
+    aims += benchmark_ct.aims(ct)
     machine = {
         "processor": platform.machine(),
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
@@ -245,7 +252,7 @@ def measure_all(quick: bool, threads: int) -> dict:
         "torch": torch.__version__,
         "quick": quick,
     }
-    return {"machine": machine, "train_step": train, "alone": whole, "scaling": scaling, "aims": aims}
+    return {"machine": machine, "train_step": train, "alone": whole, "ct": ct, "scaling": scaling, "aims": aims}
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -304,6 +311,7 @@ def markdown(result: dict, command: str) -> str:
         "## Time and peak memory",
         "Each in a process of its own; memory is what it takes beyond the imports, input and gradients included.",
         table(["what", "network", "input", "lung", "time", "peak memory"], whole),
+        *benchmark_ct.sections(result["ct"], table),
         "## Scaling",
         f"Train step of one scan, patch {SIZE['patch_size']}, {SHARE:.0%} lung, so tokens grow with the voxels; "
         "time = a * voxels ** exponent. Small scans are all overhead, hence the exponent between the two largest.",
@@ -328,7 +336,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=WHAT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--quick", action="store_true", help="fewer repeats, up to 128 voxels a side: about 30 seconds")
+    p.add_argument("--quick", action="store_true", help="fewer repeats, up to 128 voxels a side: about 2 minutes")
     p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads (default: %(default)s)")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
     p.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there as well")

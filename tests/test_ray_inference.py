@@ -9,12 +9,15 @@ import signal
 from pathlib import Path
 
 import monai.bundle
+import numpy as np
 import pandas as pd
 import pytest
 from monai.bundle import ConfigParser
 
 from bundle.errors import InputError, input_error_of
 from bundle.ray_inference import is_ray, run_on_ray
+
+from .conftest import write_scan
 
 CONFIG = "configs/inference.json"
 
@@ -34,6 +37,7 @@ class DieOnce:
         return self.transform(record)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_the_files_are_those_of_a_local_run(root, tiny_cohort, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
     pytest.importorskip("ray.data")
@@ -42,6 +46,8 @@ def test_a_killed_worker_is_replaced_and_the_files_are_those_of_a_local_run(root
     table["image"] = [str(tiny_cohort.parent / name) for name in table["image"]]
     (tmp_path / "torn.nii.gz").write_bytes(Path(table["image"][2]).read_bytes()[:300])
     table.loc[2, "image"] = str(tmp_path / "torn.nii.gz")
+    write_scan(tmp_path / "lung.nii.gz", np.ones((16, 16, 16)))
+    table["lung_mask"] = str(tmp_path / "lung.nii.gz")
     table.to_csv(tmp_path / "c.csv", index=False)
     override = {"cohort": str(tmp_path / "c.csv"), "shifts": 1}
     with pytest.raises(Exception) as error:
