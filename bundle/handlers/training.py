@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 @lru_cache(maxsize=None)
 def folder_lock(folder: Path) -> FileLock:
     """The lock of a run's folder in this process, which holds it until it ends, however that comes about."""
-    return FileLock(folder / ".lock")
+    return FileLock(folder / ".lock", thread_local=False)
 
 
 class EpochSeed:
