@@ -240,7 +240,7 @@ class CrossValidation:
     def run(self, model: Model, fold: int) -> None:
         """Train without a fold and measure on it, unless that is done."""
         folder, table = self.folder(model, fold), str(self.table(fold))
-        with locked(folder / ".lock") as lock:
+        with locked(folder / ".fold.lock") as lock:
             if self.done(model, fold):
                 return
             bundle = partial(run_module, "monai.bundle", "run", log=folder / "log.txt", threads=self.threads, lock=lock)
