@@ -4,12 +4,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from ignite.engine import Events
 from monai.data import DataLoader
@@ -57,13 +55,13 @@ class ScanWorker:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def __call__(self, item: dict) -> dict:
-        """Predict the scan at place `index` of the stream, write its map, and give the rest back as JSON."""
+        """Predict the scan at place `index` of the stream and write its map and its record; `fault` says what failed."""
         stream, writer = self.parts["stream"], self.parts["writer"]
         record = stream.data[item["index"]]
         scan = stream.prepare(record)
-        result = {"fault": None}
+        fault = ""
         if scan is None:
-            result["fault"] = stream.faults.pop()
+            fault = stream.faults.pop()[1]
         else:
             evaluator = SupervisedEvaluator(
                 device=self.device,
@@ -75,10 +73,7 @@ class ScanWorker:
             )
             evaluator.add_event_handler(Events.ITERATION_COMPLETED, writer.add)
             evaluator.run()
-            patient = record["patient_id"]
-            result["row"], result["section"] = writer.rows.pop(patient), writer.sections.pop(patient)
-            result["curve"] = writer.curves.pop(patient).tolist()
-        return {"index": item["index"], "result": json.dumps(result)}
+        return {"index": item["index"], "fault": fault}
 
 
 def run_on_ray(
@@ -93,7 +88,7 @@ def run_on_ray(
     It joins the cluster that ``RAY_ADDRESS`` names, else starts Ray here, with a worker a core (a GPU where there are
     some). Scans, outputs and this repository have to be at the same paths on all machines. A scan whose worker was
     killed goes to another one; its files are written under another name and renamed, so that nothing is left of the
-    first attempt.
+    first attempt. Scans that are done already, by either engine, are passed over.
 
     Args:
         stream, network, inferer, postprocessing, writer: as in `configs/inference.json`.
@@ -106,6 +101,10 @@ def run_on_ray(
     import ray
 
     writer.start(None)
+    todo = [i for i, record in enumerate(stream.data) if record["patient_id"] not in stream.done]
+    if not todo:
+        writer.finish(None)
+        return
     paths = ":".join([str(Path(__file__).resolve().parents[1]), *filter(None, sys.path)])
     started_here = not ray.is_initialized()
     if started_here:
@@ -115,27 +114,21 @@ def run_on_ray(
         context.enable_progress_bars = False
         resources = ray.cluster_resources()
         gpus = int(resources.get("GPU", 0))
-        most = min(len(stream.data), gpus or int(resources["CPU"]))
+        most = min(len(todo), gpus or int(resources["CPU"]))
         parts = dict(stream=stream, inferer=inferer, postprocessing=postprocessing, writer=writer)
         parts["network"] = network.cpu()
         # A block is a scan: what is lost with a worker is the one it was at.
-        places = ray.data.from_items([{"index": i} for i in range(len(stream.data))], override_num_blocks=len(stream.data))
+        places = ray.data.from_items([{"index": i} for i in todo], override_num_blocks=len(todo))
         done = places.map(
             ScanWorker, fn_constructor_args=(parts,), concurrency=(1, most), num_cpus=1, num_gpus=1 if gpus else None
         )
-        results: dict[int, dict] = {}
-        with tqdm(desc="inference", total=len(stream.data), unit="scan") as bar:
+        faults: dict[int, str] = {}
+        with tqdm(desc="inference", total=len(todo), unit="scan") as bar:
             for item in done.iter_rows():
-                results[item["index"]] = json.loads(item["result"])
+                faults[item["index"]] = item["fault"]
                 bar.update()
     finally:
         if started_here:
             ray.shutdown()
-    for index, record in enumerate(stream.data):
-        result, patient = results[index], record["patient_id"]
-        if result["fault"]:
-            stream.faults.append(tuple(result["fault"]))
-        else:
-            writer.rows[patient], writer.sections[patient] = result["row"], result["section"]
-            writer.curves[patient] = np.array(result["curve"], dtype=np.float32)
+    stream.faults += [(stream.data[i]["patient_id"], faults[i]) for i in todo if faults[i]]
     writer.finish(None)

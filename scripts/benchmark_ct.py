@@ -25,6 +25,7 @@ STAGES = {
     "Orientationd": "orient",
     "Spacingd": "resample to 3 mm",
     "LungMaskd": "lung mask, HU window, crop",
+    "QualityGated": "quality gate",
     "ScaleIntensityRanged": "lung mask, HU window, crop",
     "CropForegroundd": "lung mask, HU window, crop",
     "SelectItemsd": "lung mask, HU window, crop",

@@ -9,15 +9,13 @@ import signal
 from pathlib import Path
 
 import monai.bundle
-import numpy as np
 import pandas as pd
 import pytest
 from monai.bundle import ConfigParser
 
 from bundle.errors import InputError, input_error_of
 from bundle.ray_inference import is_ray, run_on_ray
-
-from .conftest import write_scan
+from scripts import make_phantoms
 
 CONFIG = "configs/inference.json"
 
@@ -38,16 +36,16 @@ class DieOnce:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_replaced_and_the_files_are_those_of_a_local_run(root, tiny_cohort, tmp_path, monkeypatch):
+def test_a_killed_worker_is_replaced_and_the_files_are_those_of_a_local_run(root, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
     pytest.importorskip("ray.data")
     monkeypatch.chdir(root)
-    table = pd.read_csv(tiny_cohort)[["patient_id", "image"]][:5]
-    table["image"] = [str(tiny_cohort.parent / name) for name in table["image"]]
+    make_phantoms.main(["--complexity", "9", "--num", "5", "--size", "48", "--out", str(tmp_path / "chests")])
+    table = pd.read_csv(tmp_path / "chests" / "cohort.csv")[["image", "lung_mask"]]
+    table = table.map(lambda name: str(tmp_path / "chests" / name))
+    table.insert(0, "patient_id", [f"p{i}" for i in range(5)])
     (tmp_path / "torn.nii.gz").write_bytes(Path(table["image"][2]).read_bytes()[:300])
     table.loc[2, "image"] = str(tmp_path / "torn.nii.gz")
-    write_scan(tmp_path / "lung.nii.gz", np.ones((16, 16, 16)))
-    table["lung_mask"] = str(tmp_path / "lung.nii.gz")
     table.to_csv(tmp_path / "c.csv", index=False)
     override = {"cohort": str(tmp_path / "c.csv"), "shifts": 1}
     with pytest.raises(Exception) as error:
@@ -73,7 +71,7 @@ def test_a_killed_worker_is_replaced_and_the_files_are_those_of_a_local_run(root
     for name in ("predictions.csv", "survival_curves.csv"):
         assert (tmp_path / "ray" / name).read_text() == (tmp_path / "local" / name).read_text()
     files = [sorted(p.name for p in (tmp_path / engine / "maps").iterdir()) for engine in ("local", "ray")]
-    assert files[0] == files[1] and len(files[0]) == 8
+    assert files[0] == files[1] and len(files[0]) == 12  # heat, picture and lung mask of four
     for name in files[0]:
         assert (tmp_path / "ray" / "maps" / name).read_bytes() == (tmp_path / "local" / "maps" / name).read_bytes()
 

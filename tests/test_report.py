@@ -10,6 +10,7 @@ import re
 import numpy as np
 import pytest
 
+from bundle.errors import InputError
 from bundle.report import failed_section, patient_section, write_report
 from bundle.report.pictures import heat_figure, plane, png
 
@@ -66,6 +67,6 @@ def test_a_report_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError):
+    with pytest.raises(InputError, match="No space left on device"):
         write_report(path, [], [], {})
     assert path.read_text() == "old"
