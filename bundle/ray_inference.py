@@ -92,7 +92,12 @@ def run_on_ray(
 
     Args:
         stream, network, inferer, postprocessing, writer: as in `configs/inference.json`.
+
+    Raises:
+        InputError: the network is an ensemble's.
     """
+    if not isinstance(network, torch.nn.Module):
+        raise InputError("--engine ray predicts by one model; leave it out for an ensemble.")
     import ray
 
     writer.start(None)

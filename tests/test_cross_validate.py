@@ -23,6 +23,7 @@ from bundle.errors import InputError
 from bundle.explain import EnsembleToHeatd, MapToHeatd
 from bundle.metrics.bootstrap import draw_patients, paired_difference
 from bundle.networks import SurvivalMapNet
+from bundle.ray_inference import run_on_ray
 from bundle.settings import file_sha256, read_settings
 from bundle.survival import CenTime, Cox
 from scripts import cross_validate, jobs
@@ -258,7 +259,9 @@ def test_an_ensemble_is_the_mean_of_its_members_distributions_and_heat(tiny_coho
         heat = nib.load(tmp_path / "all" / "maps" / f"p{k}_heat.nii.gz").get_fdata()
         np.testing.assert_allclose(heat, sum(h[k] for h in heats) / 3, rtol=1e-4, atol=1e-9)
         assert np.isclose(heat.sum(), predictions.death_60m[k], atol=1e-4)
-    run(EVALUATE, ckpt=str(tmp_path / "cv"), output_dir=str(tmp_path / "measured"), figures=False, **options)
+    with pytest.raises(InputError, match="--engine ray predicts by one model"):
+        run_on_ray(None, [torch.nn.Identity()], None, None, None)
+    run(EVALUATE, ckpt=files, output_dir=str(tmp_path / "measured"), **options)
     measured = pd.read_csv(tmp_path / "measured" / "metrics_per_scan.csv")
     np.testing.assert_allclose(measured.median_months, predictions.median_months, rtol=1e-4)
     assert 0 < measured.average_precision[0] < 1

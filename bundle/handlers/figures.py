@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import ignite.distributed as idist
@@ -48,7 +49,7 @@ def draw_training(ckpt_dir: str) -> None:
 
 
 def report_evaluation(
-    output_dir: str, survival: SurvivalMetric, distribution: MapDistribution, ckpt: str | None = None
+    output_dir: str, survival: SurvivalMetric, distribution: MapDistribution, ckpt: str | Sequence[str] | None = None
 ) -> None:
     """Draw an evaluation into `figures/` and write `report.html` with its figures and what `metrics.json` holds.
 
@@ -56,7 +57,7 @@ def report_evaluation(
         output_dir: where :class:`~bundle.handlers.MetricsWriter` wrote.
         survival: the metric of the predictions; without any (maps of another tool) there is nothing to draw.
         distribution: of the maps' locations and weights.
-        ckpt: weights; with a `history.csv` beside them the training is drawn as well.
+        ckpt: weights; with a `history.csv` beside them the training is drawn as well (an ensemble's isn't).
     """
     table, groups = pd.DataFrame(survival.rows()), distribution.aggregate()  # every process takes part in the gather
     if idist.get_rank() != 0:
@@ -72,7 +73,8 @@ def report_evaluation(
             "calibration": calibration(death, *outcome),
             "map_distribution": map_distribution(groups),
         }
-        if ckpt and (history := Path(ckpt).with_name("history.csv")).is_file():
+        one = isinstance(ckpt, (str, Path))
+        if one and (history := Path(ckpt).with_name("history.csv")).is_file():
             figures["training_curves"] = training_curves(pd.read_csv(history))
     pictures = {name: save_figure(figure, folder / "figures", name) for name, figure in figures.items()}
     metrics = json.loads((folder / "metrics.json").read_text())
