@@ -285,7 +285,7 @@ def test_stopped_inference_goes_on_and_does_again_only_what_has_changed(tiny_coh
     assert infer(sigma=0.0, ckpt=str(other / "model.pt")) == ["p0", "p1", "p2", "p3"]
 
 
-@pytest.mark.slow
+@pytest.mark.kill
 def test_killed_runs_end_as_if_they_had_been_left_alone(root):
     command = [sys.executable, "-m", "scripts.kill_test", "--kills", "2", "--sweep_kills", "1", "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
