@@ -17,7 +17,7 @@ import torch
 
 from bundle.errors import InputError
 
-__all__ = ["DamagedFile", "load_checked", "remove_leftovers", "save_checked", "write_atomically"]
+__all__ = ["DamagedFile", "load_checked", "remove_leftovers", "save_checked", "write_atomically", "write_text"]
 
 _TEMPORARY = f".tmp-{socket.gethostname()}-"
 _MARK = b"sha256:"
@@ -31,7 +31,8 @@ class DamagedFile(Exception):
 def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
     """Call `write` with a temporary name of the same suffix beside `path`, flush to disk, rename.
 
-    A kill, or a loss of power, at any moment leaves the old file or the new one. The folder is made if it isn't there.
+    A kill, or a loss of power, at any moment leaves the old file or the new one, and so does an error of `write`. The
+    folder is made if it isn't there.
 
     Raises:
         InputError: the disk is full, or the folder can't be written.
@@ -43,12 +44,19 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
         write(temporary)
         _flush(temporary)
         os.replace(temporary, path)
-    except OSError as e:
+    except BaseException as e:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if not isinstance(e, OSError):
+            raise
         raise InputError(f"{path} can't be written: {e.strerror}; expected a folder with room to write.") from e
     with contextlib.suppress(OSError):  # not every file system can flush a folder
         _flush(path.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file of text in UTF-8, by :func:`write_atomically`."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _flush(path: Path) -> None:

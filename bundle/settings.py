@@ -13,7 +13,7 @@ import torch
 
 from bundle.data.cohort import patient_of
 from bundle.errors import InputError
-from bundle.files import write_atomically
+from bundle.files import write_text
 
 __all__ = [
     "differences",
@@ -43,7 +43,7 @@ def patient_digest(patient_id: str) -> str:
 
 def write_json(path: str | Path, content: Any) -> None:
     """Write JSON, whole or not at all."""
-    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def training_settings(

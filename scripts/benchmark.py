@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bundle.errors import InputError
 from bundle.explain import GridShiftInferer
+from bundle.files import write_text
 from bundle.networks import SurvivalMapNet
 from bundle.survival import CenTime, SurvivalMapLoss
 
@@ -320,13 +321,6 @@ def markdown(result: dict, command: str) -> str:
         table(["aim", "measured", ""], aims),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write under another name, then rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def parser() -> argparse.ArgumentParser:

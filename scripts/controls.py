@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from bundle.data.phantoms import Phantom, phantom_cohort
 from bundle.explain import GridShiftInferer
+from bundle.files import write_text
 from bundle.metrics.localisation import average_precision
 from bundle.networks import network_from
 from bundle.survival import mean_months, objective_from
@@ -178,7 +179,7 @@ def main() -> None:
     picture = args.page.with_suffix(".png")
     draw(pd.DataFrame(curves), picture)
     command = f"python -m scripts.controls --complexities {' '.join(map(str, args.complexities))} --seed {args.seed}"
-    args.page.write_text(page(pd.DataFrame(rows), pd.DataFrame(curves), picture.name, command))
+    write_text(args.page, page(pd.DataFrame(rows), pd.DataFrame(curves), picture.name, command))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from torchsurv.loss.cox import neg_partial_log_likelihood
 from torchsurv.loss.momentum import Momentum
 from tqdm import tqdm
 
+from bundle.files import write_text
 from bundle.metrics.survival import c_index
 from bundle.survival import CoxMemory
 from bundle.survival.cox import Cox, partial_log_likelihood
@@ -178,7 +179,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="No events OR single sample|Ties in `time` detected")
     todo = [(method, batch, args.epochs, seed) for batch in args.batches for method in METHODS for seed in args.seeds]
     table = pd.DataFrame([row_of(*key) for key in tqdm(todo, unit="run")])
-    args.page.write_text(page(table, [c_index_of_all(s) for s in args.seeds], args.epochs, "python -m scripts.cox_memory"))
+    command = "python -m scripts.cox_memory"
+    write_text(args.page, page(table, [c_index_of_all(s) for s in args.seeds], args.epochs, command))
     print(args.page.read_text())
 
 

@@ -20,7 +20,6 @@ NAME is an ensemble: its folds' mean distribution and mean heat are predicted by
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import csv
 import json
@@ -40,13 +39,14 @@ from tqdm import tqdm
 
 from bundle.data import cross_validation_parts, fit_clinical, patient_of, read_cohort
 from bundle.errors import InputError
+from bundle.files import write_text
 from bundle.metrics import LocalisationMetric, SurvivalMetric
 from bundle.metrics.bootstrap import draw_patients, paired_difference
 from bundle.settings import differences, file_sha256, write_json
 from bundle.survival import OBJECTIVES
-from bundle.workflow import flag, make_folder
+from bundle.workflow import exit_on_sigterm, flag, make_folder
 
-from .jobs import end_on_sigterm, locked, run_jobs, run_module, threads_of, write_text
+from .jobs import literal, locked, run_jobs, run_module, threads_of
 
 BASELINES = ("clinical_only", "image_only")
 OWN = ("cohort", "fold", "split", "ckpt_dir", "output_dir", "resume", "seed", "objective", "ckpt", "maps_dir")
@@ -75,14 +75,6 @@ class Model:
     folder: str
     configs: tuple[str, ...]
     overrides: tuple[tuple[str, str], ...]
-
-
-def literal(text: str) -> object:
-    """A value as the command line of `monai.bundle run` reads it."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def options_of(words: Sequence[str]) -> dict[str, str]:
@@ -484,5 +476,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    end_on_sigterm()
+    exit_on_sigterm()
     main()

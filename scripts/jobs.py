@@ -1,14 +1,14 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What scripts that start many runs share: processes that end with their parent, several at a time, and whole files."""
+"""What scripts that start many runs share: processes that end with their parent, several at a time."""
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import fcntl
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -18,9 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bundle.files import write_atomically
-
-__all__ = ["end_on_sigterm", "locked", "run_jobs", "run_module", "threads_of", "write_text"]
+__all__ = ["literal", "locked", "run_jobs", "run_module", "threads_of"]
 
 _running: set[subprocess.Popen] = set()
 
@@ -101,11 +99,9 @@ def run_jobs(call: Callable[..., Any], todo: Iterable[tuple], jobs: int) -> Iter
         pool.shutdown()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file of text whole or not at all; its folder is made."""
-    write_atomically(path, lambda p: p.write_text(text))
-
-
-def end_on_sigterm() -> None:
-    """Let SIGTERM, a cluster's preemption, end :func:`run_jobs` as an interrupt does: what runs saves and ends, too."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+def literal(text: str) -> Any:
+    """A value of a command line as `monai.bundle run` reads it."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -8,7 +8,6 @@ import argparse
 import csv
 import io
 import logging
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from bundle.data.cohort import read_cohort
 from bundle.data.layouts import LAYOUTS, UNITS, Layout, read_clinical, scan_row
 from bundle.errors import InputError
+from bundle.files import write_atomically
 
 _log = logging.getLogger(__name__)
 
@@ -84,16 +84,12 @@ def make_cohort(layout: Layout, images: Path, table: Path, out: Path, region: st
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(cohort)
-    temporary = out.with_name("." + out.name)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(temporary: Path) -> None:
         temporary.write_text(text.getvalue(), encoding="utf-8")
         read_cohort(temporary, need_outcome="time" in columns)
-        os.replace(temporary, out)
-    except OSError as error:
-        raise InputError(f"can't write {out}: {error.strerror}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    write_atomically(out, write)
     masked = sum("gt_mask" in row for row in cohort)
     print(f"{out}: {len(cohort)} scans, {masked} with gt_mask, {len(scan_faults)} left out")
 

@@ -26,7 +26,7 @@ from bundle.data.phantoms import (
     phantom_cohort,
 )
 from bundle.errors import InputError
-from bundle.files import write_atomically
+from bundle.files import write_atomically, write_text
 from bundle.settings import write_json
 
 WHAT = """\
@@ -103,7 +103,7 @@ def write_cohort(out: Path, args: argparse.Namespace, params: PhantomParams) -> 
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_atomically(out / "cohort.csv", lambda p: p.write_text(text.getvalue()))
+        write_text(out / "cohort.csv", text.getvalue())
     except OSError as e:
         raise InputError(f"can't write phantoms to {out}: {e.strerror}.") from e
     print(out / "cohort.csv")

@@ -22,6 +22,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from bundle.data.phantoms import Phantom, ball, phantom_cohort
+from bundle.files import write_text
 from bundle.transforms import LoadCTd, fill_thorax, threshold_lung_mask
 
 SPACING = 3.0  # mm, that of the shipped configuration
@@ -286,7 +287,7 @@ def main() -> None:
     draw([*chests, *others, shown], picture)
     full = full_ct_seconds(chests[-1]) if chests else None
     command = f"python -m scripts.measure_lung_masks --num {args.num} --seed {args.seed}"
-    args.page.write_text(page(real_rows(chests + others), full, phantoms, picture.name, args.num, command), encoding="utf-8")
+    write_text(args.page, page(real_rows(chests + others), full, phantoms, picture.name, args.num, command))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from ast import literal_eval
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from bundle.data.cohort import read_cohort
 from bundle.data.datasets import ScanCache
 from bundle.errors import InputError
 from bundle.workflow import begin, make_folder
+
+from .jobs import literal
 
 SAMPLE = 3  # scans on which reading is timed
 
@@ -42,7 +43,7 @@ def report(cache: ScanCache, made: int, seconds: float) -> str:
     """What the cache holds and what it saves, measured: bytes of all files, seconds on the first scans."""
     records, sample = cache.data, cache.data[:SAMPLE]
     paths = {Path(r[key]) for r in records for key in ("image", "lung_mask") if key in r}
-    source = sum(f.stat().st_size for p in paths for f in (p.iterdir() if p.is_dir() else [p]))
+    source = sum(f.stat().st_size for p in paths for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file())
     cached = sum(f.stat().st_size for f in {cache.file(r) for r in records})
     start = time.perf_counter()
     voxels = sum(cache[i]["image"].numel() for i in range(len(records)))
@@ -76,18 +77,10 @@ def main(argv: list[str] | None = None) -> None:
     if len(rest) % 2 or not all(key.startswith("--") for key in rest[::2]):
         p.error(f"expected --key value, got {' '.join(rest)}")
     begin()
-    cache = cache_of(args, {key[2:]: value_of(text) for key, text in zip(rest[::2], rest[1::2])})
+    cache = cache_of(args, {key[2:]: literal(text) for key, text in zip(rest[::2], rest[1::2])})
     start = time.perf_counter()
     made = cache.fill(args.jobs if args.jobs > 1 else 0, partial(tqdm, desc="preprocessing", unit="scan"))
     print(report(cache, made, time.perf_counter() - start))
-
-
-def value_of(text: str) -> Any:
-    """A value of a command line as `monai.bundle run` reads it."""
-    try:
-        return literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 if __name__ == "__main__":

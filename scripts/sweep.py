@@ -27,13 +27,14 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from bundle.data.phantoms import PhantomParams
-from bundle.files import write_atomically
+from bundle.files import write_atomically, write_text
 from bundle.metrics.survival import c_index
 from bundle.networks.severity import minkowski_functionals
 from bundle.settings import file_sha256, settings_file, write_json
 from bundle.survival import OBJECTIVES
+from bundle.workflow import exit_on_sigterm
 
-from .jobs import end_on_sigterm, run_jobs, run_module, threads_of, write_text
+from .jobs import run_jobs, run_module, threads_of
 
 KEY = ["complexity", "size", "variant", "train_scans", "seed", "test"]
 SURVIVAL = ["c_index", "integrated_brier", "mae_events", "correlation", "mean_time_censored"]
@@ -212,7 +213,7 @@ class Runner:
             log=folder / "log.txt",
         )
         shutil.rmtree(folder / "cache")
-        write_atomically(done, lambda p: p.write_text(str(round(time.time() - start))))
+        write_text(done, str(round(time.time() - start)))
         return folder, int(done.read_text())
 
     def row(self, complexity: int, size: int, variant: str, train_scans: int, seed: int, test: str) -> dict:
@@ -485,7 +486,7 @@ def main(prog: str = "scripts.sweep", about: str | None = __doc__, layout: Calla
     wanted = [(*w, args.train_scans, s, t) for s in args.seeds for w in what for t in args.tests]
     todo = [key for key in wanted if tuple(map(str, key)) not in done]
     work, failed = args.work.resolve(), 0
-    end_on_sigterm()
+    exit_on_sigterm()
     with tqdm(total=len(wanted), initial=len(wanted) - len(todo)) as bar:
         for row in ENGINES[args.engine](work, args.test_scans, todo, args.jobs) if todo else ():
             if isinstance(row, Exception):

@@ -114,8 +114,8 @@ class ScanCache(PersistentDataset):
     """MONAI's `PersistentDataset`, whose files are named after the content of the scan and all that was done to it.
 
     A name is the SHA-256 of the scan's and its masks' content, of every transform before the first random one with its
-    arguments, and of their code and MONAI's version. So a copied or touched scan is found, and a
-    changed scan or a changed setting never reads a stale file. Times, events and covariates are not in a file.
+    arguments, and of their code and MONAI's version. So a copied or touched scan is found, and a changed scan or a changed
+    setting never reads a stale file. Times, events and covariates are not in a file.
 
     Images are rounded to 16 bits between 0 and 1 of the HU window, an error of at most 1/131070 of it (0.01 HU of
     1200), and the lung is a boolean: 3 bytes a voxel instead of 8. What training reads is what the file holds, whether

@@ -20,6 +20,7 @@ from bundle.data.cohort import IMAGE_SUFFIXES, MASK_COLUMNS, read_table
 from bundle.data.contours import read_region, referenced_series, region_names, region_numbers
 from bundle.data.dicom import Series, choose_series, list_series
 from bundle.errors import InputError
+from bundle.files import write_atomically
 
 __all__ = ["LAYOUTS", "UNITS", "Layout", "read_clinical", "scan_row"]
 
@@ -236,10 +237,7 @@ def _fits(path: Path, series: Series) -> bool:
 
 
 def _write_mask(path: Path, mask: nib.Nifti1Image) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name("." + path.name)
-    nib.save(mask, temporary)
-    os.replace(temporary, path)
+    write_atomically(path, lambda temporary: nib.save(mask, temporary))
 
 
 def _finite(text: str) -> float:

@@ -25,6 +25,24 @@ def linear_weights(at: torch.Tensor, size: int) -> torch.Tensor:
     return (1 - (at.unsqueeze(1) - torch.arange(size).to(at)).abs()).clamp_min(0)
 
 
+def relation(volume_affine: Any, affine: Any) -> tuple[np.ndarray, np.ndarray, list[int], np.ndarray]:
+    """From the voxels of a grid to those of a volume, and how far their axes are from running along each other.
+
+    Args:
+        volume_affine, affine: of the volume and of the grid, RAS, mm.
+
+    Returns:
+        matrix (3, 3) and offset (3,): voxel of the volume = matrix @ voxel of the grid + offset; the volume's axis along
+        each axis of the grid; and what is left of the matrix without these, 0 where axes are parallel.
+    """
+    to_volume = np.linalg.solve(np.asarray(volume_affine, dtype=float), np.asarray(affine, dtype=float))
+    matrix, offset = to_volume[:3, :3], to_volume[:3, 3]
+    axes = abs(matrix).argmax(0).tolist()
+    rest = matrix.copy()
+    rest[axes, range(3)] = 0
+    return matrix, offset, axes, rest
+
+
 def to_scan_space(volume: MetaTensor, affine: torch.Tensor, shape: tuple[int, ...]) -> MetaTensor:
     """Resample a volume (1, D, H, W) onto the grid given by `affine` (RAS, mm) and `shape`, linearly, keeping its sum.
 
@@ -37,21 +55,17 @@ def to_scan_space(volume: MetaTensor, affine: torch.Tensor, shape: tuple[int, ..
     """
     shape = tuple(int(n) for n in shape)
     affine = torch.as_tensor(affine, dtype=torch.float64)
-    relation = torch.linalg.solve(volume.affine.double(), affine)  # voxel of the grid -> voxel of the volume
-    matrix, offset = relation[:3, :3], relation[:3, 3]
-    source = matrix.abs().argmax(0).tolist()  # the volume's axis along each axis of the grid
-    bent = matrix.clone()
-    bent[source, range(3)] = 0
+    matrix, offset, source, bent = relation(volume.affine, affine)
     volume_sum = volume.as_tensor().sum()
     tiny = torch.finfo(torch.float32).tiny
-    if len(set(source)) < 3 or float((bent.abs() * torch.tensor(shape)).sum(1).max()) > 0.01:
+    if len(set(source)) < 3 or (abs(bent) * shape).sum(1).max() > 0.01:
         resample = SpatialResample(mode="bilinear", padding_mode="zeros", dtype=torch.float32)
         out = resample(volume, dst_affine=affine, spatial_size=shape)
         return out * (volume_sum / out.sum().clamp_min(tiny))
     small = volume.as_tensor()[0].float().permute(*reversed(source))
     weights = []  # of the grid's axes from last to first, as `small` has them
     for axis, of in reversed(list(enumerate(source))):
-        at = matrix[of, axis] * torch.arange(shape[axis]) + offset[of]
+        at = torch.from_numpy(matrix[of, axis] * np.arange(shape[axis]) + offset[of])
         weights.append(linear_weights(at, volume.shape[1 + of]).to(small))
     total, out = small, small
     for weight in weights:
@@ -69,22 +83,17 @@ def mask_to_scan_space(mask: MetaTensor, affine: torch.Tensor, shape: tuple[int,
         uint8 of that shape; 0 outside the mask's grid.
     """
     source = np.asarray(mask[0].cpu(), dtype=np.uint8)
-    to_source = np.linalg.inv(np.asarray(mask.affine, dtype=float)) @ np.asarray(affine, dtype=float)
-    matrix, offset = to_source[:3, :3], to_source[:3, 3]
+    matrix, offset, axes, rest = relation(mask.affine, affine)
     shape = tuple(int(n) for n in shape)
-    axes = abs(matrix).argmax(1)
-    steps = matrix[range(3), axes]
-    rest = matrix.copy()
-    rest[range(3), axes] = 0
     if len(set(axes)) < 3 or abs(rest).sum(1).max() * max(shape) > 0.5:  # half a voxel off at most
         return ndimage.affine_transform(source, matrix, offset, shape, order=0, mode="grid-constant")
     # The axes run along each other: one index an axis, hundreds of times as fast on a whole CT.
-    for axis in range(3):
-        index = np.rint(np.arange(shape[axes[axis]]) * steps[axis] + offset[axis]).astype(int)
-        inside = (index >= 0) & (index < source.shape[axis])
-        source = np.take(source, index.clip(0, source.shape[axis] - 1), axis)
-        source *= inside.reshape([-1 if n == axis else 1 for n in range(3)])
-    return np.ascontiguousarray(source.transpose(np.argsort(axes)))
+    for axis, of in enumerate(axes):
+        index = np.rint(np.arange(shape[axis]) * matrix[of, axis] + offset[of]).astype(int)
+        inside = (index >= 0) & (index < source.shape[of])
+        source = np.take(source, index.clip(0, source.shape[of] - 1), of)
+        source *= inside.reshape([-1 if n == of else 1 for n in range(3)])
+    return np.ascontiguousarray(source.transpose(axes))
 
 
 class MapToHeatd(Transform):

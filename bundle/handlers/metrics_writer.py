@@ -16,7 +16,7 @@ import ignite.distributed as idist
 from ignite.engine import Engine, Events
 from monai.metrics.metric import CumulativeIterationMetric
 
-from ..files import write_atomically
+from ..files import write_text
 
 __all__ = ["MetricsWriter", "format_metrics_table", "merge_rows"]
 
@@ -75,7 +75,7 @@ class MetricsWriter:
         if curves:
             texts["survival_curves.csv"] = _csv(curves, ())
         for name, text in texts.items():
-            write_atomically(self.output_dir / name, lambda p: p.write_text(text))
+            write_text(self.output_dir / name, text)
 
 
 def merge_rows(tables: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:

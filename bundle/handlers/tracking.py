@@ -99,8 +99,8 @@ class HistoryWriter:
 class WandbHandler:
     """Log a run to Weights & Biases: the loss of every iteration of a trainer, the metrics of every validation.
 
-    Trainer and validator log into one run, which a resumed training continues; of several processes the first logs. The default mode needs neither an
-    account nor a network; `wandb sync` uploads such a run later.
+    Trainer and validator log into one run, which a resumed training continues; of several processes the first logs. The
+    default mode needs neither an account nor a network; `wandb sync` uploads such a run later.
 
     Args:
         output_dir: folder of the run, which also identifies it.

@@ -9,7 +9,7 @@ import json
 from html import escape
 from pathlib import Path
 
-from bundle.files import write_atomically
+from bundle.files import write_text
 
 from .pictures import png, survival_figure
 
@@ -172,4 +172,4 @@ def _write_page(path: Path, title: str, body: str) -> None:
         f"<h1>{title}</h1><p><b>Research use only, not for diagnosis or treatment.</b></p>"
         f"{body}</body></html>\n"
     )
-    write_atomically(path, lambda p: p.write_text(page, encoding="utf-8"))
+    write_text(path, page)
