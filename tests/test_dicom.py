@@ -104,6 +104,12 @@ def test_the_chest_ct_is_chosen_among_all_that_is_there(hospital, caplog):
     assert "Secret" not in caplog.text
 
 
+def test_the_patients_name_is_not_shown_where_a_description_holds_it(tmp_path):
+    add(tmp_path, "Thorax SECRET, name 1.0")
+    (series,) = list_series(tmp_path)
+    assert "'Thorax ***, *** 1.0'" in str(series)
+
+
 def test_a_series_can_be_named(hospital):
     folder, series = hospital
     assert find_series(folder, "here", series["lung"]).uid == series["lung"]

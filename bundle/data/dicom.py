@@ -34,7 +34,7 @@ __all__ = ["Series", "choose_series", "find_series", "list_series", "read_dicom"
 _log = logging.getLogger(__name__)
 
 _TAGS = (
-    "PatientID SOPInstanceUID SeriesInstanceUID FrameOfReferenceUID Modality SeriesDescription ProtocolName "
+    "PatientID PatientName SOPInstanceUID SeriesInstanceUID FrameOfReferenceUID Modality SeriesDescription ProtocolName "
     "BodyPartExamined ConvolutionKernel ImageType SliceThickness AcquisitionNumber TemporalPositionIdentifier "
     "ImagePositionPatient ImageOrientationPatient PixelSpacing Rows Columns SamplesPerPixel NumberOfFrames "
     "BitsAllocated ContrastBolusAgent"
@@ -465,7 +465,7 @@ def _read_header(path: str) -> tuple[Series, Slice] | None:
         series = Series(
             uid=series_uid,
             modality=_text(header, "Modality"),
-            description=_text(header, "SeriesDescription"),
+            description=_without_name(_text(header, "SeriesDescription"), _text(header, "PatientName")),
             kernel=_text(header, "ConvolutionKernel"),
             body_part=f"{_text(header, 'BodyPartExamined')} {_text(header, 'ProtocolName')}".strip(),
             image_type=tuple(_text(header, "ImageType").upper().split("\\")),
@@ -544,6 +544,12 @@ def _text(header: pydicom.Dataset, keyword: str) -> str:
         return ""
     text = "\\".join(map(str, value)) if isinstance(value, pydicom.multival.MultiValue) else str(value)
     return "".join(c for c in text if c.isprintable()).strip()[:64]
+
+
+def _without_name(text: str, name: str) -> str:
+    """Free text, which is shown, without the words of the patient's name, which must not be."""
+    words = [re.escape(word) for word in re.split(r"[\^=,\s]+", name) if len(word) > 1]
+    return re.sub(rf"\b({'|'.join(words)})\b", "***", text, flags=re.IGNORECASE) if words else text
 
 
 def _numbers(header: pydicom.Dataset, keyword: str, count: int) -> tuple[float, ...] | None:

@@ -15,6 +15,7 @@ from typing import BinaryIO, NamedTuple
 
 import itk
 import nibabel as nib
+from isal import isal_zlib
 
 from bundle.errors import InputError
 
@@ -242,7 +243,7 @@ def _check_voxels(claim: _Claim) -> None:
             except EOFError as error:
                 what = f"its compressed voxels end after {max(0, held - claim.skip)} of {claim.size} bytes"
                 raise InputError(f"{what}: truncated {_EXPECTED}") from error
-            except zlib.error as error:
+            except isal_zlib.error as error:
                 raise InputError(f"its compressed voxels do not decode: damaged {_EXPECTED}") from error
     if held < expected:
         what = f"holds {max(0, held - claim.skip)} of the {claim.size} bytes that {_by(claim.shape)} voxels take"
@@ -257,11 +258,11 @@ def _inflated(file: BinaryIO) -> Iterator[int]:
 
     Raises:
         EOFError: the stream ends early.
-        zlib.error: it is damaged.
+        isal_zlib.error: it is damaged.
     """
     data = file.read(_CHUNK_BYTES)
     while data:
-        inflate = zlib.decompressobj(wbits=47)  # gzip or zlib, whichever its header says
+        inflate = isal_zlib.decompressobj(wbits=47)  # gzip or zlib, whichever its header says
         while not inflate.eof:
             piece = inflate.decompress(data, _CHUNK_BYTES)
             yield len(piece)
