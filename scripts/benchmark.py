@@ -42,7 +42,7 @@ Five questions, each answered by measurements made side by side in one run:
   forward      a whole CT, without gradients, in a process of its own: time, and peak memory over that of the imports;
                once, and from all 64 origins of the patch grid with refinement, as inference does.
   CT           a CT of 512 x 512 x 300 voxels from its file to the saved heat map: time of every stage, peak memory.
-  cohort       six of them, one by one and reading ahead.
+  cohort       six of them: one by one, reading ahead, and by two processes that share nothing.
   scaling      train step of one scan from 32 to 512 voxels a side, fitted to time = a * voxels ** exponent.
 
 Times are medians. Let nothing else run beside it; a loaded machine makes them useless.
@@ -277,7 +277,7 @@ def measure_all(quick: bool, threads: int) -> dict:
     print("measuring whole scans ...", file=sys.stderr)
     whole = [apart(alone, *case, few, threads) for case in alone_cases]
     print("measuring whole CTs from file to map ...", file=sys.stderr)
-    ct = benchmark_ct.measure_ct(apart, 3 if quick else 6, threads)
+    ct = benchmark_ct.measure_ct(apart, 2 if quick else 6, threads)
     print("measuring train steps ...", file=sys.stderr)
     train = measure_train(repeats, quick)
     precision = measure_precision(repeats)

@@ -7,7 +7,9 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +119,17 @@ def many_cts(cohort: Path, output_dir: Path, ahead: int, threads: int) -> dict:
     """Seconds of a cohort's inference, and the peak memory."""
     evaluator, start = inference(cohort, output_dir, ahead, threads).get_parsed_content("evaluator"), time.perf_counter()
     evaluator.run()
-    return {"ahead": ahead, "seconds": time.perf_counter() - start, "peak_gib": peak_gib()}
+    return {"seconds": time.perf_counter() - start, "peak_gib": peak_gib()}
+
+
+def two_processes(cohort: Path, output_dir: Path) -> dict:
+    """The same by two processes that share nothing, each with a thread and half of the scans, which both are `cohort`:
+    what the machine's two cores can do at best."""
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        folders = [output_dir / "0", output_dir / "1"]
+        halves = list(pool.map(many_cts, [cohort] * 2, folders, [0] * 2, [1] * 2))
+    peaks = [half["peak_gib"] for half in halves]
+    return {"seconds": max(half["seconds"] for half in halves), "peak_gib": None if None in peaks else sum(peaks)}
 
 
 def measure_ct(apart: Callable, scans: int, threads: int) -> dict:
@@ -125,25 +137,32 @@ def measure_ct(apart: Callable, scans: int, threads: int) -> dict:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         one = apart(one_ct, write_ct(folder, 1), folder / "one", threads)
-        cohort = write_ct(folder, scans)
-        runs = [apart(many_cts, cohort, folder / f"ahead{ahead}", ahead, threads) for ahead in (0, 1)]
-        tables = [(folder / f"ahead{ahead}" / "predictions.csv").read_text() for ahead in (0, 1)]
-        same = tables[0] == tables[1]
-        maps = [(folder / f"ahead{ahead}" / "maps" / "ct0_heat.nii.gz").read_bytes() for ahead in (0, 1)]
-    speedup = runs[0]["seconds"] / runs[1]["seconds"]
-    return {"one": one, "scans": scans, "cohort": runs, "speedup": speedup, "same": same and maps[0] == maps[1]}
+        half, cohort = write_ct(folder, scans // 2), write_ct(folder, scans)
+        runs = {
+            "one by one, 1 thread": apart(many_cts, cohort, folder / "one_thread", 0, 1),
+            f"one by one, {threads} threads": apart(many_cts, cohort, folder / "serial", 0, threads),
+            f"reading ahead, {threads} threads (as shipped)": apart(many_cts, cohort, folder / "ahead", 1, threads),
+            "two processes, 1 thread each, half of the scans each": two_processes(half, folder / "two"),
+        }
+        tables = [(folder / name / "predictions.csv").read_text() for name in ("serial", "ahead")]
+        maps = [(folder / name / "maps" / "ct0_heat.nii.gz").read_bytes() for name in ("serial", "ahead")]
+    same = tables[0] == tables[1] and maps[0] == maps[1]
+    cohort_rows = [{"how": how, **run} for how, run in runs.items()]
+    return {"one": one, "scans": scans, "cohort": cohort_rows, "same": same}
 
 
 def aims(result: dict) -> list[dict]:
     """What was aimed at, and whether it was met."""
-    one, speedup = result["one"], result["speedup"]
+    one, (serial, threaded, ahead, _) = result["one"], [run["seconds"] for run in result["cohort"]]
     rows = [
         {"aim": "CT of 512 x 512 x 300 from file to map below 20 s", "measured": one["seconds"], "met": one["seconds"] < 20},
-        {"aim": "reading ahead at least 1.6 x as fast as one by one", "measured": speedup, "met": speedup >= 1.6},
     ]
-    peaks = [run["peak_gib"] for run in (one, *result["cohort"]) if run["peak_gib"] is not None]
+    for what, seconds in (("1 thread", serial), ("2 threads", threaded)):
+        aim = f"reading ahead at least 1.6 x as fast as one by one with {what}"
+        rows.append({"aim": aim, "measured": seconds / ahead, "met": seconds / ahead >= 1.6})
+    peaks = [run["peak_gib"] for run in (one, result["cohort"][2]) if run["peak_gib"] is not None]
     if peaks:
-        rows.append({"aim": "both below 3 GiB of memory in all", "measured": max(peaks), "met": max(peaks) < 3})
+        rows.append({"aim": "a CT, and a cohort reading ahead, below 3 GiB of memory in all", "measured": max(peaks), "met": max(peaks) < 3})
     return rows
 
 
@@ -157,8 +176,11 @@ def sections(result: dict, table: Callable[[list[str], list[list[str]]], str]) -
     def memory(gib: float | None) -> str:
         return "not measured" if gib is None else f"{gib:.2f} GiB"
 
-    names = {0: "one by one", 1: "reading ahead (as shipped)"}
-    runs = [[names[r["ahead"]], f"{r['seconds']:.1f} s", memory(r["peak_gib"])] for r in result["cohort"]]
+    serial = result["cohort"][0]["seconds"]
+    runs = [
+        [r["how"], f"{r['seconds']:.1f} s", f"{serial / r['seconds']:.2f} x", memory(r["peak_gib"])]
+        for r in result["cohort"]
+    ]
     same = "the same" if result["same"] else "NOT the same"
     return [
         "## A whole CT, from file to saved map",
@@ -166,10 +188,11 @@ def sections(result: dict, table: Callable[[list[str], list[list[str]]], str]) -
         f"`configs/inference.json` as shipped; {memory(one['peak_gib'])} at the peak, imports included.",
         table(["stage", "time", "of a CPU"], [*stages, *total]),
         "The bottlenecks were, in this order: the heat map's way back to the scan's grid (a general resampling of 79 "
-        "million voxels, now a small matrix an axis), gzip (now ISA-L's), and turning arrays round in memory (now plane "
-        "by plane). What is left is the network and reading.",
+        "million voxels, now a small matrix an axis), gzip (now ISA-L's, for checking the stream as well), and turning arrays "
+        "round in memory (now plane by plane and block by block; voxels stay 16 bits until they are resampled). What is "
+        "left is the network and reading.",
         f"## A cohort of {result['scans']} such CTs",
-        f"A thread reads and preprocesses the next scan meanwhile; predictions and maps are {same}. "
-        f"Reading ahead is {result['speedup']:.2f} x as fast.",
-        table(["", "time", "peak memory"], runs),
+        f"A thread reads and preprocesses the next scan meanwhile; predictions and maps are {same}. The last row is what "
+        "the machine allows: two processes that share nothing but its memory, which is what holds them up.",
+        table(["", "time", "speed", "peak memory"], runs),
     ]

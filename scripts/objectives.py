@@ -32,6 +32,7 @@ SCAN = ["complexity", "size", "train_scans", "seed"]
 # What the summary asks, by measure, and whether more of it is better.
 QUESTIONS = {
     "average_precision": ("Best map (average precision)", True),
+    "mass_accuracy": ("Most heat in the mask (mass accuracy)", True),
     "c_index": ("Best order of patients (C-index)", True),
     "integrated_brier": ("Best probabilities (integrated Brier)", False),
     "mae_events": ("Best months of those who die (MAE)", False),
@@ -62,8 +63,9 @@ def layout(rows: list[dict]) -> str:
     """The answers, and a line for each phantom and objective: mean over seeds (minimum-maximum)."""
     table = sweep.numbers([row for row in rows if row["test"] == "same"])
     table["variant"] = table.variant.replace("default", "centime")
-    lines = [answer(table, measure, *question) for measure, question in QUESTIONS.items()]
-    shared = len(table.pivot_table("train_seconds", SCAN, "variant").dropna())
+    objectives = table[table.variant.isin(OBJECTIVES)]
+    lines = [answer(objectives, measure, *question) for measure, question in QUESTIONS.items()]
+    shared = len(objectives.pivot_table("train_seconds", SCAN, "variant").dropna())
     lines += ["", f"Means over the {shared} pairs of phantom and seed that every objective was trained on.", ""]
     lines += ["| phantom | objective | seeds | " + " | ".join(MEASURES.values()) + " |", "|" + "---|" * (len(MEASURES) + 3)]
     known = list(OBJECTIVES)
