@@ -274,17 +274,36 @@ def test_refinement_leaves_alone_what_brightness_does_not_explain():
     torch.testing.assert_close(refined, plain)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_refinement_finds_nothing_in_a_map_that_knows_nothing(masked):
+    """The border of the lung weighs less than what lies further in, where the lesions are."""
+    image = 0.3 + 0.02 * torch.randn(1, 1, 32, 32, 32, generator=torch.Generator().manual_seed(0))
+    image[..., 10:18, 10:18, 10:18] += 0.5
+    lung = torch.zeros_like(image)
+    lung[..., 3:29, 3:29, 3:29] = 1
+
+    class Even(nn.Module):
+        def forward(self, image: Tensor, lung: Tensor | None = None) -> Tensor:
+            inside = torch.ones_like(image) if lung is None else lung
+            weight = (torch.nn.functional.avg_pool3d(inside, 4, ceil_mode=True)[:, 0] > 0).float()
+            return torch.stack([40 * weight, weight / weight.sum()], 1)
+
+    lung = lung if masked else None
+    plain, refined = (GridShiftInferer(4, 4, 0.5, refine=r)(image, Even(), lung=lung)[0, 1] for r in (False, True))
+    torch.testing.assert_close(refined, plain, rtol=1e-3, atol=0)
+
+
 def test_the_ratio_is_that_of_smoothed_histograms():
-    brightness, weight = torch.rand(2, 20, 20, 20), torch.rand(2, 20, 20, 20)
+    brightness, weight, even = torch.rand(3, 2, 20, 20, 20)
     inside = torch.rand(2, 20, 20, 20) < 0.7
-    ratio = brightness_ratio(brightness, inside, weight * inside)
+    ratio = brightness_ratio(brightness, inside, weight * inside, even * inside)
     assert (ratio[~inside] == 1).all()
     for scan in range(2):
-        values, shares = (x[scan][inside[scan]].double().numpy() for x in (brightness, weight))
+        values, *shares = (x[scan][inside[scan]].double().numpy() for x in (brightness, weight, even))
         ordered = np.sort(values)
         low, high = (ordered[int(q * (len(values) - 1))] for q in (0.001, 0.999))
         bins = np.clip(np.floor((values - low) / (high - low) * 64), 0, 63).astype(int)
-        hot, all_ = (np.bincount(bins, w, 64) / np.sum(w) for w in (shares, np.ones(len(values))))
+        hot, all_ = (np.bincount(bins, w, 64) / np.sum(w) for w in shares)
         hot, all_ = (gaussian_filter1d(h, 1.5, mode="constant", truncate=4) + 1e-6 for h in (hot, all_))
         # the edges of a bin fall differently in single precision for a few cells
         close = np.isclose(ratio[scan][inside[scan]], (hot / all_)[bins], rtol=1e-2)
@@ -296,10 +315,10 @@ def test_refinement_keeps_a_texture_and_an_evenly_bright_lesion_as_they_are():
     image = torch.rand(1, 1, 32, 32, 32, generator=generator)
     weight = torch.full((1, 32, 32, 32), 1e-6)
     weight[:, 8:16, 8:16, 8:16] = 1.0
-    ratio = brightness_ratio(image[:, 0], weight > 0, weight)
+    ratio = brightness_ratio(image[:, 0], weight > 0, weight, torch.ones_like(weight))
     assert float(ratio.std()) < 0.25  # of 512 draws in 64 bins
     image[0, 0, 8:16, 8:16, 8:16] = 3.0
-    ratio = brightness_ratio(image[:, 0], weight > 0, weight)
+    ratio = brightness_ratio(image[:, 0], weight > 0, weight, torch.ones_like(weight))
     assert float(ratio[weight == 1].std()) < 1e-3 and float(ratio[weight == 1].min()) > 20
     assert float(ratio[weight < 1].max()) < 1
 

@@ -15,16 +15,19 @@ from torch import Tensor
 __all__ = ["GridShiftInferer"]
 
 
-def brightness_ratio(brightness: Tensor, inside: Tensor, weight: Tensor) -> Tensor:
-    """How much more common each cell's brightness is where the weight lies than in the whole lung, (B, d, h, w).
+def brightness_ratio(brightness: Tensor, inside: Tensor, weight: Tensor, even: Tensor) -> Tensor:
+    """How much more common each cell's brightness is where the weight lies than where it would lie if all patches weighed
+    the same, (B, d, h, w).
 
-    The ratio of two histograms of 64 bins from the 0.1st to the 99.9th percentile of a scan's lung, the one weighted by
-    `weight`, both smoothed by 1.5 bins; 1 outside.
+    The ratio of two histograms of 64 bins from the 0.1st to the 99.9th percentile of a scan's lung, one weighted by
+    `weight` and one by `even`, both smoothed by 1.5 bins; 1 outside.
 
     Args:
         brightness: of the cells, (B, d, h, w).
         inside: which cells are lung, (B, d, h, w).
         weight: not negative, 0 outside, (B, d, h, w).
+        even: the weights of a map that knows nothing, (B, d, h, w). They are smaller at the lung's border; next to equal
+            ones, such a map would seem to have found whatever only lies further in.
     """
     ratio = torch.ones_like(weight)
     smooth = GaussianFilter(1, 1.5, truncated=4.0)
@@ -33,7 +36,7 @@ def brightness_ratio(brightness: Tensor, inside: Tensor, weight: Tensor) -> Tens
         ordered = values.sort()[0]
         low, high = ordered[int(0.001 * (len(ordered) - 1))], ordered[int(0.999 * (len(ordered) - 1))]
         bins = ((values - low) / (high - low).clamp_min(1e-6) * 64).long().clamp(0, 63)
-        share = torch.stack([torch.bincount(bins, w, 64) for w in (weight[i][inside[i]].double(), None)])
+        share = torch.stack([torch.bincount(bins, w[i][inside[i]].double(), 64) for w in (weight, even)])
         share = smooth((share / share.sum(1, keepdim=True)).float()[None])[0] + 1e-6
         ratio[i][inside[i]] = (share[0] / share[1])[bins]
     return ratio
@@ -50,9 +53,10 @@ class GridShiftInferer(Inferer):
     2. **Smoothing** by a Gaussian.
     3. **Refinement** within patches. A wall one voxel thick makes every patch around it hot, and the air beside it looks
        like air elsewhere. Cells have their weight times the square of :func:`brightness_ratio`, a naive Bayes factor
-       that asks the scan itself how its hot places differ from the rest. It is kept between 0.6 and 3, lest a few rare
-       voxels outshine a lesion of mixed brightness. Where brightness doesn't tell hot from cold, as with a texture, the
-       map stays as it is, and so it does within a lesion that is bright all over.
+       that asks the scan itself how its hot places differ from those of a map which is even; such a map it leaves as it
+       is. It is kept between 0.6 and 3, lest a few rare voxels outshine a lesion of mixed brightness. Where brightness
+       doesn't tell hot from cold, as with a texture, the map stays as it is, and so it does within a lesion that is
+       bright all over.
 
     The patient's location is the mean of the grids', and so are extra channels of the map. The result is a survival map
     like any other, with cells of ``stride / shifts`` voxels.
@@ -104,22 +108,28 @@ class GridShiftInferer(Inferer):
         said, log_weight, count = total[:, :-2], total[:, -2], total[:, -1]
         inside = count > 0
         # Few patches reach a cell at the lung's border; their mean is noisy, and must not win for that.
-        log_weight = log_weight / count.clamp_min(1) + 2 * count.clamp_min(1).log()
-        log_weight = log_weight.masked_fill(~inside, -torch.inf)
-        weight = log_weight.flatten(1).softmax(1).view_as(log_weight)
-        if self.sigma > 0:
-            weight = GaussianFilter(3, self.sigma, truncated=3.0)(weight.unsqueeze(1))[:, 0] * inside
-            weight = weight / weight.sum((1, 2, 3), keepdim=True)
+        reached = 2 * count.clamp_min(1).log()
+        weight = self.smooth(log_weight / count.clamp_min(1) + reached, inside)
         if self.refine:
             pad = [n for size, cells in zip(inputs.shape[:1:-1], grid[::-1]) for n in (0, cells * cell - size)]
             lung = kwargs.get(self.keys[0]) if self.keys else None
             lung = F.pad(torch.ones_like(inputs) if lung is None else lung.to(inputs.dtype), pad)
             amount = F.avg_pool3d(lung, cell)[:, 0]
             brightness = F.avg_pool3d(F.pad(inputs, pad) * lung, cell)[:, 0] / amount.clamp_min(1e-6)
-            weight = weight * brightness_ratio(brightness, inside & (amount > 0), weight).clamp(0.6, 3).square()
+            even = self.smooth(reached, inside)
+            ratio = brightness_ratio(brightness, inside & (amount > 0), weight, even)
+            weight = weight * ratio.clamp(0.6, 3).square()
             weight = weight / weight.sum((1, 2, 3), keepdim=True)
         weight, inside, count = weight.unsqueeze(1), inside.unsqueeze(1), count.unsqueeze(1)
         said = said / count.clamp_min(1)
         off = patient / self.shifts**3 - (said * weight).sum((2, 3, 4))
         said = (said + off.view(scans, -1, 1, 1, 1)) * inside
         return torch.cat([said, weight], 1)
+
+    def smooth(self, log_weight: Tensor, inside: Tensor) -> Tensor:
+        """Softmax over the cells of each scan that are `inside`, smoothed by the Gaussian; (B, d, h, w)."""
+        weight = log_weight.masked_fill(~inside, -torch.inf).flatten(1).softmax(1).view_as(log_weight)
+        if self.sigma > 0:
+            weight = GaussianFilter(3, self.sigma, truncated=3.0)(weight.unsqueeze(1))[:, 0] * inside
+            weight = weight / weight.sum((1, 2, 3), keepdim=True)
+        return weight

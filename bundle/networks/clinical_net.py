@@ -15,7 +15,7 @@ __all__ = ["ClinicalNet"]
 
 
 class ClinicalNet(nn.Module):
-    """Clinical vector -> survival map with the same location everywhere and weights that are the lung's shares.
+    """Clinical vector -> survival map with the same location and the same weight everywhere in the lung.
 
     It takes the place of :class:`~bundle.networks.SurvivalMapNet` in every config, objective and metric. Without hidden
     units and under a Cox objective it is Cox regression.
@@ -81,7 +81,8 @@ class ClinicalNet(nn.Module):
         s = self.stride
         inside = F.pad(inside, [0, -image.shape[4] % s, 0, -image.shape[3] % s, 0, -image.shape[2] % s])
         share = F.avg_pool3d(inside, s)[:, 0]
-        total = share.sum((1, 2, 3), keepdim=True)
+        weight = (share > 0).to(share.dtype)
+        total = weight.sum((1, 2, 3), keepdim=True)
         if bool((total == 0).any()):
             raise ValueError("a scan of the batch has no lung voxel.")
         x = self.hidden(clinical.to(share.dtype))
@@ -89,4 +90,4 @@ class ClinicalNet(nn.Module):
         if self.to_extra is not None:
             said.append(3 * torch.tanh(self.to_extra(x)))
         inside = (share > 0).unsqueeze(1)
-        return torch.cat([torch.cat(said, 1)[:, :, None, None, None] * inside, (share / total).unsqueeze(1)], 1)
+        return torch.cat([torch.cat(said, 1)[:, :, None, None, None] * inside, (weight / total).unsqueeze(1)], 1)
