@@ -33,12 +33,13 @@ from bundle.survival import CenTime, SurvivalMapLoss
 from . import benchmark_ct
 
 WHAT = """\
-Five questions, each answered by measurements made side by side in one run:
+Six questions, each answered by measurements made side by side in one run:
 
   train step   forward, loss, backward and AdamW. The network with windows and with global attention beside MONAI's ViT
                and a plain PyTorch transformer (nn.TransformerEncoder, padding mask) of the same patch size, width, depth
                and MLP, which attend over all patches; with all of the image lung and with 35 % of it. Steps of the
                rivals alternate, so that a busy machine slows all of them. And one scan of 256 voxels a side.
+  format       the same in bfloat16, and in channels_last.
   forward      a whole CT, without gradients, in a process of its own: time, and peak memory over that of the imports;
                once, and from all 64 origins of the patch grid with refinement, as inference does.
   CT           a CT of 512 x 512 x 300 voxels from its file to the saved heat map: time of every stage, peak memory.
@@ -170,23 +171,11 @@ def seconds(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, flo
     return {name: statistics.median(t[1:]) for name, t in times.items()}
 
 
-def resident(field: str) -> float | None:
-    """Resident memory of this process in GiB, now (``VmRSS``) or at its peak (``VmHWM``); None where /proc isn't.
-
-    `getrusage` won't do: its peak starts at that of the parent process.
-    """
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return None
-    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return int(lines[field].split()[0]) / 2**20
-
-
 def alone(task: str, name: str, shape: tuple[int, ...], batch: int, share: float, repeats: int, threads: int) -> dict:
     """In a fresh process: median time of a forward pass, map or training step, and peak memory over that of the imports."""
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
-    before = resident("VmRSS")
+    before = benchmark_ct.resident("VmRSS")
     if task == "train":
         step = training_step(name, shape[0], batch, share)
     else:
@@ -201,7 +190,7 @@ def alone(task: str, name: str, shape: tuple[int, ...], batch: int, share: float
 
     result = {"seconds": seconds({name: step}, repeats)[name], "peak_gib": None}
     if before is not None:
-        result["peak_gib"] = resident("VmHWM") - before
+        result["peak_gib"] = benchmark_ct.resident("VmHWM") - before
     return {"task": task, "network": name, "shape": list(shape), "batch": batch, "lung_share": share, **result}
 
 

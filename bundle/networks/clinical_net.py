@@ -80,14 +80,12 @@ class ClinicalNet(nn.Module):
             inside = inside.as_subclass(Tensor)  # MONAI's MetaTensor would drag its metadata along
         s = self.stride
         inside = F.pad(inside, [0, -image.shape[4] % s, 0, -image.shape[3] % s, 0, -image.shape[2] % s])
-        share = F.avg_pool3d(inside, s)[:, 0]
-        weight = (share > 0).to(share.dtype)
-        total = weight.sum((1, 2, 3), keepdim=True)
+        inside = (F.avg_pool3d(inside, s) > 0).to(inside.dtype)
+        total = inside.sum((2, 3, 4), keepdim=True)
         if bool((total == 0).any()):
             raise ValueError("a scan of the batch has no lung voxel.")
-        x = self.hidden(clinical.to(share.dtype))
+        x = self.hidden(clinical.to(inside.dtype))
         said = [self.loc_bias + self.loc_scale * self.to_location(x)]
         if self.to_extra is not None:
             said.append(3 * torch.tanh(self.to_extra(x)))
-        inside = (share > 0).unsqueeze(1)
-        return torch.cat([torch.cat(said, 1)[:, :, None, None, None] * inside, (weight / total).unsqueeze(1)], 1)
+        return torch.cat([torch.cat(said, 1)[:, :, None, None, None] * inside, inside / total], 1)

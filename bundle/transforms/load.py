@@ -70,8 +70,9 @@ class LoadCTd(MapTransform):
                 out["notes"] = image.meta.pop("notes")
                 if fault := check_hu(image):
                     raise InputError(f"{where}: {fault}")
-                image = image.clamp_min(_AIR_HU)
-            out[key] = image if self.hounsfield else image.float()
+                out[key] = image.clamp_min(_AIR_HU)
+            else:
+                out[key] = image.float()
         for key in self.mask_keys:
             if key not in out:
                 continue
