@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import logging
 import math
 import os
@@ -49,13 +50,29 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_MALLOPT = {-8: 1, -4: 0, -1: 2**31 - 1}  # malloc.h: M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD in bytes
+
 
 def begin(seed: int = 0) -> None:
-    """First step of every config: plain error messages, an end by SIGTERM, fast arithmetic on tiny numbers, a seed."""
+    """First step of every config: plain error messages, an end by SIGTERM, memory and arithmetic that are fast, a seed."""
     plain_errors()
     exit_on_sigterm()
+    keep_memory()
     torch.set_flush_denormal(True)  # the tails of a softmin are denormal, and denormals are slow
     set_determinism(seed)
+
+
+def keep_memory() -> None:
+    """Let glibc keep the memory of freed arrays for the next ones; nothing is done under other C libraries.
+
+    It hands large arrays back to the kernel one by one, which clears every page of the next one: a sixth of the time of
+    inference on a CT, half of that of a train step at 512 voxels a side. Threads beside each other, reading and
+    computing, wait for it as well, unless all share one arena (the others can't keep arrays beyond 64 MiB).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        for option, value in _MALLOPT.items():
+            mallopt(option, value)
 
 
 def exit_on_sigterm() -> None:

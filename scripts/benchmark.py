@@ -43,7 +43,7 @@ Six questions, each answered by measurements made side by side in one run:
   forward      a whole CT, without gradients, in a process of its own: time, and peak memory over that of the imports;
                once, and from all 64 origins of the patch grid with refinement, as inference does.
   CT           a CT of 512 x 512 x 300 voxels from its file to the saved heat map: time of every stage, peak memory.
-  cohort       six of them: one by one, reading ahead, and by two processes that share nothing.
+  cohort       six of them: one by one, reading ahead, and a process a core.
   scaling      train step of one scan from 32 to 512 voxels a side, fitted to time = a * voxels ** exponent.
 
 Times are medians. Let nothing else run beside it; a loaded machine makes them useless.

@@ -4,10 +4,10 @@
 
 from __future__ import annotations
 
+import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from monai.bundle import ConfigParser
 
 import bundle.handlers.prediction_writer as prediction_writer
+from bundle.parallel_inference import run_parallel
 from bundle.workflow import begin
 
 SHAPE, SPACING = (512, 512, 300), (0.7, 0.7, 1.0)
@@ -125,12 +126,15 @@ def many_cts(cohort: Path, output_dir: Path, ahead: int, threads: int) -> dict:
     return {"seconds": time.perf_counter() - start, "peak_gib": resident("VmHWM")}
 
 
-def two_processes(apart: Callable, cohort: Path, output_dir: Path) -> dict:
-    """The same by two processes that share nothing, each with a thread and half of the scans, which both are `cohort`."""
-    with ThreadPoolExecutor(2) as pool:
-        halves = list(pool.map(lambda i: apart(many_cts, cohort, output_dir / str(i), 0, 1), range(2)))
-    peaks = [half["peak_gib"] for half in halves]
-    return {"seconds": max(half["seconds"] for half in halves), "peak_gib": None if None in peaks else sum(peaks)}
+def by_processes(cohort: Path, output_dir: Path, jobs: int) -> dict:
+    """The same by `--engine processes`; the memory of all of them, of which they share a part."""
+    parser = inference(cohort, output_dir, 0, 1)
+    names = ("dataset", "network", "inferer", "postprocessing", "writer")
+    parts, start = [parser.get_parsed_content(name) for name in names], time.perf_counter()
+    run_parallel("processes", *parts, jobs)
+    seconds, here = time.perf_counter() - start, resident("VmHWM")
+    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    return {"seconds": seconds, "peak_gib": None if here is None else here + jobs * child}
 
 
 def measure_ct(apart: Callable, scans: int, threads: int) -> dict:
@@ -138,29 +142,30 @@ def measure_ct(apart: Callable, scans: int, threads: int) -> dict:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         one = apart(one_ct, write_ct(folder, 1), folder / "one", threads)
-        half, cohort = write_ct(folder, scans // 2), write_ct(folder, scans)
+        cohort = write_ct(folder, scans)
         runs = {
             "one by one, 1 thread": apart(many_cts, cohort, folder / "one_thread", 0, 1),
             f"one by one, {threads} threads": apart(many_cts, cohort, folder / "serial", 0, threads),
             f"reading ahead, {threads} threads (as shipped)": apart(many_cts, cohort, folder / "ahead", 1, threads),
-            "two processes, 1 thread each, half of the scans each": two_processes(apart, half, folder / "two"),
+            f"--engine processes --jobs {threads}": apart(by_processes, cohort, folder / "processes", threads),
         }
-        tables = [(folder / name / "predictions.csv").read_text() for name in ("serial", "ahead")]
-        maps = [(folder / name / "maps" / "ct0_heat.nii.gz").read_bytes() for name in ("serial", "ahead")]
-    same = tables[0] == tables[1] and maps[0] == maps[1]
+        outputs = [folder / name for name in ("serial", "ahead", "processes")]
+        tables = {(output / "predictions.csv").read_text() for output in outputs}
+        maps = [nib.load(output / "maps" / "ct0_heat.nii.gz").get_fdata() for output in outputs]
+    same = len(tables) == 1 and all(np.allclose(maps[0], other, rtol=1e-3, atol=1e-3 * maps[0].max()) for other in maps)
     cohort_rows = [{"how": how, **run} for how, run in runs.items()]
     return {"one": one, "scans": scans, "cohort": cohort_rows, "same": same}
 
 
 def aims(result: dict) -> list[dict]:
     """What was aimed at, and whether it was met."""
-    one, (*serial, ahead, _) = result["one"], result["cohort"]
+    one, (*serial, ahead, processes) = result["one"], result["cohort"]
     rows = [
         {"aim": "CT of 512 x 512 x 300 from file to map below 20 s", "measured": one["seconds"], "met": one["seconds"] < 20},
     ]
     for run in serial:
-        speedup = run["seconds"] / ahead["seconds"]
-        aim = f"reading ahead at least 1.6 x as fast as {run['how']}"
+        speedup = run["seconds"] / processes["seconds"]
+        aim = f"{processes['how']} at least 1.6 x as fast as {run['how']}"
         rows.append({"aim": aim, "measured": speedup, "met": speedup >= 1.6})
     peaks = [run["peak_gib"] for run in (one, ahead) if run["peak_gib"] is not None]
     if peaks:
@@ -194,7 +199,7 @@ def sections(result: dict, table: Callable[[list[str], list[list[str]]], str]) -
         "round in memory (now plane by plane and block by block; voxels stay 16 bits until they are resampled). What is "
         "left is the network and reading.",
         f"## A cohort of {result['scans']} such CTs",
-        f"A thread reads and preprocesses the next scan meanwhile; predictions and maps are {same}. The last row is what "
-        "two processes reach that share nothing.",
+        f"As shipped a thread reads and preprocesses the next scan meanwhile; predictions and maps are {same} by all of "
+        "these. That thread waits for Python's lock and the kernel's memory map, which processes do not share.",
         table(["", "time", "speed", "peak memory"], runs),
     ]

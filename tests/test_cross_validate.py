@@ -23,7 +23,7 @@ from bundle.errors import InputError
 from bundle.explain import EnsembleToHeatd, MapToHeatd
 from bundle.metrics.bootstrap import draw_patients, paired_difference
 from bundle.networks import SurvivalMapNet
-from bundle.ray_inference import run_on_ray
+from bundle.parallel_inference import run_parallel
 from bundle.settings import file_sha256, read_settings
 from bundle.survival import CenTime, Cox
 from scripts import cross_validate, jobs
@@ -260,7 +260,7 @@ def test_an_ensemble_is_the_mean_of_its_members_distributions_and_heat(tiny_coho
         np.testing.assert_allclose(heat, sum(h[k] for h in heats) / 3, rtol=1e-4, atol=1e-9)
         assert np.isclose(heat.sum(), predictions.death_60m[k], atol=1e-4)
     with pytest.raises(InputError, match="--engine ray predicts by one model"):
-        run_on_ray(None, [torch.nn.Identity()], None, None, None)
+        run_parallel("ray", None, [torch.nn.Identity()], None, None, None, 1)
     run(EVALUATE, ckpt=files, output_dir=str(tmp_path / "measured"), **options)
     measured = pd.read_csv(tmp_path / "measured" / "metrics_per_scan.csv")
     np.testing.assert_allclose(measured.median_months, predictions.median_months, rtol=1e-4)

@@ -278,30 +278,35 @@ class ScanStream(IterableDataset):
 
     def __iter__(self) -> Iterator[dict]:
         todo = [record for record in self.data if record["patient_id"] not in self.done]
+        for record, (item, fault) in zip(todo, self._prepared(todo)):
+            if fault:
+                self.faults.append((record["patient_id"], fault))
+            else:
+                yield item
+
+    def _prepared(self, todo: list[dict]) -> Iterator[tuple[dict | None, str]]:
         if self.ahead == 0:
-            yield from filter(None, map(self.prepare, todo))
+            yield from map(self.prepare, todo)
             return
         with ThreadPoolExecutor(1) as reader:
             read: deque[Future] = deque()
             for record in todo:
                 read.append(reader.submit(self.prepare, record))
-                if len(read) > self.ahead and (item := read.popleft().result()) is not None:
-                    yield item
-            yield from filter(None, (item.result() for item in read))
+                if len(read) > self.ahead:
+                    yield read.popleft().result()
+            yield from (item.result() for item in read)
 
-    def prepare(self, record: dict) -> dict | None:
-        """What the transform makes of a record; None for a bad one."""
+    def prepare(self, record: dict) -> tuple[dict | None, str]:
+        """What the transform makes of a record and "", or None and one sentence on what is wrong with it."""
         if record.get("fault"):
-            self.faults.append((record["patient_id"], record["fault"]))
-            return None
+            return None, record["fault"]
         try:
-            return self.transform(record)
+            return self.transform(record), ""
         except Exception as e:  # one scan's failure, of whatever kind, must not end the run
             fault = input_error_of(e)
             sentence = str(fault) if fault else _unforeseen(record["patient_id"], e)
-            self.faults.append((record["patient_id"], sentence))
             logger.warning(sentence)
-            return None
+            return None, sentence
 
     def require_all(self, on_fault: str = "fail") -> None:
         """After a run: raise if a scan failed, unless ``on_fault`` is ``skip``.
