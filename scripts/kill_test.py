@@ -170,12 +170,14 @@ def jobs(work: Path) -> list[Job]:
         return [*where, *what]
 
     weights = ("model.pt", "settings.json", "history.csv", "last.pt")
+    predictions = ("predictions.csv", "survival_curves.csv", "report.html", "maps/*", "done/*")
     memory, workers = ["configs/objective/cox_memory.json"], ["--num_workers", "1", "--patience", "2"]
     return [
         Job("training", train, weights),
         Job("training, Cox with memory, a loading process, early stopping", lambda f: train(f, *memory) + workers, weights),
         Job("preprocessing, two processes", prepare, ("*.pt",)),
-        Job("inference", infer, ("predictions.csv", "survival_curves.csv", "report.html", "maps/*", "done/*")),
+        Job("inference", infer, predictions),
+        Job("inference, two processes", lambda f: infer(f) + ["--engine", "processes", "--jobs", "2"], predictions),
         Sweep("sweep", swept, ()),
     ]
 

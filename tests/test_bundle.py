@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -455,3 +456,24 @@ def test_torchscript_export_equals_the_network(tmp_path, trained):
 def test_wandb_offline_by_one_override(tiny_cohort, tmp_path):
     train(tiny_cohort, tmp_path, max_epochs=1, tracking="configs/tracking/wandb.json")
     assert list((tmp_path / "wandb").glob("offline-run-*"))
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc")
+def test_freed_memory_is_kept_for_the_next_array(root):
+    code = """
+import resource, sys, torch
+from bundle.workflow import begin
+if sys.argv[1] == "begin":
+    begin()
+faults = []
+for _ in range(8):
+    torch.ones(2**25).add_(1)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[-1] - faults[3])
+"""
+
+    def faults(how: str) -> int:
+        done = subprocess.run([sys.executable, "-c", code, how], cwd=root, check=True, capture_output=True, text=True)
+        return int(done.stdout)
+
+    assert faults("plain") > 10_000 and faults("begin") < 100  # of 32768 pages an array
