@@ -71,12 +71,19 @@ def remove_leftovers(folder: str | Path) -> None:
     """Delete the temporary files that killed processes of this machine left in a folder; those of others may be at work."""
     for path in Path(folder).glob(f"{_TEMPORARY}*"):
         pid = path.name.removeprefix(_TEMPORARY).partition("-")[0]
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
+        if pid.isdecimal() and not _runs(int(pid)):
             path.unlink(missing_ok=True)
-        except (ValueError, PermissionError):
-            pass
+
+
+def _runs(pid: int) -> bool:
+    """Whether there is such a process, and not only what is left of it until its parent, or a container's init, notices."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's, or no Linux
+        return True
 
 
 def save_checked(content: Any, path: str | Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import multiprocessing
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -112,9 +113,11 @@ class _Process:
     worker: ScanWorker
 
     @classmethod
-    def start(cls, parts: dict) -> None:
+    def start(cls, parts: dict, run: int) -> None:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, else it outlives a run that is killed
+            if os.getppid() != run:  # killed just before
+                os._exit(1)
         torch.set_num_threads(1)  # the scans share the cores; and libgomp hangs in a fork that asks for more
         cls.worker = ScanWorker(parts, "cpu")
 
@@ -129,7 +132,7 @@ def _by_processes(parts: dict, todo: list[int], jobs: int) -> Iterator[dict]:
     todo, jobs = list(todo), min(jobs, len(todo))
     context = multiprocessing.get_context("fork")
     while todo:
-        with ProcessPoolExecutor(jobs, context, _Process.start, (parts,)) as pool:
+        with ProcessPoolExecutor(jobs, context, _Process.start, (parts, os.getpid())) as pool:
             futures = [pool.submit(_Process.predict, index) for index in todo]
             try:
                 for future in as_completed(futures):
