@@ -60,6 +60,28 @@ def test_a_killed_sweep_goes_on_and_runs_nothing_twice(tmp_path, page, monkeypat
     assert "| 60 (60–61) |" in line or "| 61 (60–61) |" in line
 
 
+def test_targets_are_met_or_missed_by_what_the_seeds_reach():
+    good = {"variant": "default", "test": "same", "train_scans": 100, "size": 64, "inverted": 0, "survivor_heat": 0.02}
+    good |= {"pointing_game": 1.0, "average_precision": 0.9, "mass_accuracy": 0.95, "mae_events": 1.5, "correlation": 0.96}
+    good |= {"mean_time_censored": 90.0}
+    rows = [good | {"complexity": c, "seed": seed} for c in (2, 3, 7) for seed in (0, 1)]
+    rows[1] |= {"pointing_game": 0.9, "inverted": 2}
+    rows[2] |= {"confounder_mass": 0.01, "correlation": None}
+    rows[3] |= {"confounder_mass": 0.04}
+    rows.append(good | {"complexity": 7, "seed": 2, "variant": "no_entropy", "average_precision": 0.1})
+    text = sweep.targets(sweep.numbers(rows))
+    assert text.startswith("Phantoms (seeds) by voxels a side: 64³: 2 (2), 3 (2), 7 (2).\n")
+    found = {cells[1].strip(): (cells[3].strip(), cells[4].strip()) for cells in (line.split("|") for line in text.splitlines()[4:])}
+    assert found["pointing game, mean"] == ("64³: 3, 7", "64³: 2 (0.95)")
+    assert found["pointing game, worst seed"] == ("64³: 3, 7", "64³: 2 (0.9)")
+    assert found["average precision"] == ("64³: 3", "64³: 2 (0.9), 7 (0.9)")  # 3 has a bound of its own
+    assert found["heat in confounder"] == ("–", "64³: 3 (0.025)")
+    assert found["survivors / dead"] == ("64³: 2, 3, 7", "–")
+    assert found["inverted maps, all seeds"] == ("64³: 3, 7", "64³: 2 (2)")
+    assert found["MAE events, months"] == ("64³: 7", "64³: 2 (1.5), 3 (1.5)")
+    assert found["correlation"] == ("64³: 2, 7", "64³: 3 (nan)")  # a run without a measure doesn't meet it
+
+
 def test_a_run_that_fails_does_not_take_the_others_with_it(tmp_path, page, monkeypatch, capsys):
     def row_of(runner, complexity, size, variant, train_scans, seed, test):
         if complexity == 2:
