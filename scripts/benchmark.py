@@ -370,8 +370,8 @@ def markdown(result: dict, command: str) -> str:
         "## Scaling",
         f"Train step of one scan, patch {SIZE['patch_size']}, {SHARE:.0%} lung, so tokens grow with the voxels; "
         "time = a * voxels ** exponent. Small scans are all overhead, hence the exponent between the two largest. At 512³ "
-        "glibc takes every large array from the kernel anew, and clearing its pages takes as long as computing. It keeps "
-        "them with `GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184` before the command.",
+        "glibc takes every large array from the kernel anew, and clearing its pages takes half of the time. Training keeps "
+        "them (`bundle.workflow.keep_memory`); this measurement doesn't.",
         table(["network", *[f"{n}³" for n in sizes], "exponent", "between the two largest"], scaling),
         "## Aims",
         table(["aim", "measured", ""], aims),
