@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -135,9 +135,9 @@ def _by_processes(parts: dict, todo: list[int], jobs: int) -> Iterator[dict]:
         with ProcessPoolExecutor(jobs, context, _Process.start, (parts, os.getpid())) as pool:
             futures = [pool.submit(_Process.predict, index) for index in todo]
             try:
-                for future in as_completed(futures):
+                for future in futures:  # in their order: the first without a result is what the one process died of
                     item = future.result()
-                    todo.remove(item["index"])
+                    todo.pop(0)
                     yield item
             except BrokenProcessPool:
                 patient = parts["stream"].data[todo[0]]["patient_id"]

@@ -50,7 +50,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_MALLOPT = {-8: 1, -4: 0, -1: 2**31 - 1}  # malloc.h: M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD in bytes
+_MALLOPT = {-4: 0, -1: 2**31 - 1}  # malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD in bytes
 
 
 def begin(seed: int = 0) -> None:
@@ -66,8 +66,8 @@ def keep_memory() -> None:
     """Let glibc keep the memory of freed arrays for the next ones; nothing is done under other C libraries.
 
     It hands large arrays back to the kernel one by one, which clears every page of the next one: a sixth of the time of
-    inference on a CT, half of that of a train step at 512 voxels a side. Threads beside each other, reading and
-    computing, wait for it as well, unless all share one arena (the others can't keep arrays beyond 64 MiB).
+    inference on a CT, half of that of a train step at 512 voxels a side. It is the main thread's memory that is kept; the
+    arenas of other threads can't hold large arrays.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:

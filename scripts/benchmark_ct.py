@@ -200,6 +200,6 @@ def sections(result: dict, table: Callable[[list[str], list[list[str]]], str]) -
         "left is the network and reading.",
         f"## A cohort of {result['scans']} such CTs",
         f"As shipped a thread reads and preprocesses the next scan meanwhile; predictions and maps are {same} by all of "
-        "these. That thread waits for Python's lock and the kernel's memory map, which processes do not share.",
+        "these. Threads share Python's lock and the kernel's memory map, processes do not.",
         table(["", "time", "speed", "peak memory"], runs),
     ]
