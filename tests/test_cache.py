@@ -21,7 +21,7 @@ from bundle.transforms import LoadCTd, LungMaskd, RandShiftd
 from scripts import preprocess
 
 from .conftest import write_scan
-from .test_bundle import TRAIN, run, train
+from .test_bundle import TRAIN, train
 from .test_bundle import _in_root, trained  # noqa: F401  fixtures
 
 

@@ -36,7 +36,7 @@ def fault_of(path, **options) -> str:
 def test_reads_the_contract(write, tmp_path):
     path = write(
         "patient_id,image,time,event,lung_mask,gt_mask,split,fold,age,sex,dose",
-        f"A,a.nii.gz,12.5,1,m.nii.gz,,train,0,61,f,",
+        "A,a.nii.gz,12.5,1,m.nii.gz,,train,0,61,f,",
         "",
         f"B b,{tmp_path}/b.nii.gz,99,0,,m.nii.gz,val,1,70.5,m,3",
         encoding="utf-8-sig",

@@ -28,7 +28,7 @@ from bundle.networks.heads import HEADS
 from bundle.survival import OBJECTIVES, CenTime, Cox, CoxMemory, objective_from, patient_numbers, seen_until
 from bundle.survival.cox import breslow_baseline, partial_log_likelihood
 from bundle.survival.discrete import DeepHit, Logistic, LogisticHazard, deephit_ranking
-from bundle.survival.objectives import Classical, classical_log_likelihood
+from bundle.survival.objectives import Classical
 
 TMAX = 100
 
