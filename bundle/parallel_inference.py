@@ -94,6 +94,11 @@ def run_parallel(
         raise InputError(f"--engine {engine} predicts by one model; leave it out for an ensemble.")
     if engine == "processes" and next(network.parameters()).is_cuda:
         raise InputError("--engine processes computes on CPU (expected --device cpu as well, or no --engine).")
+    if engine == "ray":
+        try:
+            import ray.data  # noqa: F401
+        except ImportError as e:
+            raise InputError("--engine ray needs Ray: pip install -r requirements-ray.txt.") from e
     writer.start(None)
     todo = [i for i, record in enumerate(stream.data) if record["patient_id"] not in stream.done]
     parts = dict(stream=stream, network=network.cpu(), inferer=inferer, postprocessing=postprocessing, writer=writer)
@@ -122,8 +127,8 @@ class _Process:
         cls.worker = ScanWorker(parts, "cpu")
 
     @classmethod
-    def predict(cls, index: int) -> dict:
-        return cls.worker({"index": index})
+    def predict(cls, item: dict) -> dict:
+        return cls.worker(item)
 
 
 def _by_processes(parts: dict, todo: list[int], jobs: int) -> Iterator[dict]:
@@ -133,29 +138,26 @@ def _by_processes(parts: dict, todo: list[int], jobs: int) -> Iterator[dict]:
     context = multiprocessing.get_context("fork")
     while todo:
         with ProcessPoolExecutor(jobs, context, _Process.start, (parts, os.getpid())) as pool:
-            futures = [pool.submit(_Process.predict, index) for index in todo]
+            futures = [pool.submit(_Process.predict, {"index": index}) for index in todo]
             try:
                 for future in futures:  # in their order: the first without a result is what the one process died of
                     item = future.result()
                     todo.pop(0)
                     yield item
             except BrokenProcessPool:
-                patient = parts["stream"].data[todo[0]]["patient_id"]
-                if jobs == 1:
+                if jobs > 1:
+                    logger.warning("a process died (out of memory?); the rest goes on with one at a time.")
+                    jobs = 1
+                else:
+                    patient = parts["stream"].data[todo[0]]["patient_id"]
                     fault = f"patient {patient}: the process died while reading or predicting this scan (out of memory?)."
                     yield {"index": todo.pop(0), "fault": fault}
-                else:
-                    logger.warning("a process died (out of memory?); the rest goes on with one at a time.")
-                jobs = 1
 
 
 def _by_ray(parts: dict, todo: list[int], jobs: int) -> Iterator[dict]:
     """The same by Ray Data's workers, a core each; a scan whose worker was killed goes to another one."""
-    try:
-        import ray
-        import ray.data
-    except ImportError as e:
-        raise InputError("--engine ray needs Ray: pip install -r requirements-ray.txt.") from e
+    import ray.data
+
     paths = ":".join([str(Path(__file__).resolve().parents[1]), *filter(None, sys.path)])
     started_here = not ray.is_initialized()
     if started_here:

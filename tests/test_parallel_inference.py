@@ -65,7 +65,9 @@ def parts_of(folder: Path, root: Path, output: str) -> dict:
     cohort = {"cohort": str(folder / "c.csv"), "shifts": 1}
     parser.update({**cohort, "output_dir": str(folder / output), "bundle_root": str(root)})
     names = {"dataset": "stream", **{name: name for name in ("network", "inferer", "postprocessing", "writer")}}
-    return {name: parser.get_parsed_content(key) for key, name in names.items()}
+    parts = {name: parser.get_parsed_content(key) for key, name in names.items()}
+    assert parts["writer"].stream is parts["stream"]
+    return parts
 
 
 def same_files(folder: Path, output: str) -> None:
