@@ -4,7 +4,7 @@
 
 Takes the weights that scripts.sweep left in its folder of work, and held-out phantoms. Writes a table and a picture:
 
-- random weights: the map of an untrained network of the same kind, and its rank correlation with the trained one's;
+- random weights: the maps of five untrained networks of the same kind, and their rank correlation with the trained one's;
 - shuffled voxels: the map of a scan whose voxels are shuffled, against the lesion's mask;
 - erased: slice by slice, the lesion of those who died is replaced by background; their risk must fall;
 - implanted: slice by slice, a lesion is copied into those who lived; their risk must rise.
@@ -22,26 +22,32 @@ import torch
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
-from bundle.data.phantoms import Phantom, phantom_cohort
+from bundle.data.phantoms import Phantom, PhantomParams, phantom_cohort
 from bundle.explain import GridShiftInferer
 from bundle.files import write_text
 from bundle.metrics.localisation import average_precision
 from bundle.networks import network_from
 from bundle.survival import mean_months, objective_from
 
-from .sweep import HELD_OUT
+from .sweep import HELD_OUT, cell, name_of_run, phantom_name, usual_size
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+UNTRAINED = 5  # networks with random weights
 
 
 class Trained:
-    """The network of a run, from HU to its map on voxels and the patient's mean time."""
+    """The network of a run, from HU to its map on voxels and the patient's mean time.
 
-    def __init__(self, run: Path, trained: bool = True) -> None:
+    Args:
+        run: folder of the weights.
+        random: seed of random weights, in place of the trained ones.
+    """
+
+    def __init__(self, run: Path, random: int | None = None) -> None:
         settings = json.loads((run / "settings.json").read_text())
-        torch.manual_seed(0)
+        torch.manual_seed(random or 0)
         self.network = network_from(settings["network"]).eval()
-        if trained:
+        if random is None:
             self.network.load_state_dict(torch.load(run / "model.pt", map_location="cpu", weights_only=True))
         self.low, self.high = settings["preprocessing"]["hu_window"]
         self.objective = objective_from(settings["objective"])
@@ -77,20 +83,20 @@ def replaced(scan: Phantom, where: np.ndarray, rng: np.random.Generator) -> np.n
     return hu
 
 
-def controls_of(run: Path, complexity: int, seed: int, num: int) -> tuple[dict, list[dict]]:
+def controls_of(run: Path, complexity: int, size: int, seed: int, num: int) -> tuple[dict, list[dict]]:
     """One row of the table and the points of the curves, from `num` held-out scans."""
     rng = np.random.default_rng(seed)
-    trained, untrained = Trained(run), Trained(run, trained=False)
-    scans = [phantom for _, phantom in phantom_cohort(complexity, num, seed + HELD_OUT)]
+    trained, untrained = Trained(run), [Trained(run, random=k) for k in range(UNTRAINED)]
+    scans = [phantom for _, phantom in phantom_cohort(complexity, num, seed + HELD_OUT, params=PhantomParams(size=size))]
     dead, alive = [s for s in scans if s.event], [s for s in scans if not s.event]
-    found: dict[str, list[float]] = {name: [] for name in ("ap", "random_rho", "random_ap", "shuffled_ap", "base_rate")}
+    found: dict[str, list] = {name: [] for name in ("ap", "random_rho", "random_ap", "shuffled_ap", "base_rate")}
     curves: list[dict] = []
     for scan, survivor in zip(dead, alive):
-        heat, other = trained.weights(scan.image), untrained.weights(scan.image)
+        heat, others = trained.weights(scan.image), [network.weights(scan.image) for network in untrained]
         shuffled = rng.permutation(scan.image.ravel()).reshape(scan.image.shape)
         found["ap"].append(average_precision(heat, scan.gt_mask))
-        found["random_rho"].append(float(spearmanr(heat.ravel(), other.ravel())[0]))
-        found["random_ap"].append(average_precision(other, scan.gt_mask))
+        found["random_rho"].append([float(spearmanr(heat.ravel(), other.ravel())[0]) for other in others])
+        found["random_ap"].append([average_precision(other, scan.gt_mask) for other in others])
         found["shuffled_ap"].append(average_precision(trained.weights(shuffled), scan.gt_mask))
         found["base_rate"].append(float(scan.gt_mask.mean()))
         for share in SHARES:
@@ -98,10 +104,11 @@ def controls_of(run: Path, complexity: int, seed: int, num: int) -> tuple[dict, 
             implanted = survivor.image.copy()
             implanted[part] = scan.image[part]
             for what, hu in (("erased", replaced(scan, part, rng)), ("implanted", implanted)):
-                point = {"complexity": complexity, "seed": seed, "what": what, "share": share}
+                point = {"complexity": complexity, "what": what, "share": share}
                 curves.append(point | {"months": trained.months(hu)})
-    row = {"complexity": complexity, "seed": seed, "scans": len(found["ap"])}
-    return row | {name: float(np.mean(values)) for name, values in found.items()}, curves
+    row = {"phantom": phantom_name(complexity, size), "seed": seed, "scans": len(found["ap"])}
+    # A mean over scans; of random weights one for each network.
+    return row | {name: np.mean(values, 0) for name, values in found.items()}, curves
 
 
 def draw(curves: pd.DataFrame, path: Path) -> None:
@@ -127,8 +134,8 @@ def page(table: pd.DataFrame, curves: pd.DataFrame, picture: str, command: str) 
     lines = [
         "# Negative controls and causal checks",
         "",
-        "Maps of held-out phantoms by the weights of the shipped configuration. *Random weights*: an untrained network's map, its "
-        "rank correlation with the trained one's, and its average precision. *Shuffled voxels*: average precision of the trained "
+        f"Maps of held-out phantoms by the weights of the shipped configuration. *Random weights*: the maps of {UNTRAINED} untrained "
+        "networks, their rank correlation with the trained one's, and their average precision: mean (least–greatest network). *Shuffled voxels*: average precision of the trained "
         "map of a scan whose voxels were shuffled. A guess has the mask's *base rate*. What is above it was there before anything was "
         "learnt, or is known without looking: any network answers to brightness, so that an average precision on bright spheres (2, 6) "
         "proves little by itself; and the lesion of 4 always lies in the same corner.",
@@ -137,8 +144,8 @@ def page(table: pd.DataFrame, curves: pd.DataFrame, picture: str, command: str) 
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in table.itertuples():
-        numbers = f"{r.ap:.3f} | {r.random_rho:.2f} | {r.random_ap:.3f} | {r.shuffled_ap:.3f} | {r.base_rate:.3f}"
-        lines.append(f"| {r.complexity} | {r.seed} | {r.scans} | {numbers} |")
+        numbers = f"{r.ap:.3f} | {cell(pd.Series(r.random_rho), 2)} | {cell(pd.Series(r.random_ap), 3)} | {r.shuffled_ap:.3f}"
+        lines.append(f"| {r.phantom} | {r.seed} | {r.scans} | {numbers} | {r.base_rate:.3f} |")
     lines += [
         "",
         "Causal check: mean predicted months while the lesion is erased from those who died, and copied into those who lived.",
@@ -162,6 +169,7 @@ def main() -> None:
     )
     p.add_argument("--work", type=Path, default=Path("runs/sweep"), help="folder of work of the sweep (default runs/sweep)")
     p.add_argument("--complexities", type=int, nargs="+", default=[2, 4, 6, 8], help="1 to 8 (default 2 4 6 8)")
+    p.add_argument("--size", type=int, help="voxels a side of the phantoms (default 64)")
     p.add_argument("--seed", type=int, default=0, help="of the runs (default 0)")
     p.add_argument("--train_scans", type=int, default=100, help="of the runs (default 100)")
     p.add_argument("--num", type=int, default=16, help="held-out scans, half of which die (default 16)")
@@ -170,15 +178,17 @@ def main() -> None:
     torch.set_flush_denormal(True)
     rows, curves = [], []
     for complexity in tqdm(args.complexities, unit="phantom"):
-        run = args.work / "runs" / f"{complexity}_default_{args.train_scans}_{args.seed}"
+        size = args.size or usual_size(complexity)
+        run = args.work / "runs" / name_of_run(complexity, size, "default", args.train_scans, args.seed)
         if not (run / "seconds.txt").is_file():
             raise SystemExit(f"error: {run} is not a finished run; make it with python -m scripts.sweep.")
-        row, points = controls_of(run, complexity, args.seed, args.num)
+        row, points = controls_of(run, complexity, size, args.seed, args.num)
         rows.append(row)
         curves += points
     picture = args.page.with_suffix(".png")
     draw(pd.DataFrame(curves), picture)
     command = f"python -m scripts.controls --complexities {' '.join(map(str, args.complexities))} --seed {args.seed}"
+    command += f" --size {args.size}" if args.size else ""
     write_text(args.page, page(pd.DataFrame(rows), pd.DataFrame(curves), picture.name, command))
 
 

@@ -47,7 +47,10 @@ MAP = [
     "survivor_heat",
     "inverted",
 ]
-COLUMNS = [*KEY, "overrides", "test_scans", "train_seconds", *MAP, *SURVIVAL, "c_index_oracle", "mae_oracle"]
+COLUMNS = [*KEY, "overrides", "test_scans", "train_seconds", *MAP, "heat_ratio", *SURVIVAL, "c_index_oracle", "mae_oracle"]
+# Phantoms in which not all that matters is equally dangerous: the mask of the one, and whether the other is the rest of
+# the lesions or of the scan.
+OTHER_MASKS = {11: ("gt_severe_mask", "lesions"), 13: ("confounder_mask", "scan")}
 HELD_OUT = 10_000  # added to the seed of the phantoms to measure on
 
 # What differs from the shipped configuration, by name of the variant; "phantoms" are options of scripts.make_phantoms,
@@ -127,6 +130,7 @@ TESTS: dict[str, dict] = {
     "contrast_80": {"phantoms": {"bright": 16.0, "noise": 0.16}},
     "contrast_120": {"phantoms": {"bright": 24.0, "noise": 0.24}},
     "size_48": {"phantoms": {"size": 48}},
+    "size_64": {"phantoms": {"size": 64}},
     "size_96": {"phantoms": {"size": 96}},
 }
 
@@ -242,24 +246,32 @@ class Runner:
         phantoms = self.phantoms(complexity, size, self.test_scans, seed + HELD_OUT, options)
         if "move" in what:
             phantoms = self.moved(phantoms, test)
+        cohort = pd.read_csv(phantoms / "cohort.csv")
+        masks = OTHER_MASKS.get(complexity)
+        table = phantoms / "cohort.csv"
+        if masks:  # scored as a confounder is, to learn its share of the heat
+            table = phantoms / "cohort_heat_ratio.csv"
+            write_atomically(table, lambda p: cohort.assign(confounder_mask=cohort[masks[0]]).to_csv(p, index=False))
         folder = run / f"test_{test}"
         model = run / "model.pt"
         if what.get("weights") == "severity_off":
             model = without_severity(run, folder)
         self.python(
             *("monai.bundle", "run", "--config_file", "configs/evaluate.json"),
-            *("--cohort", str(phantoms / "cohort.csv"), "--ckpt", str(model), "--output_dir", str(folder)),
+            *("--cohort", str(table), "--ckpt", str(model), "--output_dir", str(folder)),
             *("--figures", "false"),
             *(text for key, value in what.get("options", {}).items() for text in (f"--{key}", str(value))),
             log=folder / "log.txt",
         )
         found = json.loads((folder / "metrics.json").read_text())
         scans = pd.read_csv(folder / "metrics_per_scan.csv")
-        cohort = pd.read_csv(phantoms / "cohort.csv")
         values = {**found["survival"], **found["localisation"]}
         row = dict(zip(KEY, (complexity, size, variant, train_scans, seed, test)))
         row |= {"overrides": json.dumps(VARIANTS[variant]), "test_scans": len(cohort), "train_seconds": seconds}
         row |= {name: values[name]["value"] for name in MAP + SURVIVAL if name in values}
+        if masks:
+            row.pop("confounder_mass", None)  # neither is one
+            row["heat_ratio"] = heat_ratio(scans, cohort, phantoms, *masks)
         row["inverted"] = int((scans.auroc < 0.5).sum())  # a map that ranks its lesion below the rest
         if "true_risk" in cohort:
             row["c_index_oracle"] = c_index(*(torch.tensor(cohort[k]) for k in ("true_risk", "time", "event")))
@@ -267,6 +279,32 @@ class Runner:
             run_phantoms = self.phantoms(complexity, size, train_scans, seed, own)
             row["mae_oracle"] = mae_of_true_masks(run_phantoms, phantoms)
         return row
+
+
+def heat_ratio(scans: pd.DataFrame, cohort: pd.DataFrame, folder: Path, column: str, rest: str) -> float | None:
+    """Heat per voxel in one mask over that in the rest of the lesions, or of the scan beside the lesions.
+
+    In 11 severe lesions over mild ones, which are a third as dangerous; in 13 the honeycomb that protects over background.
+
+    Args:
+        scans: `metrics_per_scan.csv` of an evaluation that had this mask in the place of the confounder's.
+        cohort: of the same scans; its masks lie in `folder`.
+        column: of the mask.
+        rest: "lesions" or "scan".
+
+    Returns:
+        The median over the scans that have lesions, this mask and the rest; None without such a scan.
+    """
+    ratios = []
+    for scan in scans.merge(cohort, on="patient_id").itertuples():
+        if np.isnan(scan.confounder_mass) or np.isnan(scan.mass_accuracy):
+            continue
+        one, lesions = (np.asarray(nib.load(folder / getattr(scan, name)).dataobj) > 0 for name in (column, "gt_mask"))
+        other, heat = (lesions & ~one, scan.mass_accuracy) if rest == "lesions" else (~lesions & ~one, 1 - scan.mass_accuracy)
+        heat = max(heat - scan.confounder_mass, 0.0)
+        if other.any() and (heat > 0 or scan.confounder_mass > 0):
+            ratios.append(scan.confounder_mass / one.sum() / max(heat / other.sum(), 1e-12))
+    return float(np.median(ratios)) if ratios else None
 
 
 def mae_of_true_masks(train: Path, test: Path) -> float:
@@ -417,7 +455,7 @@ def markdown(rows: list[dict]) -> str:
     head = targets(table) + "\n"
     names = {"pointing_game": "pointing", "average_precision": "AP", "average_precision_ceiling": "AP ceiling"}
     names |= {"mass_accuracy": "heat in mask", "confounder_mass": "heat in confounder", "survivor_heat": "survivors / dead"}
-    names |= {"inverted": "inverted maps", "c_index": "C-index", "c_index_oracle": "of the oracle", "mae_events": "MAE events, months"}
+    names |= {"heat_ratio": "heat ratio", "inverted": "inverted maps", "c_index": "C-index", "c_index_oracle": "of the oracle", "mae_events": "MAE events, months"}
     names |= {"mae_oracle": "of true masks", "integrated_brier": "integrated Brier"}
     names |= {"correlation": "correlation", "mean_time_censored": "mean time of censored", "train_seconds": "training, s"}
     names = {name: title for name, title in names.items() if table[name].notna().any()}
@@ -511,7 +549,7 @@ def main(prog: str = "scripts.sweep", about: str | None = __doc__, layout: Calla
     p.add_argument("--variants", nargs="+", default=["default"], choices=VARIANTS, help="see below (default %(default)s)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of network and data (default 0 1 2)")
     p.add_argument("--tests", nargs="+", default=["same"], choices=TESTS, help="what to measure on (default: same)")
-    p.add_argument("--train_scans", type=int, default=100, help="scans a run, a tenth for validation (default 100)")
+    p.add_argument("--train_scans", type=int, nargs="+", default=[100], help="scans a run, a tenth for validation (default 100)")
     p.add_argument("--test_scans", type=int, default=24, help="held-out scans a run (default 24)")
     p.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default 1)")
     p.add_argument("--engine", choices=ENGINES, default="threads", help="ray: by Ray Tune, here or on a cluster")
@@ -528,7 +566,7 @@ def main(prog: str = "scripts.sweep", about: str | None = __doc__, layout: Calla
         return
     done = {tuple(str(row[k]) for k in KEY) for row in rows}
     what = [(c, args.size or usual_size(c), v) for v in args.variants for c in args.complexities]
-    wanted = [(*w, args.train_scans, s, t) for s in args.seeds for w in what for t in args.tests]
+    wanted = [(*w, n, s, t) for s in args.seeds for w in what for n in args.train_scans for t in args.tests]
     todo = [key for key in wanted if tuple(map(str, key)) not in done]
     work, failed = args.work.resolve(), 0
     exit_on_sigterm()
@@ -547,7 +585,7 @@ def main(prog: str = "scripts.sweep", about: str | None = __doc__, layout: Calla
         raise SystemExit(f"error: {failed} of {len(todo)} runs failed; the same command tries them again.")
     if args.pictures:
         runner = Runner(work, args.test_scans, os.cpu_count() or 1)
-        draw_pictures(runner, args.pictures, [(*w, args.train_scans, args.seeds[0]) for w in what])
+        draw_pictures(runner, args.pictures, [(*w, args.train_scans[0], args.seeds[0]) for w in what])
 
 
 if __name__ == "__main__":

@@ -8,13 +8,16 @@ import csv
 import json
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from bundle.networks import SurvivalMapNet
 from bundle.settings import file_sha256
 from bundle.survival import CenTime
-from scripts import objectives, sweep
+from scripts import objectives, scaling, sweep
 
 
 @pytest.fixture
@@ -187,3 +190,33 @@ def test_the_page_of_objectives_names_the_best_and_those_not_told_apart(tmp_path
     lines = [line for line in text.splitlines() if line.startswith("| 1, 48³ |")]
     assert [line.split(" | ")[1] for line in lines] == ["centime", "classical", "cox"]
     assert "0.950 (0.900–1.000)" in lines[0] and "| – |" in lines[0]
+
+
+def test_heat_ratio_compares_heat_per_voxel(tmp_path):
+    """Lesions of 64 voxels, 16 of them severe, in scans of 512."""
+    lesion, severe = np.zeros((2, 8, 8, 8), np.uint8)
+    lesion[:4, :4, :4], severe[:4, :4, :1] = 1, 1
+    for name, mask in (("lesion", lesion), ("severe", severe)):
+        nib.save(nib.Nifti1Image(mask, np.eye(4)), tmp_path / f"{name}.nii.gz")
+    names = ["a", "b", "c", "d"]
+    cohort = pd.DataFrame({"patient_id": names, "gt_mask": "lesion.nii.gz", "gt_severe_mask": "severe.nii.gz"})
+    # a: three times as hot; b: five times; c has no severe lesion; d, a survivor, no lesion
+    scans = pd.DataFrame({"patient_id": names, "mass_accuracy": [0.6, 1.0, 1.0, np.nan], "confounder_mass": [0.3, 5 / 8, np.nan, np.nan]})
+    assert sweep.heat_ratio(scans, cohort, tmp_path, "gt_severe_mask", "lesions") == pytest.approx(4)  # the median of 3 and 5
+    background = (0.3 / 16) / (0.4 / 448), (5 / 8 / 16) / 1e-12
+    assert sweep.heat_ratio(scans, cohort, tmp_path, "gt_severe_mask", "scan") == pytest.approx(np.median(background))
+    assert sweep.heat_ratio(scans[2:], cohort, tmp_path, "gt_severe_mask", "lesions") is None
+
+
+def test_curves_are_drawn_of_what_was_varied(tmp_path):
+    def row(complexity, variant, train_scans):
+        row = dict(zip(sweep.KEY, (complexity, 48, variant, train_scans, 0, "same")))
+        return row | {"average_precision": 0.9, "mass_accuracy": 0.8, "mae_events": 1.0}
+
+    rows = [row(2, "default", 25), row(2, "default", 100), row(2, "events_30", 100), row(2, "no_shift", 100)]
+    rows += [row(6, "default", 100), row(6, "radius_4", 100), row(6, "events_90_alpha_5", 100)]
+    found = {title: sorted(zip(part.complexity, part.x)) for title, part in scaling.points(rows).items()}
+    assert list(found.values()) == [[(2, 25), (2, 100)], [(2, 0.3), (2, 0.5)], [(6, 4.5), (6, 15.0)]]
+    scaling.draw(rows, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    scaling.draw([], tmp_path / "none.png")
