@@ -191,7 +191,7 @@ def alone(task: str, name: str, shape: tuple[int, ...], batch: int, share: float
         network, lung = build(name, max(shape)).eval(), two_lungs(shape, share, batch)
         image = torch.rand(batch, 1, *shape)
 
-        run = GridShiftInferer(4, network.stride, 0.5, refine=True) if task == "map" else SimpleInferer()
+        run = GridShiftInferer(4, network.stride, 1.0, refine=True) if task == "map" else SimpleInferer()
 
         @torch.no_grad()
         def step() -> None:

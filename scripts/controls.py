@@ -51,7 +51,7 @@ class Trained:
             self.network.load_state_dict(torch.load(run / "model.pt", map_location="cpu", weights_only=True))
         self.low, self.high = settings["preprocessing"]["hu_window"]
         self.objective = objective_from(settings["objective"])
-        self.inferer = GridShiftInferer(4, self.network.stride, sigma=0.5, refine=True)
+        self.inferer = GridShiftInferer(4, self.network.stride, sigma=1.0, refine=True)
 
     def image(self, hu: np.ndarray) -> torch.Tensor:
         hu = torch.from_numpy(hu.astype(np.float32))[None, None]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from itertools import product
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.inferers import Inferer
@@ -15,30 +16,60 @@ from torch import Tensor
 __all__ = ["GridShiftInferer"]
 
 
-def brightness_ratio(brightness: Tensor, inside: Tensor, weight: Tensor, even: Tensor) -> Tensor:
-    """How much more common each cell's brightness is where the weight lies than where it would lie if all patches weighed
-    the same, (B, d, h, w).
+BINS = 24  # an axis of a histogram of two numbers; 64 of one
 
-    The ratio of two histograms of 64 bins from the 0.1st to the 99.9th percentile of a scan's lung, one weighted by
-    `weight` and one by `even`, both smoothed by 1.5 bins; 1 outside.
+
+def bin_of(values: Tensor, bins: int) -> Tensor:
+    """Which of so many equal bins from the 0.1st to the 99.9th percentile each of the values (n,) is in."""
+    ordered = values.sort()[0]
+    low, high = ordered[int(0.001 * (len(ordered) - 1))], ordered[int(0.999 * (len(ordered) - 1))]
+    return ((values - low) / (high - low).clamp_min(1e-6) * bins).long().clamp(0, bins - 1)
+
+
+def likelihood_ratio(where: Tensor, shape: tuple[int, ...], weight: Tensor, even: Tensor, sigma: float) -> Tensor:
+    """How much more common what a cell looks like is where the weight lies than where it would lie if all patches weighed
+    the same, (n,): the ratio of two histograms, one weighted by `weight` and one by `even`, both smoothed.
 
     Args:
-        brightness: of the cells, (B, d, h, w).
+        where: place of each cell in the flattened histogram, (n,).
+        shape: of the histogram.
+        weight: not negative, (n,).
+        even: the weights of a map that knows nothing, (n,). They are smaller at the lung's border; next to equal ones,
+            such a map would seem to have found whatever only lies further in.
+        sigma: of the Gaussian that smooths the histograms, in bins.
+    """
+    share = torch.stack([torch.bincount(where, w.double(), int(np.prod(shape))) for w in (weight, even)])
+    share = (share / share.sum(1, keepdim=True)).float().view(1, 2, *shape)
+    share = GaussianFilter(len(shape), sigma, truncated=4.0)(share)[0].flatten(1) + 1e-6
+    return (share[0] / share[1])[where]
+
+
+def appearance_ratio(brightness: Tensor, inside: Tensor, weight: Tensor, even: Tensor) -> Tensor:
+    """By how much the looks of each cell speak for it, (B, d, h, w); 1 outside.
+
+    The product of two :func:`likelihood_ratio`, of the cell's brightness (between 0.6 and 3, lest a few rare voxels outshine a
+    lesion of mixed brightness; squared), and of mean and standard deviation in the 3 x 3 x 3 cells around it (between 0.1
+    and 10; its root, as neighbours share most of these cells).
+
+    Args:
+        brightness: of the cells, (B, d, h, w), HU window scaled to [0, 1].
         inside: which cells are lung, (B, d, h, w).
         weight: not negative, 0 outside, (B, d, h, w).
-        even: the weights of a map that knows nothing, (B, d, h, w). They are smaller at the lung's border; next to equal
-            ones, such a map would seem to have found whatever only lies further in.
+        even: the weights of a map that knows nothing, (B, d, h, w).
     """
+    there = inside.to(brightness.dtype)
+    parts = torch.stack([there, brightness * there, brightness.square() * there], 1)
+    count, mean, square = F.avg_pool3d(parts, 3, 1, 1).unbind(1)
+    mean, square = mean / count.clamp_min(1e-6), square / count.clamp_min(1e-6)
+    spread = (square - mean.square()).clamp_min(0).sqrt()
     ratio = torch.ones_like(weight)
-    smooth = GaussianFilter(1, 1.5, truncated=4.0)
-    for i in range(len(weight)):
-        values = brightness[i][inside[i]]
-        ordered = values.sort()[0]
-        low, high = ordered[int(0.001 * (len(ordered) - 1))], ordered[int(0.999 * (len(ordered) - 1))]
-        bins = ((values - low) / (high - low).clamp_min(1e-6) * 64).long().clamp(0, 63)
-        share = torch.stack([torch.bincount(bins, w[i][inside[i]].double(), 64) for w in (weight, even)])
-        share = smooth((share / share.sum(1, keepdim=True)).float()[None])[0] + 1e-6
-        ratio[i][inside[i]] = (share[0] / share[1])[bins]
+    for i, lung in enumerate(inside):
+        w, e = weight[i][lung], even[i][lung]
+        own = likelihood_ratio(bin_of(brightness[i][lung], 64), (64,), w, e, 1.5)
+        # 0.003 is 4 HU in the default window: below that one spread is like another
+        around = bin_of(mean[i][lung], BINS) * BINS + bin_of((spread[i][lung] + 0.003).log(), BINS)
+        around = likelihood_ratio(around, (BINS, BINS), w, e, 1.0)
+        ratio[i][lung] = own.clamp(0.6, 3).square() * around.clamp(0.1, 10).sqrt()
     return ratio
 
 
@@ -52,11 +83,9 @@ class GridShiftInferer(Inferer):
        share of the grids, at the lung's border, has its weight times that share squared.
     2. **Smoothing** by a Gaussian.
     3. **Refinement** within patches. A wall one voxel thick makes every patch around it hot, and the air beside it looks
-       like air elsewhere. Cells have their weight times the square of :func:`brightness_ratio`, a naive Bayes factor
-       that asks the scan itself how its hot places differ from those of a map which is even; such a map it leaves as it
-       is. It is kept between 0.6 and 3, lest a few rare voxels outshine a lesion of mixed brightness. Where brightness
-       doesn't tell hot from cold, as with a texture, the map stays as it is, and so it does within a lesion that is
-       bright all over.
+       like air elsewhere; of a lesion that the network is sure of in some places only, the rest looks like these. Cells
+       have their weight times :func:`appearance_ratio`, a naive Bayes factor that asks the scan itself how its hot places
+       differ, in brightness and in texture, from those of a map which is even; such a map it leaves as it is.
 
     The patient's location is the mean of the grids', and so are extra channels of the map. The result is a survival map
     like any other, with cells of ``stride / shifts`` voxels.
@@ -117,8 +146,7 @@ class GridShiftInferer(Inferer):
             amount = F.avg_pool3d(lung, cell)[:, 0]
             brightness = F.avg_pool3d(F.pad(inputs, pad) * lung, cell)[:, 0] / amount.clamp_min(1e-6)
             even = self.smooth(reached, inside)
-            ratio = brightness_ratio(brightness, inside & (amount > 0), weight, even)
-            weight = weight * ratio.clamp(0.6, 3).square()
+            weight = weight * appearance_ratio(brightness, inside & (amount > 0), weight, even)
             weight = weight / weight.sum((1, 2, 3), keepdim=True)
         weight, inside, count = weight.unsqueeze(1), inside.unsqueeze(1), count.unsqueeze(1)
         said = said / count.clamp_min(1)

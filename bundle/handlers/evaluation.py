@@ -40,14 +40,14 @@ def mask_cells(
     return F.avg_pool3d(F.pad(seen, pad), cell)[0]
 
 
-def ceiling_map(cells: torch.Tensor, mask: MetaTensor, image: MetaTensor, cell: int) -> MetaTensor:
+def ceiling_map(cells: torch.Tensor, mask: MetaTensor, image: MetaTensor, lung: torch.Tensor, cell: int) -> MetaTensor:
     """The mask as a map with cells of `cell` voxels can best show it, on the mask's own grid.
 
     Args:
         cells: from :func:`mask_cells`, with the other arguments as there.
     """
     best = to_voxels(cells[None], cell, tuple(image.shape[1:]), None)[0]
-    return to_scan_space(MetaTensor(best, affine=image.affine), mask.affine, mask.shape[1:])
+    return to_scan_space(MetaTensor(best, affine=image.affine), mask.affine, mask.shape[1:], lung)
 
 
 class ScoreScans:
@@ -89,7 +89,7 @@ class ScoreScans:
             if mask is not None and bool(mask.any()):
                 lung, grid = torch.as_tensor(scan["lung"]), tuple(survival_map.shape[1:])
                 cells = mask_cells(mask, scan["image"], lung, self.cell, grid)
-                ceiling = ceiling_map(cells, mask, scan["image"], self.cell)
+                ceiling = ceiling_map(cells, mask, scan["image"], lung, self.cell)
                 cells = cells[0]
             self.distribution([survival_map], [cells], who)
             time, event = output["label"].cpu()
