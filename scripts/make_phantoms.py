@@ -153,7 +153,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="fixes every voxel (default 0)")
     p.add_argument("--out", type=Path, help="folder to write to")
     p.add_argument("--feature_fraction", type=float, default=0.5, help="share of those who die, in 1 to 9 (default 0.5)")
-    p.add_argument("--spacing", type=float, default=3.0, help="mm (default 3; 9 spans 320 mm whatever its size)")
+    p.add_argument("--spacing", type=float, default=3.0, help="mm (default 3; 9 spans 321 mm whatever its size)")
     p.add_argument("--clinical", action="store_true", help="add the columns of configs/clinical/fibrosis.json")
     p.add_argument("--overwrite", action="store_true", help="replace a cohort of other parameters")
     p.add_argument("--picture", type=Path, metavar="PNG", help="draw one scan of each complexity instead")

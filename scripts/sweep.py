@@ -152,7 +152,7 @@ TARGETS: list[tuple[str, str, str, str, float, dict[int, float]]] = [
 
 def usual_size(complexity: int) -> int:
     """Voxels a side of a phantom, unless another size is asked for."""
-    return 96 if complexity == 9 else PhantomParams.size
+    return 107 if complexity == 9 else PhantomParams.size
 
 
 def name_of_run(complexity: int, size: int, variant: str, train_scans: int, seed: int) -> str:
@@ -545,7 +545,7 @@ def main(prog: str = "scripts.sweep", about: str | None = __doc__, layout: Calla
         + "; ".join(f"{k} {' '.join(f'--{a} {b}' for a, b in v.items()) or '(as shipped)'}" for k, v in VARIANTS.items()),
     )
     p.add_argument("--complexities", type=int, nargs="+", default=[1, 2], help="phantoms (default %(default)s)")
-    p.add_argument("--size", type=int, help="voxels a side of the phantoms (default 64; 96 for complexity 9)")
+    p.add_argument("--size", type=int, help="voxels a side of the phantoms (default 64; 107 for complexity 9)")
     p.add_argument("--variants", nargs="+", default=["default"], choices=VARIANTS, help="see below (default %(default)s)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of network and data (default 0 1 2)")
     p.add_argument("--tests", nargs="+", default=["same"], choices=TESTS, help="what to measure on (default: same)")

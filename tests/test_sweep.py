@@ -143,13 +143,13 @@ def test_another_size_is_another_run_and_rows_without_a_size_stay_valid(tmp_path
     monkeypatch.setattr(sweep.Runner, "row", row_of)
     monkeypatch.setattr("sys.argv", command(tmp_path, "--complexities", "2", "9", "--seeds", "0"))
     sweep.main()
-    assert trained == [(9, 96, "default", 100, 0, "same")]
+    assert trained == [(9, 107, "default", 100, 0, "same")]
     monkeypatch.setattr("sys.argv", command(tmp_path, "--complexities", "2", "--seeds", "0", "--size", "48"))
     sweep.main()
     sweep.main()
     assert trained[1:] == [(2, 48, "default", 100, 0, "same")]
     rows = {(r["complexity"], r["size"]): r["mae_events"] for r in csv.DictReader((tmp_path / "results.csv").open())}
-    assert rows == {("2", "48"): "2", ("2", "64"): "1", ("9", "96"): "2"}
+    assert rows == {("2", "48"): "2", ("2", "64"): "1", ("9", "107"): "2"}
     assert "| 2, 48³ | default |" in page.read_text() and "| 2 | default |" in page.read_text()
 
 
@@ -165,7 +165,7 @@ def test_training_and_test_phantoms_have_the_size_of_the_run(tmp_path, monkeypat
     assert made == ["64", "48"] and usual != small
     assert runner.phantoms(2, 64, 8, 0, {"size": 48}) == small  # the test size_48 of a run of the usual size
     assert sweep.name_of_run(2, 64, "cox", 100, 0) == "2_cox_100_0" != sweep.name_of_run(2, 48, "cox", 100, 0)
-    assert sweep.name_of_run(9, 96, "cox", 100, 0) == "9_cox_100_0"
+    assert sweep.name_of_run(9, 107, "cox", 100, 0) == "9_cox_100_0"
 
 
 def test_the_page_of_objectives_names_the_best_and_those_not_told_apart(tmp_path, page, monkeypatch):

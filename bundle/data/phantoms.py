@@ -267,9 +267,9 @@ def protecting_honeycomb(rng, v, p):
 
 
 class Chest:
-    """Body, lungs, vessels, trachea, ribs and spine of a random person, in HU on a 320 mm cube (RAS axes)."""
+    """Body, lungs, vessels, trachea, ribs and spine of a random person, in HU on a 321 mm cube (RAS axes)."""
 
-    FIELD = 320.0  # mm
+    FIELD = 321.0  # mm: 107 voxels of 3 mm, the spacing of the shipped configuration
 
     def __init__(self, rng: np.random.Generator, p: PhantomParams) -> None:
         self.rng, self.mm = rng, self.FIELD / p.size
