@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import signal
+import statistics
 import sys
 import threading
 from functools import partial
@@ -135,15 +136,16 @@ def training_cohort(
 
 
 def location_range(records: list[dict], tmax: int) -> list[float]:
-    """Months between which a patch's location lies: from a year before the earliest death of the training scans to
+    """Months between which a patch's location lies: from 20 months before the median death of the training scans to
     1.2 `tmax`.
 
     The lower bound decides how much of a lesion the map covers. If it lies far below all times, a small part of the
     lesion explains a death, and the rest is never learnt; if it lies above them, no lesion is ever enough, and the heat
-    spreads to what lies beside it.
+    spreads to what lies beside it. The median, because a single early death says nothing of the others.
     """
-    earliest = min((r["time"] for r in records if r["event"]), default=0.0)
-    return [min(earliest - 12.0, 0.3 * tmax), 1.2 * tmax]
+    deaths = [r["time"] for r in records if r["event"]]
+    middle = statistics.median(deaths) if deaths else 0.0
+    return [min(middle - 20.0, 0.3 * tmax), 1.2 * tmax]
 
 
 def fill_caches(*datasets: ScanCache, jobs: int = 0) -> None:

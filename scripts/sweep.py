@@ -545,7 +545,7 @@ def main(prog: str = "scripts.sweep", about: str | None = __doc__, layout: Calla
         + "; ".join(f"{k} {' '.join(f'--{a} {b}' for a, b in v.items()) or '(as shipped)'}" for k, v in VARIANTS.items()),
     )
     p.add_argument("--complexities", type=int, nargs="+", default=[1, 2], help="phantoms (default %(default)s)")
-    p.add_argument("--size", type=int, help="voxels a side of the phantoms (default 64; 107 for complexity 9)")
+    p.add_argument("--size", type=int, help="voxels a side of the phantoms (default 64; 9 always has 107)")
     p.add_argument("--variants", nargs="+", default=["default"], choices=VARIANTS, help="see below (default %(default)s)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of network and data (default 0 1 2)")
     p.add_argument("--tests", nargs="+", default=["same"], choices=TESTS, help="what to measure on (default: same)")
@@ -565,7 +565,8 @@ def main(prog: str = "scripts.sweep", about: str | None = __doc__, layout: Calla
         renew_table(args.page, layout(rows))
         return
     done = {tuple(str(row[k]) for k in KEY) for row in rows}
-    what = [(c, args.size or usual_size(c), v) for v in args.variants for c in args.complexities]
+    sizes = {c: usual_size(c) if c == 9 else args.size or usual_size(c) for c in args.complexities}
+    what = [(c, sizes[c], v) for v in args.variants for c in args.complexities]
     wanted = [(*w, n, s, t) for s in args.seeds for w in what for n in args.train_scans for t in args.tests]
     todo = [key for key in wanted if tuple(map(str, key)) not in done]
     work, failed = args.work.resolve(), 0

@@ -27,6 +27,7 @@ from bundle.errors import InputError, input_error_of
 from bundle.networks import network_from
 from bundle.settings import file_sha256
 from bundle.survival import OBJECTIVES
+from bundle.workflow import location_range
 
 from .conftest import write_scan
 
@@ -477,3 +478,12 @@ print(faults[-1] - faults[3])
         return int(done.stdout)
 
     assert faults("plain") > 10_000 and faults("begin") < 100  # of 32768 pages an array
+
+
+def test_the_range_of_locations_follows_the_median_death():
+    died = [{"time": time, "event": 1} for time in (26.0, 30.0, 31.0)]
+    lived = [{"time": 1.0, "event": 0}] * 5
+    assert location_range(died + lived, 100) == [10.0, 120.0]
+    assert location_range([{"time": 2.0, "event": 1}, *died[1:]], 100) == [10.0, 120.0]  # one early death says nothing of the others
+    assert location_range([{"time": 80.0, "event": 1}], 100) == [30.0, 120.0]
+    assert location_range(lived, 100) == [-20.0, 120.0]
