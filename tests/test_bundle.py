@@ -481,9 +481,11 @@ print(faults[-1] - faults[3])
 
 
 def test_the_range_of_locations_follows_the_median_death():
-    died = [{"time": time, "event": 1} for time in (26.0, 30.0, 31.0)]
+    died = [{"time": 26.0 + i, "event": 1} for i in range(11)]
     lived = [{"time": 1.0, "event": 0}] * 5
-    assert location_range(died + lived, 100) == [10.0, 120.0]
-    assert location_range([{"time": 2.0, "event": 1}, *died[1:]], 100) == [10.0, 120.0]  # one early death says nothing of the others
+    assert location_range(died + lived, 100) == [11.0, 120.0]
+    assert location_range([{"time": 2.0, "event": 1}, *died[1:]], 100) == [11.0, 120.0]  # one early death says nothing of the others
+    spread = [{"time": time, "event": 1} for time in (1.0, 2.0, 8.0, 30.0, 40.0, 50.0, 60.0, 60.0, 60.0, 60.0, 60.0)]
+    assert location_range(spread, 100) == [2.0, 120.0]  # no later than nine tenths of them
     assert location_range([{"time": 80.0, "event": 1}], 100) == [30.0, 120.0]
     assert location_range(lived, 100) == [-20.0, 120.0]

@@ -63,7 +63,7 @@ def to_scan_space(
     included. What lies outside the volume is 0.
 
     With a `lung` mask on the volume's grid, what lies outside the lung (:func:`mask_to_scan_space`) is 0 as well, and the
-    lung's border is as bright as what lies behind it: half of a heat map's peaks are at the pleura.
+    lung's border is as bright as what lies behind it: lesions lie at the pleura.
 
     Orientation and spacing leave the axes of both grids parallel, and linear interpolation is then a small matrix an
     axis: a CT of 512 x 512 x 300 voxels takes a tenth of the time and memory of a general resampling, which is left for
