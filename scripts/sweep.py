@@ -565,7 +565,7 @@ def main(prog: str = "scripts.sweep", about: str | None = __doc__, layout: Calla
         renew_table(args.page, layout(rows))
         return
     done = {tuple(str(row[k]) for k in KEY) for row in rows}
-    sizes = {c: usual_size(c) if c == 9 else args.size or usual_size(c) for c in args.complexities}
+    sizes = {c: args.size if args.size and c != 9 else usual_size(c) for c in args.complexities}
     what = [(c, sizes[c], v) for v in args.variants for c in args.complexities]
     wanted = [(*w, n, s, t) for s in args.seeds for w in what for n in args.train_scans for t in args.tests]
     todo = [key for key in wanted if tuple(map(str, key)) not in done]

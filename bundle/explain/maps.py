@@ -72,29 +72,25 @@ def to_scan_space(
     shape = tuple(int(n) for n in shape)
     affine = torch.as_tensor(affine, dtype=torch.float64)
     volume_sum = volume.as_tensor().sum()
-    tiny = torch.finfo(torch.float32).tiny
     if lung is not None:
-        mask = MetaTensor(torch.as_tensor(lung), affine=volume.affine)
-        lung = torch.as_tensor(lung).to(volume.device)
-        out = to_scan_space(MetaTensor(beyond_lung(volume.as_tensor(), lung), affine=volume.affine), affine, shape)
-        out *= torch.from_numpy(mask_to_scan_space(mask, affine, shape)).to(out.device)
-        return out.mul_(volume_sum / out.as_tensor().sum().clamp_min(tiny))
+        lung = MetaTensor(torch.as_tensor(lung, device=volume.device), affine=volume.affine)
+        volume = MetaTensor(beyond_lung(volume.as_tensor(), lung.as_tensor()), affine=volume.affine)
+    out = interpolated(volume, affine, shape)
+    if lung is not None:
+        out *= torch.from_numpy(mask_to_scan_space(lung, affine, shape)).to(out.device)
+    return out.mul_(volume_sum / out.as_tensor().sum().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def interpolated(volume: MetaTensor, affine: torch.Tensor, shape: tuple[int, ...]) -> MetaTensor:
+    """The resampling of :func:`to_scan_space`, whatever comes of the sum."""
     matrix, offset, source, bent = relation(volume.affine, affine)
     if len(set(source)) < 3 or (abs(bent) * shape).sum(1).max() > 0.01:
         resample = SpatialResample(mode="bilinear", padding_mode="zeros", dtype=torch.float32)
-        out = resample(volume, dst_affine=affine, spatial_size=shape)
-        return out * (volume_sum / out.sum().clamp_min(tiny))
-    small = volume.as_tensor()[0].float().permute(*reversed(source))
-    weights = []  # of the grid's axes from last to first, as `small` has them
-    for axis, of in reversed(list(enumerate(source))):
+        return resample(volume, dst_affine=affine, spatial_size=shape)
+    out = volume.as_tensor()[0].float().permute(*reversed(source))
+    for axis, of in reversed(list(enumerate(source))):  # of the grid's axes from last to first, as `out` has them
         at = torch.from_numpy(matrix[of, axis] * np.arange(shape[axis]) + offset[of])
-        weights.append(linear_weights(at, volume.shape[1 + of]).to(small))
-    total, out = small, small
-    for weight in weights:
-        total = torch.tensordot(total, weight.sum(0), ([0], [0]))
-    out = out * (volume_sum / total.clamp_min(tiny))
-    for weight in weights:
-        out = torch.tensordot(out, weight, ([0], [1]))
+        out = torch.tensordot(out, linear_weights(at, volume.shape[1 + of]).to(out), ([0], [1]))
     return MetaTensor(out.permute(2, 1, 0)[None], affine=affine)
 
 
