@@ -10,10 +10,12 @@ import io
 import json
 import sys
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from bundle.data.phantoms import (
@@ -21,6 +23,7 @@ from bundle.data.phantoms import (
     Chest,
     Phantom,
     PhantomParams,
+    cohort_phantom,
     fibrosis_covariates,
     make_phantom,
     phantom_cohort,
@@ -54,12 +57,32 @@ def write_volume(path: Path, volume: np.ndarray, affine: np.ndarray) -> None:
     write_atomically(path, nib.Nifti1Image(volume, affine).to_filename)
 
 
+def write_scan(out: Path, args: argparse.Namespace, params: PhantomParams, affine: np.ndarray, index: int) -> dict[str, str]:
+    """Draw and write one scan of the cohort and its masks; returns its row."""
+    nib.openers.Opener.default_compresslevel = 1  # several times faster, hardly larger
+    patient_id, phantom = cohort_phantom(args.complexity, index, args.seed, args.feature_fraction, params)
+    row = {"patient_id": patient_id, "image": f"images/{patient_id}.nii.gz"}
+    row |= {"time": f"{phantom.time:.4g}", "event": phantom.event}
+    if phantom.true_risk is not None:
+        row["true_risk"] = f"{phantom.true_risk:.4g}"
+    write_volume(out / row["image"], phantom.image, affine)
+    for name in ("lung_mask", "gt_mask", "confounder_mask", "gt_filled_mask", "gt_severe_mask"):
+        mask = getattr(phantom, name)
+        if mask is not None:
+            row[name] = f"masks/{patient_id}_{name.removesuffix('_mask')}.nii.gz"
+            write_volume(out / row[name], mask.astype(np.uint8), affine)
+    if args.clinical:
+        row |= fibrosis_covariates(phantom, args.seed, args.complexity, index)
+    return row
+
+
 def write_cohort(out: Path, args: argparse.Namespace, params: PhantomParams) -> None:
     """Write all scans, then cohort.csv, which is there only when everything else is.
 
     Raises:
         InputError: the folder can't be written or holds another cohort.
     """
+    phantom_cohort(args.complexity, args.num, args.seed, args.feature_fraction)  # draws nothing yet, but says what it can't
     wanted = dict(complexity=args.complexity, num=args.num, seed=args.seed, spacing=args.spacing)
     wanted |= dict(feature_fraction=args.feature_fraction, **json.loads(json.dumps(asdict(params))))
     if args.clinical:
@@ -79,26 +102,12 @@ def write_cohort(out: Path, args: argparse.Namespace, params: PhantomParams) -> 
         if not (record.is_file() and json.loads(record.read_text()) == wanted):
             (out / "cohort.csv").unlink(missing_ok=True)  # else it is right, if a run that outlived its parent has written it
         write_json(record, wanted)
-        nib.openers.Opener.default_compresslevel = 1  # several times faster, hardly larger
         mm = Chest.FIELD / params.size if args.complexity == 9 else args.spacing
         affine = np.diag([mm, mm, mm, 1.0])
         affine[:3, 3] = -mm * (params.size - 1) / 2
-        rows = []
-        cohort = phantom_cohort(args.complexity, args.num, args.seed, args.feature_fraction, params)
-        for index, (patient_id, phantom) in enumerate(tqdm(cohort, total=args.num, desc="phantoms", unit="scan")):
-            row = {"patient_id": patient_id, "image": f"images/{patient_id}.nii.gz"}
-            row |= {"time": f"{phantom.time:.4g}", "event": phantom.event}
-            if phantom.true_risk is not None:
-                row["true_risk"] = f"{phantom.true_risk:.4g}"
-            write_volume(out / row["image"], phantom.image, affine)
-            for name in ("lung_mask", "gt_mask", "confounder_mask", "gt_filled_mask", "gt_severe_mask"):
-                mask = getattr(phantom, name)
-                if mask is not None:
-                    row[name] = f"masks/{patient_id}_{name.removesuffix('_mask')}.nii.gz"
-                    write_volume(out / row[name], mask.astype(np.uint8), affine)
-            if args.clinical:
-                row |= fibrosis_covariates(phantom, args.seed, args.complexity, index)
-            rows.append(row)
+        scan = partial(write_scan, out, args, params, affine)
+        made = DataLoader(range(args.num), batch_size=None, collate_fn=scan, num_workers=args.jobs if args.jobs > 1 else 0)
+        rows = list(tqdm(made, desc="phantoms", unit="scan"))
         text = io.StringIO()
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -155,6 +164,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--feature_fraction", type=float, default=0.5, help="share of those who die, in 1 to 9 (default 0.5)")
     p.add_argument("--spacing", type=float, default=3.0, help="mm (default 3; 9 spans 321 mm whatever its size)")
     p.add_argument("--clinical", action="store_true", help="add the columns of configs/clinical/fibrosis.json")
+    p.add_argument("--jobs", type=int, default=1, help="processes that share the work (default 1)")
     p.add_argument("--overwrite", action="store_true", help="replace a cohort of other parameters")
     p.add_argument("--picture", type=Path, metavar="PNG", help="draw one scan of each complexity instead")
     for field in fields(PhantomParams):

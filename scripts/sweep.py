@@ -189,7 +189,7 @@ class Runner:
                 self.python(
                     *("scripts.make_phantoms", "--complexity", str(complexity), "--num", str(num), "--seed", str(seed)),
                     *(text for key, value in options.items() for text in (f"--{key}", *str(value).split())),
-                    *("--out", str(folder)),
+                    *("--jobs", str(self.threads), "--out", str(folder)),
                     log=self.work / "phantoms" / f"{name}.log",
                 )
         return folder

@@ -246,6 +246,19 @@ def test_bad_arguments_are_one_sentence(tmp_path, args, message):
     assert "Traceback" not in done.stderr and not (tmp_path / "c" / "cohort.csv").exists()
 
 
+def test_several_processes_write_the_same_cohort(tmp_path):
+    for jobs in (1, 2):
+        main(["--complexity", "3", "--num", "3", "--size", "16", "--jobs", str(jobs), "--out", str(tmp_path / str(jobs))])
+    files = sorted(path.relative_to(tmp_path / "1") for path in (tmp_path / "1").rglob("*") if path.is_file())
+    assert len(files) == 3 + 3 + 3 + 2  # images, two kinds of mask, cohort.csv, phantoms.json
+    for name in files:
+        if name.suffix == ".gz":  # whose header holds the time of writing
+            one, two = (np.asarray(nib.load(tmp_path / jobs / name).dataobj) for jobs in "12")
+            assert (one == two).all()
+        else:
+            assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
 def test_params_out_of_range():
     with pytest.raises(InputError, match="sphere_radius"):
         PhantomParams(sphere_radius=(20.0, 10.0))

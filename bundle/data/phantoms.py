@@ -19,7 +19,7 @@ from scipy import ndimage
 
 from bundle.errors import InputError
 
-__all__ = ["COMPLEXITIES", "Phantom", "PhantomParams", "fibrosis_covariates", "make_phantom", "phantom_cohort"]
+__all__ = ["COMPLEXITIES", "Phantom", "PhantomParams", "cohort_phantom", "fibrosis_covariates", "make_phantom", "phantom_cohort"]
 
 CENSORED_AT = 99.0
 
@@ -401,16 +401,20 @@ HAZARDS = {10: lesions_with_honeycomb, 11: two_kinds_of_lesion, 12: faint_lesion
 COMPLEXITIES = (*CUBES, 9, *HAZARDS)
 
 
+def check_complexity(complexity: int) -> None:
+    if complexity not in COMPLEXITIES:
+        raise InputError(f"complexity is {complexity}; expected one of {', '.join(map(str, COMPLEXITIES))}.")
+
+
 def make_phantom(complexity: int, rng: np.random.Generator, dies: bool, params: PhantomParams) -> Phantom:
     """Draw one phantom. Whether it `dies` is up to the caller in 1 to 9, and drawn in 10 to 13.
 
     Raises:
         InputError: no such complexity.
     """
+    check_complexity(complexity)
     if complexity == 9:
         return chest(rng, dies, params)
-    if complexity not in COMPLEXITIES:
-        raise InputError(f"complexity is {complexity}; expected one of {', '.join(map(str, COMPLEXITIES))}.")
     geometry, noise, fate = rng.spawn(3)  # the same structures at any size
     v = noise.normal(0, params.noise, (params.size,) * 3)
     filled = severe = risk = None
@@ -424,6 +428,15 @@ def make_phantom(complexity: int, rng: np.random.Generator, dies: bool, params: 
     return Phantom(hu, gt, confounder, time, event, gt_filled_mask=filled, gt_severe_mask=severe, true_risk=risk)
 
 
+def cohort_phantom(
+    complexity: int, index: int, seed: int, feature_fraction: float = 0.5, params: PhantomParams = PhantomParams()
+) -> tuple[str, Phantom]:
+    """(patient_id, phantom) of one scan of a cohort; see :func:`phantom_cohort`."""
+    dies = int((index + 1) * feature_fraction + 1e-9) > int(index * feature_fraction + 1e-9)
+    rng = np.random.default_rng([seed, complexity, index])
+    return f"phantom{complexity}_seed{seed}_{index:04d}", make_phantom(complexity, rng, dies, params)
+
+
 def phantom_cohort(
     complexity: int, num: int, seed: int, feature_fraction: float = 0.5, params: PhantomParams = PhantomParams()
 ) -> Iterator[tuple[str, Phantom]]:
@@ -433,16 +446,14 @@ def phantom_cohort(
     and `feature_fraction` has no say.
 
     Raises:
-        InputError: `num` below 1 or `feature_fraction` outside [0, 1].
+        InputError: no such complexity, `num` below 1 or `feature_fraction` outside [0, 1].
     """
+    check_complexity(complexity)
     if num < 1:
         raise InputError(f"num is {num}; expected at least 1 scan.")
     if not 0 <= feature_fraction <= 1:
         raise InputError(f"feature_fraction is {feature_fraction}; expected 0 to 1.")
-    for i in range(num):
-        dies = int((i + 1) * feature_fraction + 1e-9) > int(i * feature_fraction + 1e-9)
-        rng = np.random.default_rng([seed, complexity, i])
-        yield f"phantom{complexity}_seed{seed}_{i:04d}", make_phantom(complexity, rng, dies, params)
+    return (cohort_phantom(complexity, i, seed, feature_fraction, params) for i in range(num))
 
 
 def fibrosis_covariates(phantom: Phantom, seed: int, complexity: int, index: int) -> dict[str, str]:
