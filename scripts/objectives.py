@@ -65,7 +65,7 @@ def layout(rows: list[dict]) -> str:
     table["variant"] = table.variant.replace("default", "centime")
     objectives = table[table.variant.isin(OBJECTIVES)]
     lines = [answer(objectives, measure, *question) for measure, question in QUESTIONS.items()]
-    shared = len(objectives.pivot_table("train_seconds", SCAN, "variant").dropna())
+    shared = len(objectives.pivot_table("c_index", SCAN, "variant").dropna())
     lines += ["", f"Means over the {shared} pairs of phantom and seed that every objective was trained on.", ""]
     lines += ["| phantom | objective | seeds | " + " | ".join(MEASURES.values()) + " |", "|" + "---|" * (len(MEASURES) + 3)]
     known = list(OBJECTIVES)

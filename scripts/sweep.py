@@ -47,7 +47,7 @@ MAP = [
     "survivor_heat",
     "inverted",
 ]
-COLUMNS = [*KEY, "overrides", "test_scans", "train_seconds", *MAP, "heat_ratio", *SURVIVAL, "c_index_oracle", "mae_oracle"]
+COLUMNS = [*KEY, "overrides", "test_scans", "device", "train_seconds", *MAP, "heat_ratio", *SURVIVAL, "c_index_oracle", "mae_oracle"]
 # Phantoms in which not all that matters is equally dangerous: the mask of the one, and whether the other is the rest of
 # the lesions or of the scan.
 OTHER_MASKS = {11: ("gt_severe_mask", "lesions"), 13: ("confounder_mask", "scan")}
@@ -70,6 +70,8 @@ VARIANTS: dict[str, dict] = {
     "smoothness_0.3": {"loss#smoothness": 0.3},
     "no_ease": {"train#handlers#2#vc_kwargs#end": 1.0},
     "no_anneal": {"train#handlers#1#vc_kwargs#start": 1.0},
+    "long_anneal": {"train#handlers#1#vc_kwargs#num_steps": "$round(0.8 * @num_steps)"},
+    "anneal_from_0.05": {"train#handlers#1#vc_kwargs#start": 0.05},
     "fixed_steep": {"train#handlers#1#vc_kwargs#start": 1.0, "network_def#beta": 5.0, "network_def#learn_beta": False},
     "fixed_beta": {"network_def#learn_beta": False},
     "no_warmup": {"lr_scheduler#warmup_steps": 0},
@@ -268,6 +270,7 @@ class Runner:
         values = {**found["survival"], **found["localisation"]}
         row = dict(zip(KEY, (complexity, size, variant, train_scans, seed, test)))
         row |= {"overrides": json.dumps(VARIANTS[variant]), "test_scans": len(cohort), "train_seconds": seconds}
+        row["device"] = "cuda" if torch.cuda.is_available() else "cpu"
         row |= {name: values[name]["value"] for name in MAP + SURVIVAL if name in values}
         if masks:
             row.pop("confounder_mass", None)  # neither is one
@@ -382,9 +385,11 @@ def without_severity(run: Path, folder: Path) -> Path:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Rows of the table; one without a size is of the usual size."""
+    """Rows of the table; one without a size is of the usual size, and one without a device was run on CPUs."""
     rows = list(csv.DictReader(path.open())) if path.is_file() else []
-    return [row | {"size": row.get("size") or usual_size(int(row["complexity"]))} for row in rows]
+    for row in rows:
+        row |= {"size": row.get("size") or usual_size(int(row["complexity"])), "device": row.get("device") or "cpu"}
+    return rows
 
 
 def order(row: dict) -> tuple:
@@ -402,10 +407,11 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def numbers(rows: list[dict]) -> pd.DataFrame:
-    """The rows as a table whose measures are numbers."""
+    """The rows as a table whose measures are numbers; seconds are those on CPUs only."""
     table = pd.DataFrame(rows).reindex(columns=COLUMNS)
-    text = ["variant", "test", "overrides"]
+    text = ["variant", "test", "overrides", "device"]
     table[table.columns.difference(text)] = table[table.columns.difference(text)].apply(pd.to_numeric)
+    table.loc[table.device == "cuda", "train_seconds"] = np.nan  # not to be averaged with those on CPUs
     return table
 
 

@@ -63,6 +63,15 @@ def test_a_killed_sweep_goes_on_and_runs_nothing_twice(tmp_path, page, monkeypat
     assert "| 60 (60–61) |" in line or "| 61 (60–61) |" in line
 
 
+def test_seconds_on_a_gpu_are_not_averaged_with_those_on_cpus(tmp_path):
+    key = dict(zip(sweep.KEY, (2, 48, "default", 100, 0, "same")))
+    rows = [key | {"train_seconds": 50, "device": "cuda"}, key | {"seed": 1, "train_seconds": 200}]
+    sweep.write_rows(tmp_path / "results.csv", rows)
+    read = sweep.read_rows(tmp_path / "results.csv")
+    assert [row["device"] for row in read] == ["cuda", "cpu"]
+    assert sweep.numbers(read).train_seconds.dropna().tolist() == [200]
+
+
 def test_targets_are_met_or_missed_by_what_the_seeds_reach():
     good = {"variant": "default", "test": "same", "train_scans": 100, "size": 64, "inverted": 0, "survivor_heat": 0.02}
     good |= {"pointing_game": 1.0, "average_precision": 0.9, "mass_accuracy": 0.95, "mae_events": 1.5, "correlation": 0.96}
