@@ -4,7 +4,8 @@
 
 Takes the weights that scripts.sweep left in its folder of work, and held-out phantoms. Writes a table and a picture:
 
-- random weights: the maps of five untrained networks of the same kind, and their rank correlation with the trained one's;
+- random weights: the maps of five untrained networks of the same kind, and their rank correlation with the trained one's,
+  both relative to the map of a network that knows nothing, which is darker at the borders;
 - shuffled voxels: the map of a scan whose voxels are shuffled, against the lesion's mask;
 - erased: slice by slice, the lesion of those who died is replaced by background; their risk must fall;
 - implanted: slice by slice, a lesion is copied into those who lived; their risk must rise.
@@ -14,11 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
@@ -62,11 +65,22 @@ class Trained:
         """Mean predicted time, from one origin of the patch grid."""
         return float(mean_months(self.objective.pmf(self.network(self.image(hu)))))
 
-    @torch.no_grad()
     def weights(self, hu: np.ndarray) -> np.ndarray:
         """Weight of each voxel."""
+        return self.map_by(self.network, hu)
+
+    def weights_of_nothing(self, hu: np.ndarray) -> np.ndarray:
+        """Weight of each voxel if all patches weigh the same: what is left is the way from patches to voxels."""
+
+        def even(image: torch.Tensor, lung: torch.Tensor) -> torch.Tensor:
+            ones = F.avg_pool3d(torch.ones_like(image), self.network.stride, ceil_mode=True)
+            return torch.cat([ones, ones / ones.sum()], 1)
+
+        return self.map_by(even, hu)
+
+    def map_by(self, network: Callable, hu: np.ndarray) -> np.ndarray:
         image = self.image(hu)
-        return self.inferer(image, self.network, lung=torch.ones_like(image))[0, 1].numpy()
+        return self.inferer(image, network, lung=torch.ones_like(image))[0, 1].numpy()
 
 
 def first_slices(mask: np.ndarray, share: float) -> np.ndarray:
@@ -89,13 +103,16 @@ def controls_of(run: Path, complexity: int, size: int, seed: int, num: int) -> t
     trained, untrained = Trained(run), [Trained(run, random=k) for k in range(UNTRAINED)]
     scans = [phantom for _, phantom in phantom_cohort(complexity, num, seed + HELD_OUT, params=PhantomParams(size=size))]
     dead, alive = [s for s in scans if s.event], [s for s in scans if not s.event]
-    found: dict[str, list] = {name: [] for name in ("ap", "random_rho", "random_ap", "shuffled_ap", "base_rate")}
+    found: dict[str, list] = {name: [] for name in ("ap", "random_rho", "random_ap", "shuffled_ap", "nothing_ap", "base_rate")}
     curves: list[dict] = []
     for scan, survivor in zip(dead, alive):
         heat, others = trained.weights(scan.image), [network.weights(scan.image) for network in untrained]
         shuffled = rng.permutation(scan.image.ravel()).reshape(scan.image.shape)
         found["ap"].append(average_precision(heat, scan.gt_mask))
-        found["random_rho"].append([float(spearmanr(heat.ravel(), other.ravel())[0]) for other in others])
+        nothing = trained.weights_of_nothing(scan.image)
+        said = [(weights / nothing).ravel() for weights in (heat, *others)]
+        found["random_rho"].append([float(spearmanr(said[0], other)[0]) for other in said[1:]])
+        found["nothing_ap"].append(average_precision(nothing, scan.gt_mask))
         found["random_ap"].append([average_precision(other, scan.gt_mask) for other in others])
         found["shuffled_ap"].append(average_precision(trained.weights(shuffled), scan.gt_mask))
         found["base_rate"].append(float(scan.gt_mask.mean()))
@@ -135,16 +152,17 @@ def page(table: pd.DataFrame, curves: pd.DataFrame, picture: str, command: str) 
         "# Negative controls and causal checks",
         "",
         f"Maps of held-out phantoms by the weights of the shipped configuration. *Random weights*: the maps of {UNTRAINED} untrained "
-        "networks, their rank correlation with the trained one's, and their average precision: mean (least–greatest network). *Shuffled voxels*: average precision of the trained "
-        "map of a scan whose voxels were shuffled. A guess has the mask's *base rate*. What is above it was there before anything was "
+        "networks, the rank correlation of what they say with what the trained one says, and their average precision: mean (least–greatest network). What a map says "
+        "is its weight over that of *nothing*, a map by a network that gives all patches the same weight, which is darker at the scan's borders as any map is. *Shuffled voxels*: average precision "
+        "of the trained map of a scan whose voxels were shuffled. A guess has the mask's *base rate*. What is above it was there before anything was "
         "learnt, or is known without looking: any network answers to brightness, so that an average precision on bright spheres (2, 6) "
-        "proves little by itself; and the lesion of 4 always lies in the same corner.",
+        "proves little by itself; and the lesion of 4 always lies in the same corner, the spheres of the others seldom at the borders.",
         "",
-        "| phantom | seed | scans | AP | random weights: rank correlation | AP | shuffled voxels: AP | base rate |",
-        "|---|---|---|---|---|---|---|---|",
+        "| phantom | seed | scans | AP | random weights: rank correlation | AP | shuffled voxels: AP | nothing: AP | base rate |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in table.itertuples():
-        numbers = f"{r.ap:.3f} | {cell(pd.Series(r.random_rho), 2)} | {cell(pd.Series(r.random_ap), 3)} | {r.shuffled_ap:.3f}"
+        numbers = f"{r.ap:.3f} | {cell(pd.Series(r.random_rho), 2)} | {cell(pd.Series(r.random_ap), 3)} | {r.shuffled_ap:.3f} | {r.nothing_ap:.3f}"
         lines.append(f"| {r.phantom} | {r.seed} | {r.scans} | {numbers} | {r.base_rate:.3f} |")
     lines += [
         "",

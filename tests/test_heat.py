@@ -367,6 +367,19 @@ def test_refinement_completes_a_lesion_of_another_texture():
     assert float(ratio[:, 16:23, 9:23, 9:23].quantile(0.05)) > 3 * float(ratio[:, 25:].quantile(0.95))
 
 
+def test_refinement_does_not_show_what_protects_as_danger():
+    """As bright as the lesion, and found safer than all the rest."""
+    generator = torch.Generator().manual_seed(0)
+    image = 0.3 + 0.02 * torch.randn(1, 32, 32, 32, generator=generator)
+    lesion, shield = torch.zeros(2, 1, 32, 32, 32, dtype=torch.bool)
+    lesion[:, 4:12, 4:12, 4:12] = shield[:, 18:28, 18:28, 18:28] = True
+    image[lesion | shield] = 0.8
+    weight = torch.where(lesion, 1.0, torch.where(shield, 0.01, 0.05))
+    refined = weight * appearance_ratio(image, weight > 0, weight, torch.ones_like(weight))
+    assert float(refined[shield].max()) < 0.3 * float(refined[~lesion & ~shield].mean())
+    assert float(refined[lesion].mean()) > 100 * float(refined[~lesion].mean())
+
+
 @pytest.mark.parametrize("shifts, stride", [(3, 4), (0, 4), (8, 4)])
 def test_shifts_that_do_not_divide_the_stride_are_refused(shifts, stride):
     with pytest.raises(ValueError, match="must divide the stride"):

@@ -335,6 +335,18 @@ def test_severity_fit_takes_the_patients_extra_numbers_as_given():
     assert fit_severity(Severity(-5.0, 120.0), numbers, outcome, objective, extra=extra) == pytest.approx(9, rel=0.2)
 
 
+def test_severity_makes_nothing_of_maps_that_differ_by_rounding_only():
+    """A network that learnt nothing gives everybody one map; another rounding of it must not move a patient by years."""
+    generator = torch.Generator().manual_seed(0)
+    one = torch.tensor([24.5, 1.0, 6.0, 3.0, 1.0, 0.001, 0.12, 1.13])
+    numbers = one + 1e-5 * torch.randn(60, 8, generator=generator)
+    time = (20 + 1e5 * (numbers[:, 0] - one[0]) + 10 * torch.rand(60, generator=generator)).clamp(1, 90).round()
+    severity = Severity(-5.0, 120.0)
+    fit_severity(severity, numbers, torch.stack([time, torch.ones(60)], 1), CenTime())
+    moved = severity(one + 1e-5 * torch.randn(50, 8, generator=generator))
+    assert float(moved.max() - moved.min()) < 1.0
+
+
 def test_severity_fit_without_deaths_moves_nobody():
     severity = Severity(-5.0, 120.0)
     numbers, outcome = torch.full((9, 8), 118.0), torch.tensor([[99.0, 0.0]]).expand(9, 2)

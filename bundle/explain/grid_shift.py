@@ -49,7 +49,9 @@ def appearance_ratio(brightness: Tensor, inside: Tensor, weight: Tensor, even: T
 
     The product of two :func:`likelihood_ratio`, of the cell's brightness (between 0.6 and 3, lest a few rare voxels outshine a
     lesion of mixed brightness; squared), and of mean and standard deviation in the 3 x 3 x 3 cells around it (between 0.1
-    and 10; its root, as neighbours share most of these cells).
+    and 10; its root, as neighbours share most of these cells). Looks don't overrule what the network says: what it
+    finds safer than the median cell gains no more by them than the median cell does. Otherwise a structure that protects,
+    but is as bright as a lesion, would be shown as danger.
 
     Args:
         brightness: of the cells, (B, d, h, w), HU window scaled to [0, 1].
@@ -69,7 +71,9 @@ def appearance_ratio(brightness: Tensor, inside: Tensor, weight: Tensor, even: T
         # 0.003 is 4 HU in the default window: below that one spread is like another
         around = bin_of(mean[i][lung], BINS) * BINS + bin_of((spread[i][lung] + 0.003).log(), BINS)
         around = likelihood_ratio(around, (BINS, BINS), w, e, 1.0)
-        ratio[i][lung] = own.clamp(0.6, 3).square() * around.clamp(0.1, 10).sqrt()
+        looks = own.clamp(0.6, 3).square() * around.clamp(0.1, 10).sqrt()
+        said = w / e
+        ratio[i][lung] = torch.where(said < said.median(), looks.minimum(looks.median()), looks)
     return ratio
 
 

@@ -42,7 +42,7 @@ def fit_severity(
     told = severity.gate(numbers[:, 0]) > 0
     if told.sum() < 2:
         return float(objective.variance)  # nobody to learn from: nobody is moved
-    centre, spread = numbers[told].mean(0), numbers[told].std(0).clamp_min(1e-6)
+    centre, spread = numbers[told].mean(0), numbers[told].std(0).maximum(numbers.new_tensor(severity.LEAST_SPREAD))
     standard = (numbers - centre) / spread
     gate = severity.gate(numbers[:, 0])
     coefficients = torch.zeros(numbers.shape[1] + 2, dtype=torch.float64)
