@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
-import numpy as np
 import torch
 from monai.data import DataLoader
 from monai.transforms import Compose, RandomizableTrait
@@ -38,7 +37,6 @@ __all__ = [
     "fill_caches",
     "finish_training",
     "flag",
-    "location_range",
     "make_folder",
     "margin_voxels",
     "outcomes",
@@ -133,19 +131,6 @@ def training_cohort(
     parts = split_cohort(records, fold=fold, seed=seed)
     logger.info("cohort: " + ", ".join(f"{len(rows)} {part}" for part, rows in parts.items()) + " scans.")
     return parts
-
-
-def location_range(records: list[dict], tmax: int) -> list[float]:
-    """Months between which a patch's location lies: from 20 months before the median death of the training scans, but no
-    later than nine tenths of the deaths, to 1.2 `tmax`.
-
-    The lower bound decides how much of a lesion the map covers. If it lies far below all times, a small part of the
-    lesion explains a death, and the rest is never learnt; if it lies above them, no lesion is ever enough, and the heat
-    spreads to what lies beside it. Quantiles, because a single early death says nothing of the others.
-    """
-    deaths = [r["time"] for r in records if r["event"]] or [0.0]
-    early, middle = np.quantile(deaths, [0.1, 0.5]).tolist()
-    return [min(middle - 20.0, early, 0.3 * tmax), 1.2 * tmax]
 
 
 def fill_caches(*datasets: ScanCache, jobs: int = 0) -> None:

@@ -79,6 +79,7 @@ VARIANTS: dict[str, dict] = {
     "no_balance": {"train#dataloader#sampler": None, "train#dataloader#shuffle": True},
     # locations and the objective
     "no_range": {"network_def#loc_range": None, "severity": False},
+    "high_range": {"network_def#loc_range": [5, 120]},
     "low_range": {"network_def#loc_range": [-45, 120], "network_def#beta": 1 / 22, "network_def#learn_beta": False},
     "loc_bias_1": {"network_def#loc_bias": 1.0},
     "loc_bias_50": {"network_def#loc_bias": 50.0},

@@ -27,7 +27,6 @@ from bundle.errors import InputError, input_error_of
 from bundle.networks import network_from
 from bundle.settings import file_sha256
 from bundle.survival import OBJECTIVES
-from bundle.workflow import location_range
 
 from .conftest import write_scan
 
@@ -480,12 +479,9 @@ print(faults[-1] - faults[3])
     assert faults("plain") > 10_000 and faults("begin") < 100  # of 32768 pages an array
 
 
-def test_the_range_of_locations_follows_the_median_death():
-    died = [{"time": 26.0 + i, "event": 1} for i in range(11)]
-    lived = [{"time": 1.0, "event": 0}] * 5
-    assert location_range(died + lived, 100) == [11.0, 120.0]
-    assert location_range([{"time": 2.0, "event": 1}, *died[1:]], 100) == [11.0, 120.0]  # one early death says nothing of the others
-    spread = [{"time": time, "event": 1} for time in (1.0, 2.0, 8.0, 30.0, 40.0, 50.0, 60.0, 60.0, 60.0, 60.0, 60.0)]
-    assert location_range(spread, 100) == [2.0, 120.0]  # no later than nine tenths of them
-    assert location_range([{"time": 80.0, "event": 1}], 100) == [30.0, 120.0]
-    assert location_range(lived, 100) == [-20.0, 120.0]
+def test_locations_follow_tmax():
+    config = ConfigParser()
+    config.read_config("configs/train.json")
+    config["tmax"] = 40
+    network = config.get_parsed_content("network_def")
+    assert network.arguments["loc_bias"] == 24 and network.loc_range == (-12, 48)  # months
