@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
+import numpy as np
 import torch
 from monai.data import DataLoader
 from monai.transforms import Compose, RandomizableTrait
@@ -37,6 +38,7 @@ __all__ = [
     "fill_caches",
     "finish_training",
     "flag",
+    "location_range",
     "make_folder",
     "margin_voxels",
     "outcomes",
@@ -131,6 +133,19 @@ def training_cohort(
     parts = split_cohort(records, fold=fold, seed=seed)
     logger.info("cohort: " + ", ".join(f"{len(rows)} {part}" for part, rows in parts.items()) + " scans.")
     return parts
+
+
+def location_range(records: list[dict], tmax: int) -> list[float]:
+    """Months between which a patch's location lies, from when the training scans' deaths came to 1.2 `tmax`.
+
+    The softmin ties months to the log of the diseased share, so that a lesion's own location lies below the patient's.
+    Where the lower bound leaves no room for that, all lesions lie at it, and a dangerous kind can't be told from a mild
+    one. Where it leaves much, the patches of a lesion that are all as dangerous come out uneven. How much room lesions need
+    grows with how far deaths lie apart, so the bound is twice the way from the median death to the tenth percentile below
+    that percentile; between -0.3 and 0.3 `tmax`. Quantiles, because a single early death says nothing of the others.
+    """
+    early, middle = np.quantile([r["time"] for r in records if r["event"]] or [0.0], [0.1, 0.5]).tolist()
+    return [min(max(3 * early - 2 * middle, -0.3 * tmax), 0.3 * tmax), 1.2 * tmax]
 
 
 def fill_caches(*datasets: ScanCache, jobs: int = 0) -> None:

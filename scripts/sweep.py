@@ -79,7 +79,8 @@ VARIANTS: dict[str, dict] = {
     "no_balance": {"train#dataloader#sampler": None, "train#dataloader#shuffle": True},
     # locations and the objective
     "no_range": {"network_def#loc_range": None, "severity": False},
-    "high_range": {"network_def#loc_range": [5, 120]},
+    "range_-30": {"network_def#loc_range": [-30, 120]},
+    "range_-15": {"network_def#loc_range": [-15, 120]},
     "low_range": {"network_def#loc_range": [-45, 120], "network_def#beta": 1 / 22, "network_def#learn_beta": False},
     "loc_bias_1": {"network_def#loc_bias": 1.0},
     "loc_bias_50": {"network_def#loc_bias": 50.0},
@@ -106,6 +107,8 @@ VARIANTS: dict[str, dict] = {
     "patch_8": {"network_def#patch_size": 8},
     "overlap_50": {"network_def#overlap": 0.5, "network_def#patch_size": 8},
     "head_layers_2": {"network_def#head_layers": 2},
+    # what the network sees
+    "narrow_hu_window": {"hu_window": [-900, -700]},
     # cohorts
     "events_10": {"phantoms": {"feature_fraction": 0.1}},
     "events_30": {"phantoms": {"feature_fraction": 0.3}},

@@ -27,6 +27,7 @@ from bundle.errors import InputError, input_error_of
 from bundle.networks import network_from
 from bundle.settings import file_sha256
 from bundle.survival import OBJECTIVES
+from bundle.workflow import location_range
 
 from .conftest import write_scan
 
@@ -479,9 +480,19 @@ print(faults[-1] - faults[3])
     assert faults("plain") > 10_000 and faults("begin") < 100  # of 32768 pages an array
 
 
-def test_locations_follow_tmax():
+def test_the_range_of_locations_follows_the_deaths():
+    died = [{"time": 26.0 + i, "event": 1} for i in range(11)]  # tenth percentile 27, median 31
+    lived = [{"time": 1.0, "event": 0}] * 5
+    assert location_range(died + lived, 100) == [3 * 27 - 2 * 31, 120]
+    assert location_range([{"time": 2.0, "event": 1}, *died[1:]], 100) == [19, 120]  # one early death says nothing of the others
+    apart = [{"time": time, "event": 1} for time in (1.0, 2.0, 8.0, 30.0, 40.0, 50.0, 60.0, 60.0, 60.0, 60.0, 60.0)]
+    assert location_range(apart, 100) == [-30, 120] and location_range(apart, 40) == [-12, 48]
+    assert location_range([{"time": 80.0, "event": 1}], 100) == [30, 120]
+    assert location_range(lived, 100) == [0, 120]
+
+
+def test_locations_begin_where_tmax_says():
     config = ConfigParser()
     config.read_config("configs/train.json")
     config["tmax"] = 40
-    network = config.get_parsed_content("network_def")
-    assert network.arguments["loc_bias"] == 24 and network.loc_range == (-12, 48)  # months
+    assert config.get_parsed_content("network_def").arguments["loc_bias"] == 24  # months; 60 lay outside the range
