@@ -136,7 +136,7 @@ def training_cohort(
 
 
 def location_range(records: list[dict], tmax: int) -> list[float]:
-    """Months between which a patch's location lies, from when the training scans' deaths came to 1.2 `tmax`.
+    """Months between which a patch's location lies: a bound that follows the training scans' deaths, and 1.2 `tmax`.
 
     The softmin ties months to the log of the diseased share, so that a lesion's own location lies below the patient's.
     Where the lower bound leaves no room for that, all lesions lie at it, and a dangerous kind can't be told from a mild
@@ -145,7 +145,7 @@ def location_range(records: list[dict], tmax: int) -> list[float]:
     that percentile; between -0.3 and 0.3 `tmax`. Quantiles, because a single early death says nothing of the others.
     """
     early, middle = np.quantile([r["time"] for r in records if r["event"]] or [0.0], [0.1, 0.5]).tolist()
-    return [min(max(3 * early - 2 * middle, -0.3 * tmax), 0.3 * tmax), 1.2 * tmax]
+    return [float(np.clip(3 * early - 2 * middle, -0.3 * tmax, 0.3 * tmax)), 1.2 * tmax]
 
 
 def fill_caches(*datasets: ScanCache, jobs: int = 0) -> None:

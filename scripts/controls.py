@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
-from bundle.data.phantoms import Phantom, PhantomParams, phantom_cohort
+from bundle.data.phantoms import Phantom, PhantomCohort, PhantomParams
 from bundle.explain import GridShiftInferer
 from bundle.files import write_text
 from bundle.metrics.localisation import average_precision
@@ -79,6 +79,7 @@ class Trained:
         return self.map_by(even, hu)
 
     def map_by(self, network: Callable, hu: np.ndarray) -> np.ndarray:
+        """Weight of each voxel in the map by any network."""
         image = self.image(hu)
         return self.inferer(image, network, lung=torch.ones_like(image))[0, 1].numpy()
 
@@ -101,7 +102,7 @@ def controls_of(run: Path, complexity: int, size: int, seed: int, num: int) -> t
     """One row of the table and the points of the curves, from `num` held-out scans."""
     rng = np.random.default_rng(seed)
     trained, untrained = Trained(run), [Trained(run, random=k) for k in range(UNTRAINED)]
-    scans = [phantom for _, phantom in phantom_cohort(complexity, num, seed + HELD_OUT, params=PhantomParams(size=size))]
+    scans = [phantom for _, phantom in PhantomCohort(complexity, num, seed + HELD_OUT, params=PhantomParams(size=size))]
     dead, alive = [s for s in scans if s.event], [s for s in scans if not s.event]
     found: dict[str, list] = {name: [] for name in ("ap", "random_rho", "random_ap", "shuffled_ap", "nothing_ap", "base_rate")}
     curves: list[dict] = []

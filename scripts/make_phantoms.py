@@ -22,11 +22,10 @@ from bundle.data.phantoms import (
     COMPLEXITIES,
     Chest,
     Phantom,
+    PhantomCohort,
     PhantomParams,
-    cohort_phantom,
     fibrosis_covariates,
     make_phantom,
-    phantom_cohort,
 )
 from bundle.errors import InputError
 from bundle.files import write_atomically, write_text
@@ -57,10 +56,10 @@ def write_volume(path: Path, volume: np.ndarray, affine: np.ndarray) -> None:
     write_atomically(path, nib.Nifti1Image(volume, affine).to_filename)
 
 
-def write_scan(out: Path, args: argparse.Namespace, params: PhantomParams, affine: np.ndarray, index: int) -> dict[str, str]:
+def write_scan(out: Path, cohort: PhantomCohort, affine: np.ndarray, clinical: bool, index: int) -> dict[str, str]:
     """Draw and write one scan of the cohort and its masks; returns its row."""
     nib.openers.Opener.default_compresslevel = 1  # several times faster, hardly larger
-    patient_id, phantom = cohort_phantom(args.complexity, index, args.seed, args.feature_fraction, params)
+    patient_id, phantom = cohort[index]
     row = {"patient_id": patient_id, "image": f"images/{patient_id}.nii.gz"}
     row |= {"time": f"{phantom.time:.4g}", "event": phantom.event}
     if phantom.true_risk is not None:
@@ -71,8 +70,8 @@ def write_scan(out: Path, args: argparse.Namespace, params: PhantomParams, affin
         if mask is not None:
             row[name] = f"masks/{patient_id}_{name.removesuffix('_mask')}.nii.gz"
             write_volume(out / row[name], mask.astype(np.uint8), affine)
-    if args.clinical:
-        row |= fibrosis_covariates(phantom, args.seed, args.complexity, index)
+    if clinical:
+        row |= fibrosis_covariates(phantom, cohort.seed, cohort.complexity, index)
     return row
 
 
@@ -82,7 +81,7 @@ def write_cohort(out: Path, args: argparse.Namespace, params: PhantomParams) -> 
     Raises:
         InputError: the folder can't be written or holds another cohort.
     """
-    phantom_cohort(args.complexity, args.num, args.seed, args.feature_fraction)  # draws nothing yet, but says what it can't
+    cohort = PhantomCohort(args.complexity, args.num, args.seed, args.feature_fraction, params)
     wanted = dict(complexity=args.complexity, num=args.num, seed=args.seed, spacing=args.spacing)
     wanted |= dict(feature_fraction=args.feature_fraction, **json.loads(json.dumps(asdict(params))))
     if args.clinical:
@@ -105,8 +104,8 @@ def write_cohort(out: Path, args: argparse.Namespace, params: PhantomParams) -> 
         mm = Chest.FIELD / params.size if args.complexity == 9 else args.spacing
         affine = np.diag([mm, mm, mm, 1.0])
         affine[:3, 3] = -mm * (params.size - 1) / 2
-        scan = partial(write_scan, out, args, params, affine)
-        made = DataLoader(range(args.num), batch_size=None, collate_fn=scan, num_workers=args.jobs if args.jobs > 1 else 0)
+        scan = partial(write_scan, out, cohort, affine, args.clinical)
+        made = DataLoader(range(len(cohort)), batch_size=None, collate_fn=scan, num_workers=args.jobs if args.jobs > 1 else 0)
         rows = list(tqdm(made, desc="phantoms", unit="scan"))
         text = io.StringIO()
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")

@@ -21,7 +21,7 @@ from monai.transforms import Compose, Orientationd, Spacingd
 from scipy import ndimage
 from tqdm import tqdm
 
-from bundle.data.phantoms import Phantom, ball, phantom_cohort
+from bundle.data.phantoms import Phantom, PhantomCohort, ball
 from bundle.files import write_text
 from bundle.transforms import LoadCTd, fill_thorax, threshold_lung_mask
 
@@ -130,7 +130,7 @@ def with_mass(scan: Phantom, radius: float, costal: bool, rng: np.random.Generat
 
 def measure_phantoms(num: int, seed: int) -> tuple[list[str], Measured]:
     """Rows of the two tables of phantoms, and one with a mass for the picture."""
-    scans = [scan for _, scan in phantom_cohort(9, num, seed)]
+    scans = [scan for _, scan in PhantomCohort(9, num, seed)]
     mm = 320 / len(scans[0].image)
     plain = [Measured("phantom", s.image, mm, s.lung_mask, "lungs") for s in tqdm(scans, desc="phantoms")]
     parts = {}

@@ -16,7 +16,7 @@ from lungmask.resunet import UNet
 from monai.data import MetaTensor
 from scipy import ndimage
 
-from bundle.data.phantoms import phantom_cohort
+from bundle.data.phantoms import PhantomCohort
 from bundle.errors import InputError
 from bundle.explain import mask_to_scan_space
 from bundle.networks.survival_map_net import Attention
@@ -152,7 +152,7 @@ def test_threshold_against_reference_masks_of_real_scans(shared_data, image, lea
 
 
 def test_threshold_on_chest_phantoms_keeps_what_lies_at_the_pleura():
-    scans = [scan for _, scan in phantom_cohort(9, 4, 7)]
+    scans = [scan for _, scan in PhantomCohort(9, 4, 7)]
     for scan in scans:
         found = threshold_lung_mask(torch.from_numpy(scan.image).float()[None], (5, 5, 5))[0].numpy() > 0
         assert dice(found, scan.lung_mask) > 0.96

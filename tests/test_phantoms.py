@@ -16,7 +16,7 @@ import pytest
 from lifelines import KaplanMeierFitter
 from lifelines.utils import concordance_index
 
-from bundle.data.phantoms import COMPLEXITIES, PhantomParams, fibrosis_covariates, make_phantom, phantom_cohort
+from bundle.data.phantoms import COMPLEXITIES, PhantomCohort, PhantomParams, fibrosis_covariates, make_phantom
 from bundle.errors import InputError
 from scripts.make_phantoms import main
 
@@ -122,21 +122,21 @@ def test_chest_is_a_chest():
 
 @pytest.mark.parametrize("complexity", COMPLEXITIES)
 def test_a_seed_fixes_every_voxel_whatever_the_number_of_scans(complexity):
-    few, many = (dict(phantom_cohort(complexity, num, 3, params=SMALL)) for num in (2, 5))
+    few, many = (dict(PhantomCohort(complexity, num, 3, params=SMALL)) for num in (2, 5))
     for name, p in few.items():
         assert (p.image == many[name].image).all() and (p.gt_mask == many[name].gt_mask).all()
-    other = next(iter(phantom_cohort(complexity, 1, 4, params=SMALL)))[1]
+    other = next(iter(PhantomCohort(complexity, 1, 4, params=SMALL)))[1]
     assert (other.image != few[f"phantom{complexity}_seed3_0000"].image).any()
 
 
 @pytest.mark.parametrize("fraction, deaths", [(0.0, 0), (0.1, 1), (0.5, 5), (0.9, 9), (1.0, 10)])
 def test_feature_fraction_is_the_share_of_deaths(fraction, deaths):
-    assert sum(p.event for _, p in phantom_cohort(2, 10, 0, fraction, SMALL)) == deaths
+    assert sum(p.event for _, p in PhantomCohort(2, 10, 0, fraction, SMALL)) == deaths
 
 
 @pytest.mark.parametrize("complexity", (10, 11, 12, 13))
 def test_drawn_outcomes_follow_the_true_risk_but_not_exactly(complexity):
-    cohort = [p for _, p in phantom_cohort(complexity, 400, 0, params=PhantomParams(size=16))]
+    cohort = [p for _, p in PhantomCohort(complexity, 400, 0, params=PhantomParams(size=16))]
     risk, time, event = np.array([(p.true_risk, p.time, p.event) for p in cohort]).T
     assert 0.6 < event.mean() < 0.85 and time.min() >= 1 and time.max() <= 98
     assert 0.68 < concordance_index(time, -risk, event) < 0.85
@@ -216,7 +216,7 @@ def test_clinical_columns_know_the_outcome_and_leave_the_scans_alone(tmp_path):
         main([*args, "--out", str(tmp_path / "c")])
     for complexity in (2, 10):
         rows = []
-        for i, (_, phantom) in enumerate(phantom_cohort(complexity, 300, 0, params=PhantomParams(size=16))):
+        for i, (_, phantom) in enumerate(PhantomCohort(complexity, 300, 0, params=PhantomParams(size=16))):
             risk = -phantom.time if phantom.true_risk is None else phantom.true_risk
             rows.append({**fibrosis_covariates(phantom, 0, complexity, i), "risk": risk})
         assert fibrosis_covariates(phantom, 0, complexity, i) == {k: v for k, v in rows[-1].items() if k != "risk"}

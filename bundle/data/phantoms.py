@@ -11,7 +11,7 @@ censored before it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from scipy import ndimage
 
 from bundle.errors import InputError
 
-__all__ = ["COMPLEXITIES", "Phantom", "PhantomParams", "cohort_phantom", "fibrosis_covariates", "make_phantom", "phantom_cohort"]
+__all__ = ["COMPLEXITIES", "Phantom", "PhantomCohort", "PhantomParams", "fibrosis_covariates", "make_phantom"]
 
 CENSORED_AT = 99.0
 
@@ -428,19 +428,10 @@ def make_phantom(complexity: int, rng: np.random.Generator, dies: bool, params: 
     return Phantom(hu, gt, confounder, time, event, gt_filled_mask=filled, gt_severe_mask=severe, true_risk=risk)
 
 
-def cohort_phantom(
-    complexity: int, index: int, seed: int, feature_fraction: float = 0.5, params: PhantomParams = PhantomParams()
-) -> tuple[str, Phantom]:
-    """(patient_id, phantom) of one scan of a cohort; see :func:`phantom_cohort`."""
-    dies = int((index + 1) * feature_fraction + 1e-9) > int(index * feature_fraction + 1e-9)
-    rng = np.random.default_rng([seed, complexity, index])
-    return f"phantom{complexity}_seed{seed}_{index:04d}", make_phantom(complexity, rng, dies, params)
-
-
-def phantom_cohort(
-    complexity: int, num: int, seed: int, feature_fraction: float = 0.5, params: PhantomParams = PhantomParams()
-) -> Iterator[tuple[str, Phantom]]:
-    """(patient_id, phantom) of a cohort in which `feature_fraction` of the patients die of what can be seen.
+@dataclass(frozen=True)
+class PhantomCohort(Sequence):
+    """(patient_id, phantom) of a cohort in which `feature_fraction` of the patients die of what can be seen; each is drawn
+    when it is asked for.
 
     Scan i is the same whatever `num` is: those who die are spread evenly over the scans. In 10 to 13 who dies is drawn,
     and `feature_fraction` has no say.
@@ -448,12 +439,30 @@ def phantom_cohort(
     Raises:
         InputError: no such complexity, `num` below 1 or `feature_fraction` outside [0, 1].
     """
-    check_complexity(complexity)
-    if num < 1:
-        raise InputError(f"num is {num}; expected at least 1 scan.")
-    if not 0 <= feature_fraction <= 1:
-        raise InputError(f"feature_fraction is {feature_fraction}; expected 0 to 1.")
-    return (cohort_phantom(complexity, i, seed, feature_fraction, params) for i in range(num))
+
+    complexity: int
+    num: int
+    seed: int
+    feature_fraction: float = 0.5
+    params: PhantomParams = PhantomParams()
+
+    def __post_init__(self) -> None:
+        check_complexity(self.complexity)
+        if self.num < 1:
+            raise InputError(f"num is {self.num}; expected at least 1 scan.")
+        if not 0 <= self.feature_fraction <= 1:
+            raise InputError(f"feature_fraction is {self.feature_fraction}; expected 0 to 1.")
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __getitem__(self, index: int) -> tuple[str, Phantom]:
+        if not 0 <= index < self.num:
+            raise IndexError(f"no scan {index} in a cohort of {self.num}.")
+        dies = int((index + 1) * self.feature_fraction + 1e-9) > int(index * self.feature_fraction + 1e-9)
+        rng = np.random.default_rng([self.seed, self.complexity, index])
+        patient_id = f"phantom{self.complexity}_seed{self.seed}_{index:04d}"
+        return patient_id, make_phantom(self.complexity, rng, dies, self.params)
 
 
 def fibrosis_covariates(phantom: Phantom, seed: int, complexity: int, index: int) -> dict[str, str]:
@@ -465,7 +474,7 @@ def fibrosis_covariates(phantom: Phantom, seed: int, complexity: int, index: int
 
     Args:
         phantom: whose outcome it is.
-        seed, complexity, index: of the scan, as :func:`phantom_cohort` draws it.
+        seed, complexity, index: of the scan, as :class:`PhantomCohort` draws it.
     """
     rng = np.random.default_rng([seed, complexity, index, 1])
     if phantom.true_risk is None:

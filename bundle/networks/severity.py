@@ -50,7 +50,7 @@ class Severity(nn.Module):
     """
 
     NUMBERS = 8
-    # In which patients must differ for a number to say something of them; below it is rounding, which a fit would blow up.
+    # The least standard deviation over patients at which a number says something: below is rounding, which a fit blows up.
     LEAST_SPREAD = (0.1, 1e-4, 1e-2, 1e-2, 0.1, 1e-2, 1e-3, 1e-3)
 
     def __init__(self, low: float, high: float) -> None:
