@@ -48,8 +48,8 @@ MAP = [
     "inverted",
 ]
 COLUMNS = [*KEY, "overrides", "test_scans", "device", "train_seconds", *MAP, "heat_ratio", *SURVIVAL, "c_index_oracle", "mae_oracle"]
-# Phantoms in which not all that matters is equally dangerous: the mask of the one, and whether the other is the rest of
-# the lesions or of the scan.
+# Phantoms in which not all that matters is equally dangerous: the mask of the one, and whether its heat is compared with
+# that of the rest of the lesions or of the whole scan.
 OTHER_MASKS = {11: ("gt_severe_mask", "lesions"), 13: ("confounder_mask", "scan")}
 HELD_OUT = 10_000  # added to the seed of the phantoms to measure on
 
@@ -118,8 +118,9 @@ VARIANTS: dict[str, dict] = {
     "radius_2": {"phantoms": {"sphere_radius": "2 3"}},
     "radius_4": {"phantoms": {"sphere_radius": "4 5"}},
     "radius_7": {"phantoms": {"sphere_radius": "7 8"}},
-    "contrast_1": {"phantoms": {"contrast": 1.0}},
-    "contrast_0.5": {"phantoms": {"contrast": 0.5}},
+    # 12 with less contrast still, in units of the noise; with the default window it breaks before
+    "narrow_contrast_1": {"phantoms": {"contrast": 1.0}, "hu_window": [-900, -700]},
+    "narrow_contrast_0.5": {"phantoms": {"contrast": 0.5}, "hu_window": [-900, -700]},
     # negative control
     "shuffled_outcomes": {"shuffle": True},
 }
@@ -288,29 +289,30 @@ class Runner:
         return row
 
 
-def heat_ratio(scans: pd.DataFrame, cohort: pd.DataFrame, folder: Path, column: str, rest: str) -> float | None:
-    """Heat per voxel in one mask over that in the rest of the lesions, or of the scan beside the lesions.
+def heat_ratio(scans: pd.DataFrame, cohort: pd.DataFrame, folder: Path, column: str, other: str) -> float | None:
+    """Heat per voxel in one mask over that in the rest of the lesions, or over the scan's mean.
 
-    In 11 severe lesions over mild ones, which are a third as dangerous; in 13 the honeycomb that protects over background.
+    In 11 severe lesions over mild ones, which are a third as dangerous; in 13 the honeycomb that protects over an even map.
 
     Args:
         scans: `metrics_per_scan.csv` of an evaluation that had this mask in the place of the confounder's.
         cohort: of the same scans; its masks lie in `folder`.
         column: of the mask.
-        rest: "lesions" or "scan".
+        other: "lesions" or "scan".
 
     Returns:
-        The median over the scans that have lesions, this mask and the rest; None without such a scan.
+        The median over the scans that have lesions, this mask and the other; None without such a scan.
     """
     ratios = []
     for scan in scans.merge(cohort, on="patient_id").itertuples():
         if np.isnan(scan.confounder_mass) or np.isnan(scan.mass_accuracy):
             continue
         one, lesions = (np.asarray(nib.load(folder / getattr(scan, name)).dataobj) > 0 for name in (column, "gt_mask"))
-        other, heat = (lesions & ~one, scan.mass_accuracy) if rest == "lesions" else (~lesions & ~one, 1 - scan.mass_accuracy)
-        heat = max(heat - scan.confounder_mass, 0.0)
-        if other.any() and (heat > 0 or scan.confounder_mass > 0):
-            ratios.append(scan.confounder_mass / one.sum() / max(heat / other.sum(), 1e-12))
+        if other == "scan":
+            ratios.append(scan.confounder_mass / one.mean())
+        elif (rest := lesions & ~one).any():
+            heat = max(scan.mass_accuracy - scan.confounder_mass, 0.0)
+            ratios.append(scan.confounder_mass / one.sum() / max(heat / rest.sum(), 1e-12))
     return float(np.median(ratios)) if ratios else None
 
 

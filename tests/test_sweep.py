@@ -212,8 +212,8 @@ def test_heat_ratio_compares_heat_per_voxel(tmp_path):
     # a: three times as hot; b: five times; c has no severe lesion; d, a survivor, no lesion
     scans = pd.DataFrame({"patient_id": names, "mass_accuracy": [0.6, 1.0, 1.0, np.nan], "confounder_mass": [0.3, 5 / 8, np.nan, np.nan]})
     assert sweep.heat_ratio(scans, cohort, tmp_path, "gt_severe_mask", "lesions") == pytest.approx(4)  # the median of 3 and 5
-    background = (0.3 / 16) / (0.4 / 448), (5 / 8 / 16) / 1e-12
-    assert sweep.heat_ratio(scans, cohort, tmp_path, "gt_severe_mask", "scan") == pytest.approx(np.median(background))
+    even = 512 / 16
+    assert sweep.heat_ratio(scans, cohort, tmp_path, "gt_severe_mask", "scan") == pytest.approx((0.3 + 5 / 8) / 2 * even)
     assert sweep.heat_ratio(scans[2:], cohort, tmp_path, "gt_severe_mask", "lesions") is None
 
 
