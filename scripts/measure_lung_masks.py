@@ -21,7 +21,7 @@ from monai.transforms import Compose, Orientationd, Spacingd
 from scipy import ndimage
 from tqdm import tqdm
 
-from bundle.data.phantoms import Phantom, PhantomCohort, ball
+from bundle.data.phantoms import Chest, Phantom, PhantomCohort, ball
 from bundle.files import write_text
 from bundle.transforms import LoadCTd, fill_thorax, threshold_lung_mask
 
@@ -113,7 +113,7 @@ def with_mass(scan: Phantom, radius: float, costal: bool, rng: np.random.Generat
 
     Costal pleura has no lung further out on the ray from the chest's axis; the other kind faces the mediastinum.
     """
-    lung, mm = scan.lung_mask, 320 / len(scan.lung_mask)
+    lung, mm = scan.lung_mask, Chest.FIELD / len(scan.lung_mask)
     heights = np.flatnonzero(lung.any((0, 1)))
     low, high = (round(np.quantile(heights, q)) for q in (0.3, 0.85))
     rim = np.argwhere((lung & ~ndimage.binary_erosion(lung))[:, :, low:high]) + [0, 0, low]
@@ -131,7 +131,7 @@ def with_mass(scan: Phantom, radius: float, costal: bool, rng: np.random.Generat
 def measure_phantoms(num: int, seed: int) -> tuple[list[str], Measured]:
     """Rows of the two tables of phantoms, and one with a mass for the picture."""
     scans = [scan for _, scan in PhantomCohort(9, num, seed)]
-    mm = 320 / len(scans[0].image)
+    mm = Chest.FIELD / len(scans[0].image)
     plain = [Measured("phantom", s.image, mm, s.lung_mask, "lungs") for s in tqdm(scans, desc="phantoms")]
     parts = {}
     for what in ("gt_mask", "confounder_mask"):
