@@ -22,7 +22,12 @@ from bundle.survival import (
     quantile_months,
     survival_curve,
 )
-from bundle.survival.objectives import centime_log_likelihood, neighbour_difference, weight_entropy
+from bundle.survival.objectives import (
+    centime_log_likelihood,
+    neighbour_difference,
+    occlusion_inconsistency,
+    weight_entropy,
+)
 
 TMAX = 30
 
@@ -274,15 +279,40 @@ def test_neighbour_difference_counts_pairs_in_the_lung_only():
     assert float(neighbour_difference(torch.rand(1, 3, 3, 3), alone)) == 0
 
 
+def test_occlusion_finds_danger_left_and_a_prediction_that_rests_on_the_rest():
+    """20 patches of lung and 4 outside; the heaviest 4 of them are at 10 months, the others where each case says."""
+    location, weight = torch.full((3, 24), 120.0), torch.zeros(3, 24)
+    weight[:, 4:8], weight[:, 8:] = 0.25 - 0.01, 0.04 / 16
+    location[:, 4:8] = 10.0
+    location[1, 8:] = 60.0
+    location[:, :4] = -1000.0  # outside
+    weight[2] = 0.0
+    weight[2, :2], location[2, :2] = 0.5, 30.0  # a lung of two patches: one of them is among the heaviest
+    found = occlusion_inconsistency(location.view(3, 2, 3, 4), weight.view(3, 2, 3, 4), 100)
+    expected = [0.04 * 110 / 10, (40 + 0.04 * 50) / 10, 70 / 10]
+    torch.testing.assert_close(found, torch.tensor(expected))
+    alone = torch.zeros(1, 2, 2, 2)
+    alone[0, 0, 0, 0] = 1
+    assert float(occlusion_inconsistency(40 * alone, alone, 100)) == 0  # nothing is left to say anything
+
+
+def test_occlusion_has_a_finite_gradient_at_tiny_weights():
+    location = torch.tensor([10.0, 90.0, 95.0, 120.0]).view(1, 1, 2, 2).requires_grad_()
+    weight = torch.tensor([1.0, 1e-38, 1e-38, 0.0]).view(1, 1, 2, 2).requires_grad_()
+    occlusion_inconsistency(location, weight, 100).sum().backward()
+    assert bool(location.grad.isfinite().all()) and bool(weight.grad.isfinite().all())
+
+
 def test_loss_is_the_objective_and_its_regularisers():
     survival_map, outcome = random_map(2), pairs((9, 1), (4, 0), dtype=torch.float64)
     objective = CenTime(TMAX)
-    loss = SurvivalMapLoss(objective, entropy=0.7, smoothness=0.2)
+    loss = SurvivalMapLoss(objective, entropy=0.7, smoothness=0.2, occlusion=0.3)
     location, weight = survival_map.unbind(1)
     entropy, smoothness = weight_entropy(weight).mean(), neighbour_difference(location, weight)
+    occlusion = occlusion_inconsistency(location, weight, TMAX)[0]  # of the one who died
     for strength in (1.0, 0.25, 0.0):
         loss.set_strength(strength)
-        expected = objective(survival_map, outcome) + strength * (0.2 * smoothness - 0.7 * entropy)
+        expected = objective(survival_map, outcome) + strength * (0.2 * smoothness - 0.7 * entropy + 0.3 * occlusion)
         torch.testing.assert_close(loss(survival_map, outcome), expected)
 
 
