@@ -148,6 +148,20 @@ def location_range(records: list[dict], tmax: int) -> list[float]:
     return [float(np.clip(3 * early - 2 * middle, -0.3 * tmax, 0.3 * tmax)), 1.2 * tmax]
 
 
+def share_of_window(hu: list[float] | None, hu_window: list[float]) -> list[float] | None:
+    """Where the bounds `hu` of a narrower window lie in `hu_window`, from 0 to 1; None for none.
+
+    Raises:
+        InputError: it doesn't lie within.
+    """
+    if hu is None:
+        return None
+    low, high = hu_window
+    if not (len(hu) == 2 and low <= hu[0] < hu[1] <= high):
+        raise InputError(f"narrow_hu_window is {hu}; expected two ascending HU within hu_window, {low:g} to {high:g}, or null.")
+    return [(bound - low) / (high - low) for bound in hu]
+
+
 def fill_caches(*datasets: ScanCache, jobs: int = 0) -> None:
     """Preprocess all scans that are not in the cache yet, with a progress bar; a bad scan shows before training.
 

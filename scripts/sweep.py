@@ -113,7 +113,7 @@ VARIANTS: dict[str, dict] = {
     "overlap_50": {"network_def#overlap": 0.5, "network_def#patch_size": 8},
     "head_layers_2": {"network_def#head_layers": 2},
     # what the network sees
-    "narrow_hu_window": {"hu_window": [-900, -700]},
+    "one_window": {"narrow_hu_window": None},
     # cohorts
     "events_10": {"phantoms": {"feature_fraction": 0.1}},
     "events_30": {"phantoms": {"feature_fraction": 0.3}},
@@ -123,9 +123,8 @@ VARIANTS: dict[str, dict] = {
     "radius_2": {"phantoms": {"sphere_radius": "2 3"}},
     "radius_4": {"phantoms": {"sphere_radius": "4 5"}},
     "radius_7": {"phantoms": {"sphere_radius": "7 8"}},
-    # 12 with less contrast still, in units of the noise; with the default window it breaks before
-    "narrow_contrast_1": {"phantoms": {"contrast": 1.0}, "hu_window": [-900, -700]},
-    "narrow_contrast_0.5": {"phantoms": {"contrast": 0.5}, "hu_window": [-900, -700]},
+    "contrast_1": {"phantoms": {"contrast": 1.0}},
+    "contrast_0.5": {"phantoms": {"contrast": 0.5}},
     # negative control
     "shuffled_outcomes": {"shuffle": True},
 }

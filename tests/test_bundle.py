@@ -27,7 +27,7 @@ from bundle.errors import InputError, input_error_of
 from bundle.networks import network_from
 from bundle.settings import file_sha256
 from bundle.survival import OBJECTIVES
-from bundle.workflow import location_range
+from bundle.workflow import location_range, share_of_window
 
 from .conftest import write_scan
 
@@ -489,6 +489,14 @@ def test_the_range_of_locations_follows_the_deaths():
     assert location_range(apart, 100) == [-30, 120] and location_range(apart, 40) == [-12, 48]
     assert location_range([{"time": 80.0, "event": 1}], 100) == [30, 120]
     assert location_range(lived, 100) == [0, 120]
+
+
+def test_the_narrow_window_is_given_in_hu():
+    assert share_of_window([-900, -700], [-1000, 200]) == pytest.approx([1 / 12, 3 / 12])
+    assert share_of_window(None, [-1000, 200]) is None
+    for hu in ([-1100, -700], [-700, -900], [-900, 300], [-900]):
+        with pytest.raises(InputError, match="narrow_hu_window is .* within hu_window, -1000 to 200"):
+            share_of_window(hu, [-1000, 200])
 
 
 def test_locations_begin_where_tmax_says():

@@ -78,6 +78,20 @@ def test_a_lung_thinner_than_a_patch_keeps_its_best_patches():
     assert int((weight[1] > 0).sum()) == 4**3
 
 
+def test_the_narrow_window_shows_patches_once_more():
+    """What enters the first layer: 8 voxels, 8 standardised, mean, log of the deviation, and 8 in the narrow window."""
+    embed, seen = PatchEmbed(2, 2, 4, narrow_window=(0.25, 0.75)), []
+    embed.layers.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    image = torch.tensor([0.0, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0, 0.5]).view(1, 1, 2, 2, 2)
+    index = torch.zeros(1, 4, dtype=torch.long)
+    embed(image, None, index)
+    assert seen[0].shape == (1, 26)
+    torch.testing.assert_close(seen[0][0, 18:], torch.tensor([-1.0, -1.0, -0.5, 0.0, 0.5, 1.0, 1.0, 0.0]))
+    lung = (image < 1).float()  # what is no lung is as the mean of what is
+    embed(image, lung, index)
+    assert float(seen[1][0, 24]) == pytest.approx(((image * lung).sum() / 7 - 0.5).item() / 0.25)
+
+
 def test_what_lies_outside_the_lung_changes_nothing():
     net, lung, image = lively(), two_lungs(), torch.rand(2, 1, 24, 24, 24)
     close(net(torch.where(lung > 0, image, torch.rand_like(image)), lung), net(image, lung))
@@ -512,6 +526,11 @@ def test_torchscript_keeps_head_and_severity(head):
     torch.testing.assert_close(torch.jit.script(net)(image), net(image))
 
 
+def test_torchscript_keeps_the_narrow_window():
+    net, image = lively(narrow_window=[0.1, 0.3]), torch.rand(2, 1, 24, 24, 24)
+    torch.testing.assert_close(torch.jit.script(net)(image, two_lungs()), net(image, two_lungs()))
+
+
 def test_torchscript_takes_a_clinical_vector():
     net = lively(clinical_dim=2)
     image, clinical = torch.rand(2, 1, 24, 24, 24), torch.randn(2, 2)
@@ -521,6 +540,8 @@ def test_torchscript_takes_a_clinical_vector():
 @pytest.mark.parametrize(
     "kwargs, message",
     [
+        ({"narrow_window": [0.5, 0.2]}, "narrow_window must be two ascending shares"),
+        ({"narrow_window": [-0.1, 0.2]}, "narrow_window must be two ascending shares"),
         ({"patch_size": 0}, "patch_size"),
         ({"overlap": 1.0}, "overlap"),
         ({"overlap": -0.1}, "overlap"),

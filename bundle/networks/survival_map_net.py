@@ -22,7 +22,8 @@ class PatchEmbed(nn.Module):
     """Overlapping 3-D patches of the lung become tokens; HU and texture both survive the embedding.
 
     Every patch is described by its voxels, the same voxels standardised within the patch, their mean and the log of
-    their standard deviation. No normalisation comes before the first linear layer: it would blow up the noise of an
+    their standard deviation, and with a `narrow_window` by its voxels once more, in that window: what is a few HU brighter
+    than healthy lung hardly shows in a wide one. No normalisation comes before the first linear layer: it would blow up the noise of an
     empty patch until it looks like a lesion. Voxels outside the lung carry no evidence: they are replaced by the mean
     of the patch's lung voxels. Gathered voxels and a Linear do the work of a convolution, because a `Conv3d` with one
     input channel has a very slow backward on CPUs.
@@ -31,16 +32,19 @@ class PatchEmbed(nn.Module):
         patch_size: patch side in voxels.
         stride: distance between patches in voxels, at most `patch_size`.
         dim: length of a token.
+        narrow_window: two values of the image between which voxels run from -1 to 1 once more; None for no second window.
     """
 
-    def __init__(self, patch_size: int, stride: int, dim: int) -> None:
+    def __init__(self, patch_size: int, stride: int, dim: int, narrow_window: Sequence[float] | None = None) -> None:
         super().__init__()
+        self.narrow_window = None if narrow_window is None else (float(narrow_window[0]), float(narrow_window[1]))
         self.patch_size = patch_size
         self.stride = stride
         self.run = math.gcd(patch_size, stride)  # voxels in a row that no patch's border cuts
         # A standard deviation of 1/30 of the HU window (40 HU in the default window) has log 0.
         self.contrast = 30.0
-        self.layers = nn.Sequential(nn.Linear(2 * patch_size**3 + 2, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+        numbers = (2 if narrow_window is None else 3) * patch_size**3 + 2
+        self.layers = nn.Sequential(nn.Linear(numbers, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
 
     def gather(self, volume: Tensor, index: Tensor, replicate: bool) -> Tensor:
         """Patches (M, patch_size**3) of `volume` (B, 1, D, H, W) at the grid cells `index` (M, 4) = (b, z, y, x)."""
@@ -80,6 +84,9 @@ class PatchEmbed(nn.Module):
             level,
             torch.log(self.contrast * std + 1e-2),
         ]
+        if self.narrow_window is not None:
+            low, high = self.narrow_window
+            features.append(((mean + centred - low) * (2.0 / (high - low)) - 1.0).clamp(-1.0, 1.0))
         return self.layers(torch.cat(features, 1))
 
 
@@ -213,6 +220,8 @@ class SurvivalMapNet(nn.Module):
     Args:
         patch_size: patch side in voxels.
         overlap: share of its side that a patch has in common with the next one, in [0, 1).
+        narrow_window: bounds of a second, narrower window in which patches are seen as well, as shares of the HU window;
+            None for one window.
         dim: length of a token.
         depth: number of transformer blocks.
         num_heads: number of attention heads.
@@ -254,6 +263,7 @@ class SurvivalMapNet(nn.Module):
         self,
         patch_size: int = 4,
         overlap: float = 0.0,
+        narrow_window: Sequence[float] | None = None,
         dim: int = 64,
         depth: int = 2,
         num_heads: int = 4,
@@ -275,12 +285,15 @@ class SurvivalMapNet(nn.Module):
     ) -> None:
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        arguments["loc_range"] = None if loc_range is None else [float(bound) for bound in loc_range]  # as JSON has it
+        for name in ("loc_range", "narrow_window"):  # as JSON has it
+            arguments[name] = None if arguments[name] is None else [float(bound) for bound in arguments[name]]
         self.arguments = arguments
         if patch_size < 1:
             raise ValueError(f"patch_size must be at least 1 voxel, got {patch_size}.")
         if not 0 <= overlap < 1:
             raise ValueError(f"overlap must be in [0, 1), got {overlap}.")
+        if narrow_window is not None and not (len(narrow_window) == 2 and 0 <= narrow_window[0] < narrow_window[1] <= 1):
+            raise ValueError(f"narrow_window must be two ascending shares of the HU window, in [0, 1], got {narrow_window}.")
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"dim ({dim}) must be a multiple of num_heads ({num_heads}).")
         if min(depth, window, clinical_dim, extra) < 0:
@@ -308,7 +321,7 @@ class SurvivalMapNet(nn.Module):
         self.loc_range = None if loc_range is None else (float(loc_range[0]), float(loc_range[1]))
         self.min_lung = min_lung
         self.extra = extra
-        self.embed = PatchEmbed(patch_size, self.stride, dim)
+        self.embed = PatchEmbed(patch_size, self.stride, dim, narrow_window)
         # No finer ones, by which a small cohort's lesions could be learnt by heart.
         self.frequencies = [math.pi / 2, math.pi]
         self.position = nn.Linear(3 + 6 * len(self.frequencies), dim)
