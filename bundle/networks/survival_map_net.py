@@ -32,7 +32,9 @@ class PatchEmbed(nn.Module):
         patch_size: patch side in voxels.
         stride: distance between patches in voxels, at most `patch_size`.
         dim: length of a token.
-        narrow_window: two values of the image between which voxels run from -1 to 1 once more; None for no second window.
+        narrow_window: two values of the image between which voxels run from -1 to 1 once more; from there they go back to
+            0 over half its width, as what lies beyond is for the wide window to tell: held at 1, all that is bright would
+            look alike, and lesions of two kinds would be learnt as one. None for no second window.
     """
 
     def __init__(self, patch_size: int, stride: int, dim: int, narrow_window: Sequence[float] | None = None) -> None:
@@ -86,7 +88,9 @@ class PatchEmbed(nn.Module):
         ]
         if self.narrow_window is not None:
             low, high = self.narrow_window
-            features.append(((mean + centred - low) * (2.0 / (high - low)) - 1.0).clamp(-1.0, 1.0))
+            place = (mean + centred - low) * (2.0 / (high - low)) - 1.0
+            within = place.clamp(-1.0, 1.0)
+            features.append(within - (place.clamp(-2.0, 2.0) - within))
         return self.layers(torch.cat(features, 1))
 
 
