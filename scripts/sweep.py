@@ -113,7 +113,7 @@ VARIANTS: dict[str, dict] = {
     "overlap_50": {"network_def#overlap": 0.5, "network_def#patch_size": 8},
     "head_layers_2": {"network_def#head_layers": 2},
     # what the network sees
-    "one_window": {"narrow_hu_window": None},
+    "narrow_window": {"narrow_hu_window": [-900, -700]},
     # cohorts
     "events_10": {"phantoms": {"feature_fraction": 0.1}},
     "events_30": {"phantoms": {"feature_fraction": 0.3}},
@@ -123,8 +123,9 @@ VARIANTS: dict[str, dict] = {
     "radius_2": {"phantoms": {"sphere_radius": "2 3"}},
     "radius_4": {"phantoms": {"sphere_radius": "4 5"}},
     "radius_7": {"phantoms": {"sphere_radius": "7 8"}},
-    "contrast_1": {"phantoms": {"contrast": 1.0}},
-    "contrast_0.5": {"phantoms": {"contrast": 0.5}},
+    # 12 with less contrast still, in units of the noise
+    "narrow_window_contrast_1": {"phantoms": {"contrast": 1.0}, "narrow_hu_window": [-900, -700]},
+    "narrow_window_contrast_0.5": {"phantoms": {"contrast": 0.5}, "narrow_hu_window": [-900, -700]},
     # negative control
     "shuffled_outcomes": {"shuffle": True},
 }
