@@ -57,6 +57,7 @@ class Trained:
         if random is None:
             self.network.load_state_dict(torch.load(run / "model.pt", map_location="cpu", weights_only=True))
         self.low, self.high = settings["preprocessing"]["hu_window"]
+        self.sigma = json.loads(Path("configs/inference.json").read_text())["sigma"]
         self.objective = objective_from(settings["objective"])
 
     def image(self, hu: np.ndarray) -> torch.Tensor:
@@ -84,7 +85,7 @@ class Trained:
     def map_by(self, network: Callable, hu: np.ndarray, refine: bool = True) -> np.ndarray:
         """Location and weight of each voxel in the map by any network, (2, D, H, W)."""
         image = self.image(hu)
-        inferer = GridShiftInferer(4, self.network.stride, sigma=1.0, refine=refine)
+        inferer = GridShiftInferer(4, self.network.stride, sigma=self.sigma, refine=refine)
         return inferer(image, network, lung=torch.ones_like(image))[0, [0, -1]].numpy()
 
 
