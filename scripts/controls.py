@@ -134,7 +134,7 @@ def controls_of(run: Path, complexity: int, size: int, seed: int, num: int) -> t
     return row | {name: np.mean(values, 0) for name, values in found.items()}, curves
 
 
-def protection_of(run: Path, seed: int, size: int, num: int) -> dict:
+def protection_of(run: Path, size: int, seed: int, num: int) -> dict:
     """One row about the honeycomb of phantom 13: a number for each of `num` held-out scans that have one.
 
     `later`: its mean location less that of what is neither honeycomb nor lesion, months. `own` and `refined`: its weight a
@@ -243,7 +243,7 @@ def main() -> None:
         if not (run / "seconds.txt").is_file():
             raise SystemExit(f"error: {run} is not a finished run; make it with python -m scripts.sweep.")
         if complexity == PROTECTS:
-            protection.append(protection_of(run, seed, size, args.num))
+            protection.append(protection_of(run, size, seed, args.num))
             continue
         row, points = controls_of(run, complexity, size, seed, args.num)
         rows.append(row)

@@ -23,10 +23,10 @@ class PatchEmbed(nn.Module):
 
     Every patch is described by its voxels, the same voxels standardised within the patch, their mean and the log of
     their standard deviation, and with a `narrow_window` by its voxels once more, in that window: what is a few HU brighter
-    than healthy lung hardly shows in a wide one. No normalisation comes before the first linear layer: it would blow up the noise of an
-    empty patch until it looks like a lesion. Voxels outside the lung carry no evidence: they are replaced by the mean
-    of the patch's lung voxels. Gathered voxels and a Linear do the work of a convolution, because a `Conv3d` with one
-    input channel has a very slow backward on CPUs.
+    than healthy lung hardly shows in a wide one. No normalisation comes before the first linear layer: it would blow up
+    the noise of an empty patch until it looks like a lesion. Voxels outside the lung carry no evidence: they are replaced
+    by the mean of the patch's lung voxels. Gathered voxels and a Linear do the work of a convolution, because a `Conv3d`
+    with one input channel has a very slow backward on CPUs.
 
     Args:
         patch_size: patch side in voxels.
