@@ -114,6 +114,8 @@ VARIANTS: dict[str, dict] = {
     "head_layers_2": {"network_def#head_layers": 2},
     # what the network sees
     "narrow_window": {"narrow_hu_window": [-900, -700]},
+    "narrow_window_noise": {"narrow_hu_window": [-900, -700], "noise_hu": 15.0},
+    "narrow_window_noise_6": {"narrow_hu_window": [-900, -700], "noise_hu": 6.0},
     # cohorts
     "events_10": {"phantoms": {"feature_fraction": 0.1}},
     "events_30": {"phantoms": {"feature_fraction": 0.3}},

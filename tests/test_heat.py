@@ -15,9 +15,11 @@ from monai.data import MetaTensor
 from monai.transforms import SpatialResample
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
+from scipy.stats import entropy
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
+import bundle.explain.grid_shift
 from bundle.explain import GridShiftInferer, mask_to_scan_space, patch_heat, to_scan_space, to_voxels
 from bundle.explain.grid_shift import appearance_ratio, bin_of, likelihood_ratio
 from bundle.networks import SurvivalMapNet
@@ -378,6 +380,22 @@ def test_refinement_does_not_show_what_protects_as_danger():
     refined = weight * appearance_ratio(image, weight > 0, weight, torch.ones_like(weight))
     assert float(refined[shield].max()) < 0.3 * float(refined[~lesion & ~shield].mean())
     assert float(refined[lesion].mean()) > 100 * float(refined[~lesion].mean())
+
+
+def test_refinement_adds_the_less_the_less_a_map_says(monkeypatch):
+    """Noise that happens to prefer what is bright: the looks' power is its divergence from an even map."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(2, 16, 16, 16, generator=generator)
+    even = 1 + torch.rand(2, 16, 16, 16, generator=generator)
+    weight = even * torch.where(image > 0.9, torch.tensor([1.5, 200.0]).view(2, 1, 1, 1), 1.0)
+    inside = torch.ones_like(image) > 0
+    ratio = appearance_ratio(image, inside, weight, even)
+    monkeypatch.setattr(bundle.explain.grid_shift, "SAYS_ENOUGH", 1e-9)
+    looks = appearance_ratio(image, inside, weight, even)
+    divergence = entropy(weight[0].flatten().numpy(), even[0].flatten().numpy())  # normalises both
+    assert divergence < 0.05 and float(ratio[0].max()) < 1.2 < float(looks[0].max())
+    torch.testing.assert_close(ratio[0], looks[0].pow(float(divergence) / 0.5), rtol=1e-4, atol=0)
+    torch.testing.assert_close(ratio[1], looks[1])
 
 
 @pytest.mark.parametrize("shifts, stride", [(3, 4), (0, 4), (8, 4)])

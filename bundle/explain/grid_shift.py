@@ -17,6 +17,7 @@ __all__ = ["GridShiftInferer"]
 
 
 BINS = 24  # an axis of a histogram of two numbers; 64 of one
+SAYS_ENOUGH = 0.5  # nats between a map and an even one, from which on looks count in full
 
 
 def bin_of(values: Tensor, bins: int) -> Tensor:
@@ -51,7 +52,9 @@ def appearance_ratio(brightness: Tensor, inside: Tensor, weight: Tensor, even: T
     lesion of mixed brightness; squared), and of mean and standard deviation in the 3 x 3 x 3 cells around it (between 0.1
     and 10; its root, as neighbours share most of these cells). Looks don't overrule what the network says: what it
     finds safer than the median cell gains no more by them than the median cell does. Otherwise a structure that protects,
-    but is as bright as a lesion, would be shown as danger.
+    but is as bright as a lesion, would be shown as danger. And the less a map says the less looks add to it: the ratio has the
+    power of the Kullback-Leibler divergence between the map and an even one, over :data:`SAYS_ENOUGH`, at most 1. Otherwise
+    a map of noise, which some brightness happens to have a little more of, would come out as a sharp one.
 
     Args:
         brightness: of the cells, (B, d, h, w), HU window scaled to [0, 1].
@@ -73,7 +76,9 @@ def appearance_ratio(brightness: Tensor, inside: Tensor, weight: Tensor, even: T
         around = likelihood_ratio(around, (BINS, BINS), w, e, 1.0)
         looks = own.clamp(0.6, 3).square() * around.clamp(0.1, 10).sqrt()
         said = w / e
-        ratio[i][lung] = torch.where(said < said.median(), looks.minimum(looks.median()), looks)
+        looks = torch.where(said < said.median(), looks.minimum(looks.median()), looks)
+        divergence = (w * said.clamp_min(1e-30).log()).sum() / w.sum() - (w.sum() / e.sum()).log()
+        ratio[i][lung] = looks.pow((divergence / SAYS_ENOUGH).clamp(0, 1))
     return ratio
 
 
