@@ -91,6 +91,7 @@ VARIANTS: dict[str, dict] = {
     "loc_bias_log_mean": {"network_def#loc_bias": "$float(torch.tensor([r['time'] for r in @parts['train'] if r['event']]).log().mean().exp())"},
     "alpha_5": {"objective#alpha_censored": 5.0},
     "alpha_10": {"objective#alpha_censored": 10.0},
+    "variance_9": {"objective#variance": 9.0},
     "variance_100": {"objective#variance": 100.0},
     "variance_144": {"objective#variance": 144.0},
     "variance_169": {"objective#variance": 169.0},
