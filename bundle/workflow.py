@@ -199,8 +199,8 @@ def finish_training(network: torch.nn.Module, settings: dict, dataset: ScanCache
     """Last step of a training: what can only be fitted to finished maps of the training scans.
 
     That is severity (the months that the disease on the maps stands for, and how sure that is) for an objective whose
-    locations are months, and the baseline hazard of proportional hazards. Maps are averaged over 8 origins of the patch
-    grid, as inference averages them over all.
+    locations are months, and the baseline hazard of proportional hazards. What maps say of a patient is the median over
+    8 origins of the patch grid, as in inference over all.
 
     Args:
         network: trained; its severity is set.
@@ -232,7 +232,7 @@ def finish_training(network: torch.nn.Module, settings: dict, dataset: ScanCache
             patients.append(patient_numbers(survival_map.cpu()))
             known.append(outcome.cpu())
             if severity:
-                numbers.append(torch.stack(read).mean(0))
+                numbers.append(torch.stack(read).quantile(0.5, 0))
                 read.clear()
     finally:
         if hook:

@@ -155,7 +155,8 @@ def test_each_cell_is_the_mean_of_the_patches_that_cover_it(shifts):
     network = Brightness(patch, beta=0.2)
     location, weight = GridShiftInferer(shifts, patch)(image, network)[0]
 
-    mean, log, patient = *torch.zeros(2, *[size // cell] * 3).unbind(0), 0.0
+    mean, log = torch.zeros(2, *[size // cell] * 3)
+    patients = []
     cells = list(product(range(size // cell), repeat=3))
     for shift in product(range(shifts), repeat=3):
         z, y, x = [n * cell for n in shift]
@@ -164,24 +165,41 @@ def test_each_cell_is_the_mean_of_the_patches_that_cover_it(shifts):
         at = torch.tensor([[(n * cell + s) // patch for n, s in zip(c, (z, y, x))] for c in cells]).unbind(1)
         mean += loc[at].view_as(mean) / shifts**3
         log += w[at].log().view_as(log) / shifts**3
-        patient += float((loc * w).sum()) / shifts**3
+        patients.append(float((loc * w).sum()))
     torch.testing.assert_close(weight, log.exp() / log.exp().sum())
     torch.testing.assert_close(weight, (-0.2 * mean).flatten().softmax(0).view_as(mean))
-    torch.testing.assert_close(location, mean + patient - (weight * mean).sum())
+    torch.testing.assert_close(location, mean + float(np.median(patients)) - (weight * mean).sum())
 
 
 @pytest.mark.parametrize("shape", [(12, 12, 12), (13, 9, 10)])
-def test_the_patient_location_is_the_mean_of_the_grids(shape):
+def test_the_patient_location_is_the_median_of_the_grids(shape):
     net = SurvivalMapNet(patch_size=4, dim=16).eval()
     nn.init.normal_(net.to_location[-1].weight, std=0.2)
     image, lung = torch.rand(2, 1, *shape), random_lung(*shape)
     location, weight = GridShiftInferer(2, 4)(image, net, lung=lung).unbind(1)
-    patient = torch.zeros(2)
+    patients = []
     for shift in product((0, 2), repeat=3):
         pad = [n for start, size in zip(reversed(shift), shape[::-1]) for n in (start, -size % 4)]
         loc, w = net(F.pad(image, pad, mode="replicate"), F.pad(lung, pad)).unbind(1)
-        patient += (loc * w).sum((1, 2, 3)) / 8
-    torch.testing.assert_close((location * weight).sum((1, 2, 3)), patient)
+        patients.append((loc * w).sum((1, 2, 3)).detach())
+    torch.testing.assert_close((location * weight).sum((1, 2, 3)), torch.from_numpy(np.median(torch.stack(patients), 0)))
+
+
+@pytest.mark.parametrize("share, seen_by, months", [(0.2, 7, 0), (0.6, 1, 100)])
+def test_a_patient_is_as_ill_as_most_grids_say(share, seen_by, months):
+    """A bright cube of one patch, cut up by all grids but one into halves, quarters or eighths."""
+    image, said = torch.zeros(1, 1, 16, 16, 16), []
+    image[..., 4:8, 4:8, 4:8] = 1.0
+
+    def network(image: Tensor, lung: Tensor | None = None) -> Tensor:
+        location = torch.where(F.avg_pool3d(image, 4, ceil_mode=True)[:, 0] > share, 0.0, 100.0)
+        weight = (-location).flatten(1).softmax(1).view_as(location)
+        said.append(float((location * weight).sum()))
+        return torch.stack([location, weight], 1)
+
+    location, weight = GridShiftInferer(2, 4)(image, network).unbind(1)
+    assert sum(one < 1 for one in said) == seen_by
+    assert float((location * weight).sum()) == pytest.approx(months, abs=1e-3)
 
 
 def test_extra_channels_go_through_the_grids_and_change_nothing_else():
@@ -191,11 +209,12 @@ def test_extra_channels_go_through_the_grids_and_change_nothing_else():
     image, lung = torch.rand(2, 1, 13, 9, 10), random_lung(13, 9, 10)
     inferer = GridShiftInferer(2, 4, sigma=0.5, refine=True)
     survival_map = inferer(image, net, lung=lung)
-    patient = torch.zeros(2, 2)
+    patients = []
     for shift in product((0, 2), repeat=3):
         pad = [n for start, size in zip(reversed(shift), (10, 9, 13)) for n in (start, -size % 4)]
         one = net(F.pad(image, pad, mode="replicate"), F.pad(lung, pad))
-        patient += (one[:, 1:3] * one[:, 3:]).sum((2, 3, 4)) / 8
+        patients.append((one[:, 1:3] * one[:, 3:]).sum((2, 3, 4)).detach())
+    patient = torch.from_numpy(np.median(torch.stack(patients), 0))
     torch.testing.assert_close((survival_map[:, 1:3] * survival_map[:, 3:]).sum((2, 3, 4)), patient)
     net.to_extra, net.extra = None, 0
     torch.testing.assert_close(survival_map[:, [0, 3]], inferer(image, net, lung=lung))

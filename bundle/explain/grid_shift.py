@@ -96,8 +96,9 @@ class GridShiftInferer(Inferer):
        have their weight times :func:`appearance_ratio`, a naive Bayes factor that asks the scan itself how its hot places
        differ, in brightness and in texture, from those of a map which is even; such a map it leaves as it is.
 
-    The patient's location is the mean of the grids', and so are extra channels of the map. The result is a survival map
-    like any other, with cells of ``stride / shifts`` voxels.
+    The patient's location is the median of the grids', and so are extra channels of the map: a lesion of a patch or two
+    that some grids cut up, and don't see, would otherwise come out years too late. The result is a survival map like any
+    other, with cells of ``stride / shifts`` voxels.
 
     Args:
         shifts: origins an axis, a divisor of the network's stride; 1 runs the network once.
@@ -127,7 +128,7 @@ class GridShiftInferer(Inferer):
         cell = self.stride // self.shifts
         grid = [-(-size // self.stride) * self.shifts for size in inputs.shape[2:]]
         scans = inputs.shape[0]
-        total, patient = torch.zeros(()), torch.zeros(())
+        total, patients = torch.zeros(()), []
         for shift in product(range(self.shifts), repeat=3):
             # In front the shift, behind what makes the unshifted grid whole, so that every grid covers the image.
             sides = [(start * cell, -size % self.stride) for start, size in zip(shift, inputs.shape[2:])]
@@ -136,7 +137,7 @@ class GridShiftInferer(Inferer):
             with torch.no_grad():
                 survival_map = network(F.pad(inputs, pad, mode="replicate"), *args, **moved)
             said, weight = survival_map[:, :-1], survival_map[:, -1:]
-            patient = patient + (said * weight).sum((2, 3, 4))
+            patients.append((said * weight).sum((2, 3, 4)))
             inside = (weight > 0) | (said[:, :1] != 0)
             log = torch.where(inside, weight.clamp_min(torch.finfo(weight.dtype).tiny).log(), 0.0)
             part = torch.cat([said, log, inside.to(said.dtype)], 1)
@@ -159,7 +160,7 @@ class GridShiftInferer(Inferer):
             weight = weight / weight.sum((1, 2, 3), keepdim=True)
         weight, inside, count = weight.unsqueeze(1), inside.unsqueeze(1), count.unsqueeze(1)
         said = said / count.clamp_min(1)
-        off = patient / self.shifts**3 - (said * weight).sum((2, 3, 4))
+        off = torch.stack(patients).quantile(0.5, 0) - (said * weight).sum((2, 3, 4))
         said = (said + off.view(scans, -1, 1, 1, 1)) * inside
         return torch.cat([said, weight], 1)
 
