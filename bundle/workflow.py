@@ -162,17 +162,6 @@ def share_of_window(hu: list[float] | None, hu_window: list[float]) -> list[floa
     return [(bound - low) / (high - low) for bound in hu]
 
 
-def share_of_noise(hu: float, hu_window: list[float]) -> float:
-    """A standard deviation in HU as a share of `hu_window`, as images are scaled to it.
-
-    Raises:
-        InputError: it is negative, or no number.
-    """
-    if isinstance(hu, bool) or not isinstance(hu, (int, float)) or not 0 <= hu < math.inf:
-        raise InputError(f"noise_hu is {hu}; expected a standard deviation in HU, 0 for no noise.")
-    return hu / (hu_window[1] - hu_window[0])
-
-
 def fill_caches(*datasets: ScanCache, jobs: int = 0) -> None:
     """Preprocess all scans that are not in the cache yet, with a progress bar; a bad scan shows before training.
 

@@ -53,6 +53,13 @@ COLUMNS = [*KEY, "overrides", "test_scans", "device", "train_seconds", *MAP, "he
 OTHER_MASKS = {11: ("gt_severe_mask", "lesions"), 13: ("confounder_mask", "scan")}
 HELD_OUT = 10_000  # added to the seed of the phantoms to measure on
 
+
+def shifted_and_noisy(hu: float) -> list[dict]:
+    """Random transforms of training with noise of a deviation up to `hu`; for one process, as each draws its own noise."""
+    shift = {"_target_": "bundle.transforms.RandShiftd", "keys": ["image", "lung"], "max_shift": 2}
+    return [shift, {"_target_": "RandGaussianNoised", "keys": "image", "prob": 1.0, "std": hu / 1200}]
+
+
 # What differs from the shipped configuration, by name of the variant; "phantoms" are options of scripts.make_phantoms,
 # "config" are files stacked on top.
 VARIANTS: dict[str, dict] = {
@@ -115,8 +122,8 @@ VARIANTS: dict[str, dict] = {
     "head_layers_2": {"network_def#head_layers": 2},
     # what the network sees
     "narrow_window": {"narrow_hu_window": [-900, -700]},
-    "narrow_window_noise": {"narrow_hu_window": [-900, -700], "noise_hu": 15.0},
-    "narrow_window_noise_6": {"narrow_hu_window": [-900, -700], "noise_hu": 6.0},
+    "narrow_window_noise": {"narrow_hu_window": [-900, -700], "train#random_transforms": shifted_and_noisy(15)},
+    "narrow_window_noise_6": {"narrow_hu_window": [-900, -700], "train#random_transforms": shifted_and_noisy(6)},
     # cohorts
     "events_10": {"phantoms": {"feature_fraction": 0.1}},
     "events_30": {"phantoms": {"feature_fraction": 0.3}},

@@ -27,7 +27,7 @@ from bundle.errors import InputError, input_error_of
 from bundle.networks import network_from
 from bundle.settings import file_sha256
 from bundle.survival import OBJECTIVES
-from bundle.workflow import location_range, share_of_noise, share_of_window
+from bundle.workflow import location_range, share_of_window
 
 from .conftest import write_scan
 
@@ -497,25 +497,6 @@ def test_the_narrow_window_is_given_in_hu():
     for hu in ([-1100, -700], [-700, -900], [-900, 300], [-900]):
         with pytest.raises(InputError, match="narrow_hu_window is .* within hu_window, -1000 to 200"):
             share_of_window(hu, [-1000, 200])
-
-
-def test_noise_is_given_in_hu():
-    assert share_of_noise(15, [-1000, 200]) == pytest.approx(15 / 1200) and share_of_noise(0, [-1000, 200]) == 0
-    for hu in (-1, None, "15", float("nan"), True):
-        with pytest.raises(InputError, match="noise_hu is .* expected a standard deviation in HU"):
-            share_of_noise(hu, [-1000, 200])
-
-
-def test_scans_in_training_have_noise_if_asked_for():
-    """Of a deviation up to 15 HU, another one each time; none by default."""
-    config = ConfigParser()
-    config.read_config("configs/train.json")
-    for hu, spread in ((0, 0), (15, 10)):
-        config["noise_hu"] = hu
-        shift, noise = config.get_parsed_content("train#random_transforms", instantiate=True)
-        noise.set_random_state(0)
-        said = [1200 * float(noise({"image": torch.full((1, 20, 20, 20), 0.5)})["image"].std()) for _ in range(9)]
-        assert max(said) <= 1.02 * hu and max(said) - min(said) >= spread
 
 
 def test_locations_begin_where_tmax_says():
