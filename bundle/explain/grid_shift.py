@@ -69,7 +69,7 @@ def appearance_ratio(brightness: Tensor, inside: Tensor, weight: Tensor, even: T
     spread = (square - mean.square()).clamp_min(0).sqrt()
     ratio = torch.ones_like(weight)
     for i, lung in enumerate(inside):
-        w, e = weight[i][lung], even[i][lung]
+        w, e = (part[i][lung] / part[i][lung].sum() for part in (weight, even))
         own = likelihood_ratio(bin_of(brightness[i][lung], 64), (64,), w, e, 1.5)
         # 0.003 is 4 HU in the default window: below that one spread is like another
         around = bin_of(mean[i][lung], BINS) * BINS + bin_of((spread[i][lung] + 0.003).log(), BINS)
@@ -77,7 +77,7 @@ def appearance_ratio(brightness: Tensor, inside: Tensor, weight: Tensor, even: T
         looks = own.clamp(0.6, 3).square() * around.clamp(0.1, 10).sqrt()
         said = w / e
         looks = torch.where(said < said.median(), looks.minimum(looks.median()), looks)
-        divergence = (w * said.clamp_min(1e-30).log()).sum() / w.sum() - (w.sum() / e.sum()).log()
+        divergence = F.kl_div(e.log(), w, reduction="sum")
         ratio[i][lung] = looks.pow((divergence / SAYS_ENOUGH).clamp(0, 1))
     return ratio
 
