@@ -157,7 +157,7 @@ def test_each_cell_is_the_mean_of_the_patches_that_cover_it(shifts):
     mean, log = torch.zeros(2, *[size // cell] * 3)
     patients = []
     cells = list(product(range(size // cell), repeat=3))
-    for shift in product(range(shifts), repeat=3):
+    for shift in product({2: (0, 3), 4: (0, 5, 2, 7)}[shifts], repeat=3):
         z, y, x = [n * cell for n in shift]
         loc, w = network(F.pad(image, [x, 0, y, 0, z, 0], mode="replicate"))[0]
         # the patch of this grid that holds the cell's first voxel
@@ -232,6 +232,22 @@ def test_a_wall_one_voxel_thick_stays_thin():
     wall[:, :, 6] = 1
     heat = GridShiftInferer(4, 4)(wall, Holds())[0, 1]
     assert float(heat[6].sum()) > 0.8
+
+
+@pytest.mark.parametrize("shifts, begin", [(1, {0: 1}), (2, {0: 4, 6: 4}), (4, {0: 16, 2: 16, 5: 16, 7: 16})])
+def test_grids_begin_in_either_half_of_an_attention_window(shifts, begin):
+    """Windows are two patches of 4 wide: a patch that lies at their front in some grids lies at their back in others."""
+    places = []
+
+    def network(image: Tensor) -> Tensor:
+        places.append(image[0, 0].nonzero()[0])
+        return torch.ones(1, 2, *[-(-size // 4) for size in image.shape[2:]])
+
+    image = torch.zeros(1, 1, 12, 12, 12)
+    image[..., 11, 11, 11] = 1
+    GridShiftInferer(shifts, 4)(image, network)
+    for axis in (torch.stack(places) - 11).unbind(1):
+        assert dict(zip(*(n.tolist() for n in axis.unique(return_counts=True)))) == begin
 
 
 def test_the_lung_and_other_named_volumes_move_with_the_image():

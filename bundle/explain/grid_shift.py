@@ -85,11 +85,12 @@ def appearance_ratio(brightness: Tensor, inside: Tensor, weight: Tensor, even: T
 class GridShiftInferer(Inferer):
     """Run the network with the patch grid at several origins and combine the maps on a finer grid.
 
-    1. **Origins.** A lesion's border cuts through patches, and a patch that straddles it is hot all over. Here a cell's
-       location is the mean over the patches that contain it, one of each grid, and its weight their geometric mean: as
-       the softmin of the mean location would give it. A cell is hot only if all patches around it are, so that the heat
-       beside a lesion goes; the arithmetic mean of the weights would keep it blurred. A cell that patches reach in only a
-       share of the grids, at the lung's border, has its weight times that share squared.
+    1. **Origins.** A lesion's border cuts through patches, and a patch that straddles it is hot all over; and a patch at
+       the front of a window of attention sees other neighbours than one at its back. Here a cell's location is the mean
+       over the patches that contain it, one of each grid, and its weight their geometric mean: as the softmin of the mean
+       location would give it. A cell is hot only if all patches around it are, so that the heat beside a lesion goes; the
+       arithmetic mean of the weights would keep it blurred. A cell that patches reach in only a share of the grids, at
+       the lung's border, has its weight times that share squared.
     2. **Smoothing** by a Gaussian.
     3. **Refinement** within patches. A wall one voxel thick makes every patch around it hot, and the air beside it looks
        like air elsewhere; of a lesion that the network is sure of in some places only, the rest looks like these. Cells
@@ -129,7 +130,9 @@ class GridShiftInferer(Inferer):
         grid = [-(-size // self.stride) * self.shifts for size in inputs.shape[2:]]
         scans = inputs.shape[0]
         total, patients = torch.zeros(()), []
-        for shift in product(range(self.shifts), repeat=3):
+        # Every other origin lies a patch further out: windows of attention, two patches wide, begin in either half.
+        starts = [start + self.shifts * (start % 2) for start in range(self.shifts)]
+        for shift in product(starts, repeat=3):
             # In front the shift, behind what makes the unshifted grid whole, so that every grid covers the image.
             sides = [(start * cell, -size % self.stride) for start, size in zip(shift, inputs.shape[2:])]
             pad = [n for side in reversed(sides) for n in side]
