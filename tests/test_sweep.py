@@ -77,6 +77,7 @@ def test_targets_are_met_or_missed_by_what_the_seeds_reach():
     good |= {"pointing_game": 1.0, "average_precision": 0.9, "mass_accuracy": 0.95, "mae_events": 1.5, "correlation": 0.96}
     good |= {"mean_time_censored": 90.0}
     rows = [good | {"complexity": c, "seed": seed} for c in (2, 3, 7) for seed in (0, 1)]
+    rows[0] |= {"train_seconds": 400}
     rows[1] |= {"pointing_game": 0.9, "inverted": 2}
     rows[2] |= {"confounder_mass": 0.01, "correlation": None}
     rows[3] |= {"confounder_mass": 0.04}
@@ -92,6 +93,17 @@ def test_targets_are_met_or_missed_by_what_the_seeds_reach():
     assert found["inverted maps, all seeds"] == ("64³: 3, 7", "64³: 2 (2)")
     assert found["MAE events, months"] == ("64³: 7", "64³: 2 (1.5), 3 (1.5)")
     assert found["correlation"] == ("64³: 2, 7", "64³: 3 (nan)")  # a run without a measure doesn't meet it
+    assert found["training, s"] == ("–", "64³: 2 (400)")  # of those whose time on CPUs is known
+
+
+def test_reserved_seeds_are_told_from_those_of_development():
+    row = dict.fromkeys(sweep.MAP + sweep.SURVIVAL, 1.0) | dict(zip(sweep.KEY, (2, 64, "default", 100, 0, "same")))
+    rows = [row, row | {"seed": 1}, row | {"seed": sweep.RESERVED, "average_precision": 0.5}]
+    text = sweep.markdown(rows)
+    reserved, development = text.split("**Seeds of development.**")
+    assert reserved.startswith("**Reserved seeds.** Phantoms (seeds) by voxels a side: 64³: 2 (1).") and "64³: 2 (0.5)" in reserved
+    assert development.startswith(" Phantoms (seeds) by voxels a side: 64³: 2 (2).") and "2 (0.5)" not in development
+    assert "| 2 | default | 100 | same | 2 |" in development and "| 2 | default, reserved seeds | 100 | same | 1 |" in development
 
 
 def test_a_run_that_fails_does_not_take_the_others_with_it(tmp_path, page, monkeypatch, capsys):
