@@ -55,10 +55,10 @@ HELD_OUT = 10_000  # added to the seed of the phantoms to measure on
 RESERVED = 1000  # from this seed on nothing is chosen by what comes out
 
 
-def shifted_and_noisy(hu: float) -> list[dict]:
+def moved_and_noisy(hu: float) -> list[dict]:
     """Random transforms of training with noise of a deviation up to `hu`; for one process, as each draws its own noise."""
-    shift = {"_target_": "bundle.transforms.RandShiftd", "keys": ["image", "lung"], "max_shift": 2}
-    return [shift, {"_target_": "RandGaussianNoised", "keys": "image", "prob": 1.0, "std": hu / 1200}]
+    origin = {"_target_": "bundle.transforms.RandOrigind", "keys": ["image", "lung"], "max_pad": 7, "mode": ["replicate", "constant"]}
+    return [origin, {"_target_": "RandGaussianNoised", "keys": "image", "prob": 1.0, "std": hu / 1200}]
 
 
 # What differs from the shipped configuration, by name of the variant; "phantoms" are options of scripts.make_phantoms,
@@ -87,7 +87,7 @@ VARIANTS: dict[str, dict] = {
     "fixed_beta": {"network_def#learn_beta": False},
     "no_warmup": {"lr_scheduler#warmup_steps": 0},
     "epochs_10": {"max_epochs": 10},
-    "no_shift": {"train#random_transforms#0#prob": 0.0},
+    "one_origin": {"train#random_transforms#0#prob": 0.0},
     "no_balance": {"train#dataloader#sampler": None, "train#dataloader#shuffle": True},
     # locations and the objective
     "no_range": {"network_def#loc_range": None, "severity": False},
@@ -123,8 +123,8 @@ VARIANTS: dict[str, dict] = {
     "head_layers_2": {"network_def#head_layers": 2},
     # what the network sees
     "narrow_window": {"narrow_hu_window": [-900, -700]},
-    "narrow_window_noise": {"narrow_hu_window": [-900, -700], "train#random_transforms": shifted_and_noisy(15)},
-    "narrow_window_noise_6": {"narrow_hu_window": [-900, -700], "train#random_transforms": shifted_and_noisy(6)},
+    "narrow_window_noise": {"narrow_hu_window": [-900, -700], "train#random_transforms": moved_and_noisy(15)},
+    "narrow_window_noise_6": {"narrow_hu_window": [-900, -700], "train#random_transforms": moved_and_noisy(6)},
     # cohorts
     "events_10": {"phantoms": {"feature_fraction": 0.1}},
     "events_30": {"phantoms": {"feature_fraction": 0.3}},

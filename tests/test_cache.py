@@ -17,7 +17,7 @@ from bundle.data import read_cohort
 from bundle.data.datasets import CODE, ScanCache, content_digest
 from bundle.errors import InputError
 from bundle.files import load_checked
-from bundle.transforms import LoadCTd, LungMaskd, RandShiftd
+from bundle.transforms import LoadCTd, LungMaskd, RandOrigind
 from scripts import preprocess
 
 from .conftest import write_scan
@@ -25,7 +25,7 @@ from .test_bundle import TRAIN, train
 from .test_bundle import _in_root, trained  # noqa: F401  fixtures
 
 
-def transforms(spacing=3.0, low=-1000.0, method="none", weights=None, shift=0):
+def transforms(spacing=3.0, low=-1000.0, method="none", weights=None, pad=0):
     return Compose(
         [
             LoadCTd(mask_keys="lung_mask"),
@@ -35,7 +35,7 @@ def transforms(spacing=3.0, low=-1000.0, method="none", weights=None, shift=0):
             ScaleIntensityRanged("image", low, 200.0, 0.0, 1.0, clip=True),
             CropForegroundd(["image", "lung"], source_key="lung", margin=1, allow_smaller=True),
             SelectItemsd(["patient_id", "image", "lung", "lung_mask_source", "time", "event"], allow_missing_keys=True),
-            *([RandShiftd(["image", "lung"], max_shift=shift)] if shift else []),
+            *([RandOrigind(["image", "lung"], max_pad=pad)] if pad else []),
         ]
     )
 
@@ -106,7 +106,7 @@ def test_the_key_knows_weights_by_content_and_other_transforms_but_not_random_on
     keys = [cache(record, tmp_path, method="auto", weights=str(path)).key(record) for path in weights]
     assert keys[0] == keys[1] != keys[2]
     plain = cache(record, tmp_path)
-    assert cache(record, tmp_path, shift=2).key(record) == plain.key(record)
+    assert cache(record, tmp_path, pad=2).key(record) == plain.key(record)
     more = Compose([*transforms().transforms, Flipd("image", spatial_axis=0)])
     assert ScanCache([record], more, str(tmp_path / "cache")).key(record) != plain.key(record)
     assert plain.key({**record, "series": "1.2.3"}) != plain.key(record)

@@ -234,7 +234,7 @@ def test_curves_are_drawn_of_what_was_varied(tmp_path):
         row = dict(zip(sweep.KEY, (complexity, 48, variant, train_scans, 0, "same")))
         return row | {"average_precision": 0.9, "mass_accuracy": 0.8, "mae_events": 1.0}
 
-    rows = [row(2, "default", 25), row(2, "default", 100), row(2, "events_30", 100), row(2, "no_shift", 100)]
+    rows = [row(2, "default", 25), row(2, "default", 100), row(2, "events_30", 100), row(2, "one_origin", 100)]
     rows += [row(6, "default", 100), row(6, "radius_4", 100), row(6, "events_90_alpha_5", 100)]
     found = {title: sorted(zip(part.complexity, part.x)) for title, part in scaling.points(rows).items()}
     assert list(found.values()) == [[(2, 25), (2, 100)], [(2, 0.3), (2, 0.5)], [(6, 4.5), (6, 15.0)]]

@@ -21,7 +21,8 @@ from monai.transforms import (
 from scipy.spatial.transform import Rotation
 
 from bundle.errors import InputError
-from bundle.transforms import LoadCTd, LungMaskd, RandShiftd, check_hu
+from bundle.explain import GridShiftInferer
+from bundle.transforms import LoadCTd, LungMaskd, RandOrigind, check_hu
 
 from .dicom_files import write_series
 
@@ -345,26 +346,45 @@ def test_a_known_point_goes_to_its_voxel_and_comes_back(tmp_path, grid, masked):
 # --- augmentation --------------------------------------------------------------------------------------------------
 
 
-def test_shift_moves_all_keys_alike_and_repeats_borders():
+def test_a_moved_origin_pads_all_keys_alike_and_loses_nothing():
     image = torch.arange(2 * 9 * 8 * 7, dtype=torch.float32).view(2, 9, 8, 7)
-    shift = RandShiftd(keys=["image", "lung"], max_shift=3)
-    shift.set_random_state(seed=5)
+    origin = RandOrigind(["image", "lung"], max_pad=3, mode=["replicate", "constant"]).set_random_state(seed=5)
     seen = set()
     for _ in range(40):
-        out = shift({"image": image, "lung": MetaTensor(image + 1), "time": 4})
-        seen.add(shift.shift)
-        assert torch.equal(out["image"] + 1, out["lung"].as_tensor()) and isinstance(out["lung"], MetaTensor)
-        padded = np.pad(image.numpy(), [(0, 0)] + [(3, 3)] * 3, mode="edge")
-        window = tuple(slice(3 - s, 3 - s + n) for s, n in zip(shift.shift, (9, 8, 7)))
-        np.testing.assert_array_equal(out["image"].numpy(), padded[(slice(None), *window)])
-    assert {abs(s) for shifts in seen for s in shifts} == {0, 1, 2, 3}
+        out = origin({"image": image, "lung": MetaTensor(image + 1), "time": 4})
+        seen.add(origin.pad)
+        pad = [(0, 0), *((n, 0) for n in origin.pad)]
+        np.testing.assert_array_equal(out["image"].numpy(), np.pad(image.numpy(), pad, mode="edge"))
+        np.testing.assert_array_equal(out["lung"].numpy(), np.pad(image.numpy() + 1, pad))
+        assert isinstance(out["lung"], MetaTensor) and out["time"] == 4
+    assert {n for pad in seen for n in pad} == {0, 1, 2, 3}
 
 
-def test_shift_is_reproducible_and_can_be_off():
+def test_a_moved_origin_is_reproducible_and_can_be_off():
     image = {"image": torch.rand(1, 6, 6, 6)}
-    first, second = (RandShiftd("image", 2).set_random_state(seed=1) for _ in range(2))
+    first, second = (RandOrigind("image", 2).set_random_state(seed=1) for _ in range(2))
     assert all(torch.equal(first(image)["image"], second(image)["image"]) for _ in range(5))
-    assert torch.equal(RandShiftd("image", 2, prob=0.0)(image)["image"], image["image"])
-    assert torch.equal(RandShiftd("image", 0)(image)["image"], image["image"])
-    with pytest.raises(ValueError, match="max_shift"):
-        RandShiftd("image", -1)
+    assert torch.equal(RandOrigind("image", 2, prob=0.0)(image)["image"], image["image"])
+    assert torch.equal(RandOrigind("image", 0)(image)["image"], image["image"])
+    with pytest.raises(ValueError, match="max_pad"):
+        RandOrigind("image", -1)
+    with pytest.raises(ValueError):
+        RandOrigind(["image", "lung"], 1, mode=["replicate"] * 3)
+
+
+def test_training_and_inference_begin_the_patch_grid_in_the_same_places():
+    """What the network learns with is what it is asked about: the origins of both, in voxels, of 4 in a patch."""
+    from monai.bundle import ConfigParser
+
+    config = ConfigParser()
+    config.read_config("configs/train.json")
+    config["network_def"] = {"_target_": "bundle.networks.SurvivalMapNet", "patch_size": 4}
+    (origin,) = config.get_parsed_content("train#random_transforms")
+    seen = set()
+
+    def network(image: torch.Tensor) -> torch.Tensor:
+        seen.add(image.shape[2] - 8)
+        return torch.ones(1, 2, *[-(-size // 4) for size in image.shape[2:]])
+
+    GridShiftInferer(4, 4)(torch.zeros(1, 1, 8, 8, 8), network)
+    assert origin.max_pad == max(seen) == 7 and {n % 4 for n in seen} == {0, 1, 2, 3}

@@ -1,10 +1,10 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What MONAI's transforms do not have: loading CT with checks, the lung mask, the quality gate, whole-voxel shifts."""
+"""What MONAI's transforms do not have: loading CT with checks, the lung mask, the quality gate, random origins."""
 
 from __future__ import annotations
 
-from .augment import RandShiftd
+from .augment import RandOrigind
 from .load import LoadCTd, check_hu
 from .lung import LUNG_METHODS, LungMaskd, lungmask_digests, lungmask_network
 from .lung_threshold import fill_thorax, threshold_lung_mask
@@ -15,7 +15,7 @@ __all__ = [
     "LoadCTd",
     "LungMaskd",
     "QualityGated",
-    "RandShiftd",
+    "RandOrigind",
     "check_hu",
     "check_quality",
     "fill_thorax",

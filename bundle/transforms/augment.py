@@ -1,51 +1,64 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Augmentation: shift scans by whole voxels, so that nothing can be learnt from where the patch grid falls."""
+"""Augmentation: let the patch grid begin anywhere, so that nothing can be learnt from where it falls."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.transforms import MapTransform, RandomizableTransform
+from monai.utils import ensure_tuple_rep
 
-__all__ = ["RandShiftd"]
+__all__ = ["RandOrigind"]
 
 
-class RandShiftd(RandomizableTransform, MapTransform):
-    """Translate by a random whole number of voxels along each axis, the same for all keys; borders are repeated.
+class RandOrigind(RandomizableTransform, MapTransform):
+    """Pad each axis in front by a random whole number of voxels, the same for all keys.
+
+    Patches and windows of attention then begin elsewhere in the scan, and nothing of it is lost, as it would be if the
+    scan were moved within its box. In inference :class:`~bundle.explain.GridShiftInferer` pads in the same way.
 
     The affine is left as it is: this is for training only, where nothing goes back to the scan's own grid.
 
     Args:
         keys: tensors (C, D, H, W), all of one spatial shape.
-        max_shift: the largest shift along an axis, in voxels; shifts are uniform in -max_shift..max_shift.
-        prob: share of the calls that shift.
+        max_pad: the most voxels in front of an axis; their number is uniform in 0..max_pad.
+        mode: of `torch.nn.functional.pad`, one for all keys or one for each.
+        prob: share of the calls that pad.
         allow_missing_keys: do not raise if a key is missing.
+
+    Raises:
+        ValueError: `max_pad` is negative, or there are neither one nor as many modes as keys.
     """
 
     def __init__(
-        self, keys: KeysCollection, max_shift: int, prob: float = 1.0, allow_missing_keys: bool = False
+        self,
+        keys: KeysCollection,
+        max_pad: int,
+        mode: str | Sequence[str] = "replicate",
+        prob: float = 1.0,
+        allow_missing_keys: bool = False,
     ) -> None:
-        if max_shift < 0:
-            raise ValueError(f"max_shift is {max_shift} (expected at least 0 voxels)")
+        if max_pad < 0:
+            raise ValueError(f"max_pad is {max_pad} (expected at least 0 voxels)")
         MapTransform.__init__(self, keys, allow_missing_keys)
         RandomizableTransform.__init__(self, prob)
-        self.max_shift = max_shift
-        self.shift = (0, 0, 0)
+        self.max_pad = max_pad
+        self.mode = ensure_tuple_rep(mode, len(self.keys))
+        self.pad = (0, 0, 0)
 
     def randomize(self, data: object = None) -> None:
         super().randomize(None)
-        self.shift = tuple(self.R.randint(-self.max_shift, self.max_shift + 1, size=3).tolist())
+        self.pad = tuple(self.R.randint(self.max_pad + 1, size=3).tolist())
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
         out = dict(data)
         self.randomize()
         if self._do_transform:
-            for key in self.key_iterator(out):
-                for axis, shift in enumerate(self.shift, start=1):
-                    size = out[key].shape[axis]
-                    index = torch.arange(size, device=out[key].device).sub(shift).clamp(0, size - 1)
-                    out[key] = out[key].index_select(axis, index)
+            z, y, x = self.pad
+            for key, mode in self.key_iterator(out, self.mode):
+                out[key] = F.pad(out[key], [x, 0, y, 0, z, 0], mode=mode)
         return out
