@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -25,9 +26,10 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from bundle.data.datasets import EventSampler
 from bundle.errors import InputError, input_error_of
 from bundle.networks import network_from
+from bundle.networks.heads import softmin_head
 from bundle.settings import file_sha256
 from bundle.survival import OBJECTIVES
-from bundle.workflow import location_range, share_of_window
+from bundle.workflow import location_range, share_of_window, softmin_beta
 
 from .conftest import write_scan
 
@@ -486,9 +488,25 @@ def test_the_range_of_locations_follows_the_deaths():
     assert location_range(died + lived, 100) == [3 * 27 - 2 * 31, 120]
     assert location_range([{"time": 2.0, "event": 1}, *died[1:]], 100) == [19, 120]  # one early death says nothing of the others
     apart = [{"time": time, "event": 1} for time in (1.0, 2.0, 8.0, 30.0, 40.0, 50.0, 60.0, 60.0, 60.0, 60.0, 60.0)]
-    assert location_range(apart, 100) == [-30, 120] and location_range(apart, 40) == [-12, 48]
+    assert location_range(apart, 100) == [-60, 120] and location_range(apart, 40) == [-24, 48]
     assert location_range([{"time": 80.0, "event": 1}], 100) == [30, 120]
     assert location_range(lived, 100) == [0, 120]
+
+
+def test_the_steepness_of_the_softmin_follows_the_deaths():
+    died = [{"time": 16.0 + 3 * i, "event": 1} for i in range(11)]  # tenth percentile 19, median 31
+    assert softmin_beta([*died, {"time": 1.0, "event": 0}], 100) == pytest.approx(1 / 12)
+    assert softmin_beta(died[:2], 100) == pytest.approx(1 / 8) and softmin_beta([], 50) == pytest.approx(1 / 4)
+    assert softmin_beta([{"time": 90.0 * (i > 3), "event": 1} for i in range(11)], 100) == pytest.approx(1 / 30)
+
+
+@pytest.mark.parametrize("share, quantile", [(math.exp(-3), 0.5), (math.exp(-2), 0.1)])
+def test_lesions_at_the_bound_kill_when_half_and_when_a_tenth_are_dead(share, quantile):
+    died = [{"time": 16.0 + 3 * i, "event": 1} for i in range(11)]
+    (low, high), beta = location_range(died, 100), torch.tensor(softmin_beta(died, 100))
+    location = torch.where(torch.arange(1000) < 1000 * share, low, 1e4).unsqueeze(0)
+    moved, log_weight = softmin_head(location, torch.ones(1, 1000), beta, True)
+    assert float((moved * log_weight.exp()).sum()) == pytest.approx(np.quantile([r["time"] for r in died], quantile), abs=0.2)
 
 
 def test_the_narrow_window_is_given_in_hu():
