@@ -86,7 +86,6 @@ VARIANTS: dict[str, dict] = {
     "anneal_to_8": {"train#handlers#1#vc_kwargs#start": 0.1 / 8, "network_def#beta": 8.0},
     "learn_beta": {"network_def#learn_beta": True},
     "learn_beta_from_15": {"network_def#beta": 1 / 15, "network_def#learn_beta": True},
-    "grad_beta_1": {"network_def#grad_beta": 1.0},
     "no_warmup": {"lr_scheduler#warmup_steps": 0},
     "epochs_10": {"max_epochs": 10},
     "one_origin": {"train#random_transforms#0#prob": 0.0},

@@ -33,14 +33,7 @@ def moved_to(patient: Tensor, location: Tensor, log_weight: Tensor, lung: Tensor
     return location + patient - (location * log_weight.exp() * (lung > 0)).sum(1, keepdim=True)
 
 
-def log_mean_exp(location: Tensor, lung: Tensor, beta: Tensor) -> Tensor:
-    """``-1/beta * (logsumexp(-beta * loc_i) - log N)`` over the patches of lung, (B, 1)."""
-    return -((lung.clamp_min(1e-30).log() - beta * location).logsumexp(1, True) - lung.sum(1, keepdim=True).log()) / beta
-
-
-def softmin_head(
-    location: Tensor, lung: Tensor, beta: Tensor, lse: bool, grad_beta: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def softmin_head(location: Tensor, lung: Tensor, beta: Tensor, lse: bool) -> tuple[Tensor, Tensor]:
     """Weights ``softmax(-beta * (loc_i - median))``: the most dangerous patches speak for the patient.
 
     With `lse` all locations of a scan move together until their weighted sum is the log-mean-exp
@@ -53,20 +46,14 @@ def softmin_head(
         lung: share of lung in each patch, (B, N).
         beta: steepness per month, a scalar.
         lse: log-mean-exp rather than a weighted mean.
-        grad_beta: steepness, relative to beta, of the log-mean-exp whose gradient the locations get. Below 1 it reaches
-            patches that say little yet: those of a lesion that are 50 months later than the hottest have e^-5 of its
-            gradient at 1/10 a month, and would stay as they are. Beta has the gradient of its own.
     """
     # Centring leaves the softmin as it is and keeps its exponents small.
-    median = torch.where(lung > 0, location, torch.full_like(location, torch.nan)).detach().nanmedian(1, True)[0]
-    centred = location - median
-    log_weight = log_softmax(-beta * centred, lung)
+    filled = torch.where(lung > 0, location, torch.full_like(location, torch.nan)).detach()
+    score = -beta * (location - filled.nanmedian(1, True)[0])
+    log_weight = log_softmax(score, lung)
     if lse:
-        patient = median + log_mean_exp(centred if grad_beta == 1.0 else centred.detach(), lung, beta)
-        if grad_beta != 1.0:
-            gentle = log_mean_exp(centred, lung, grad_beta * beta.detach())
-            patient = patient + gentle - gentle.detach()
-        location = moved_to(patient, location, log_weight, lung)
+        mean = (score + lung.clamp_min(1e-30).log()).logsumexp(1, True) - lung.sum(1, keepdim=True).log()
+        location = moved_to(filled.nanmedian(1, True)[0] - mean / beta, location, log_weight, lung)
     return location, log_weight
 
 

@@ -244,8 +244,6 @@ class SurvivalMapNet(nn.Module):
         severity: correct the patient's location by how much disease the map shows; needs a `loc_range`.
         beta: steepness of the softmin per month.
         learn_beta: learn beta, starting there.
-        grad_beta: steepness, relative to beta, of the log-mean-exp whose gradient patches get in training
-            (:func:`bundle.networks.heads.softmin_head`); 1 for its own.
         min_lung: smallest share of lung in a patch that makes it a token.
         extra: further numbers a patch that an objective asks for, bounded by 3, 0 in an untrained network.
 
@@ -286,7 +284,6 @@ class SurvivalMapNet(nn.Module):
         severity: bool = True,
         beta: float = 1 / 15,
         learn_beta: bool = True,
-        grad_beta: float = 1.0,
         min_lung: float = 0.25,
         extra: int = 0,
     ) -> None:
@@ -314,8 +311,8 @@ class SurvivalMapNet(nn.Module):
             raise ValueError(f"loc_range must be two numbers with loc_bias ({loc_bias}) between them, got {loc_range}.")
         if loc_range is None and (severity or head == "hazard"):
             raise ValueError("severity and the head hazard need a loc_range.")
-        if min(beta, grad_beta) <= 0:
-            raise ValueError(f"beta (per month) and grad_beta must be positive, got {beta} and {grad_beta}.")
+        if beta <= 0:
+            raise ValueError(f"beta must be positive (per month), got {beta}.")
         if not 0 < min_lung <= 1:
             raise ValueError(f"min_lung must be in (0, 1], got {min_lung}.")
         self.patch_size = patch_size
@@ -324,7 +321,6 @@ class SurvivalMapNet(nn.Module):
         self.clinical_dim = clinical_dim
         self.film_context = film_context
         self.head = head
-        self.grad_beta = grad_beta
         self.loc_scale = loc_scale
         self.loc_range = None if loc_range is None else (float(loc_range[0]), float(loc_range[1]))
         self.min_lung = min_lung
@@ -444,9 +440,7 @@ class SurvivalMapNet(nn.Module):
             location, log_weight = mean_head(tokens, flat, self.loc_bias)
         else:
             beta = self.log_beta.exp() * self.beta_factor
-            location, log_weight = softmin_head(
-                location, flat, beta, self.head == "lse", self.grad_beta if self.training else 1.0
-            )
+            location, log_weight = softmin_head(location, flat, beta, self.head == "lse")
         if self.clinical_months is not None and clinical is not None:
             location = location + self.loc_scale * self.clinical_months(clinical)
         if self.severity is not None and not self.training:
