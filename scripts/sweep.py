@@ -55,10 +55,10 @@ HELD_OUT = 10_000  # added to the seed of the phantoms to measure on
 RESERVED = 1000  # from this seed on nothing is chosen by what comes out
 
 
-def moved_and_noisy(hu: float) -> list[dict]:
-    """Random transforms of training with noise of a deviation up to `hu`; for one process, as each draws its own noise."""
-    origin = {"_target_": "bundle.transforms.RandOrigind", "keys": ["image", "lung"], "max_pad": 7, "mode": ["replicate", "constant"]}
-    return [origin, {"_target_": "RandGaussianNoised", "keys": "image", "prob": 1.0, "std": hu / 1200}]
+def with_noise(hu: float) -> str:
+    """Transforms of training with noise of a deviation up to `hu` as well; for one process, as each draws its own noise."""
+    noise = f"monai.transforms.RandGaussianNoised('image', prob=1.0, std={hu} / (@hu_window[1] - @hu_window[0]))"
+    return f"$@load_transforms + @train#random_transforms + [{noise}]"
 
 
 # What differs from the shipped configuration, by name of the variant; "phantoms" are options of scripts.make_phantoms,
@@ -123,8 +123,8 @@ VARIANTS: dict[str, dict] = {
     "head_layers_2": {"network_def#head_layers": 2},
     # what the network sees
     "narrow_window": {"narrow_hu_window": [-900, -700]},
-    "narrow_window_noise": {"narrow_hu_window": [-900, -700], "train#random_transforms": moved_and_noisy(15)},
-    "narrow_window_noise_6": {"narrow_hu_window": [-900, -700], "train#random_transforms": moved_and_noisy(6)},
+    "narrow_window_noise": {"narrow_hu_window": [-900, -700], "train#preprocessing#transforms": with_noise(15)},
+    "narrow_window_noise_6": {"narrow_hu_window": [-900, -700], "train#preprocessing#transforms": with_noise(6)},
     # cohorts
     "events_10": {"phantoms": {"feature_fraction": 0.1}},
     "events_30": {"phantoms": {"feature_fraction": 0.3}},

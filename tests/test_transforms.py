@@ -7,6 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import (
     Compose,
@@ -374,8 +375,6 @@ def test_a_moved_origin_is_reproducible_and_can_be_off():
 
 def test_training_and_inference_begin_the_patch_grid_in_the_same_places():
     """What the network learns with is what it is asked about: the origins of both, in voxels, of 4 in a patch."""
-    from monai.bundle import ConfigParser
-
     config = ConfigParser()
     config.read_config("configs/train.json")
     config["network_def"] = {"_target_": "bundle.networks.SurvivalMapNet", "patch_size": 4}
