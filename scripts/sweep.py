@@ -54,13 +54,6 @@ OTHER_MASKS = {11: ("gt_severe_mask", "lesions"), 13: ("confounder_mask", "scan"
 HELD_OUT = 10_000  # added to the seed of the phantoms to measure on
 RESERVED = 1000  # from this seed on nothing is chosen by what comes out
 
-
-def with_noise(hu: float) -> str:
-    """Transforms of training with noise of a deviation up to `hu` as well; for one process, as each draws its own noise."""
-    noise = f"monai.transforms.RandGaussianNoised('image', prob=1.0, std={hu} / (@hu_window[1] - @hu_window[0]))"
-    return f"$@load_transforms + @train#random_transforms + [{noise}]"
-
-
 # What differs from the shipped configuration, by name of the variant; "phantoms" are options of scripts.make_phantoms,
 # "config" are files stacked on top.
 VARIANTS: dict[str, dict] = {
@@ -122,9 +115,7 @@ VARIANTS: dict[str, dict] = {
     "overlap_50": {"network_def#overlap": 0.5, "network_def#patch_size": 8},
     "head_layers_2": {"network_def#head_layers": 2},
     # what the network sees
-    "narrow_window": {"narrow_hu_window": [-900, -700]},
-    "narrow_window_noise": {"narrow_hu_window": [-900, -700], "train#preprocessing#transforms": with_noise(15)},
-    "narrow_window_noise_6": {"narrow_hu_window": [-900, -700], "train#preprocessing#transforms": with_noise(6)},
+    "one_hu_window": {"narrow_hu_window": None},
     # cohorts
     "events_10": {"phantoms": {"feature_fraction": 0.1}},
     "events_30": {"phantoms": {"feature_fraction": 0.3}},
@@ -135,8 +126,8 @@ VARIANTS: dict[str, dict] = {
     "radius_4": {"phantoms": {"sphere_radius": "4 5"}},
     "radius_7": {"phantoms": {"sphere_radius": "7 8"}},
     # 12 with less contrast still, in units of the noise
-    "narrow_window_contrast_1": {"phantoms": {"contrast": 1.0}, "narrow_hu_window": [-900, -700]},
-    "narrow_window_contrast_0.5": {"phantoms": {"contrast": 0.5}, "narrow_hu_window": [-900, -700]},
+    "contrast_1": {"phantoms": {"contrast": 1.0}},
+    "contrast_0.5": {"phantoms": {"contrast": 0.5}},
     # negative control
     "shuffled_outcomes": {"shuffle": True},
 }
