@@ -81,6 +81,7 @@ VARIANTS: dict[str, dict] = {
     "learn_beta_from_15": {"network_def#beta": 1 / 15, "network_def#learn_beta": True},
     "no_warmup": {"lr_scheduler#warmup_steps": 0},
     "epochs_10": {"max_epochs": 10},
+    "epochs_48": {"max_epochs": 48},
     "one_origin": {"train#random_transforms#0#prob": 0.0},
     "no_balance": {"train#dataloader#sampler": None, "train#dataloader#shuffle": True},
     # locations and the objective
