@@ -48,12 +48,12 @@ def softmin_head(location: Tensor, lung: Tensor, beta: Tensor, lse: bool) -> tup
         lse: log-mean-exp rather than a weighted mean.
     """
     # Centring leaves the softmin as it is and keeps its exponents small.
-    filled = torch.where(lung > 0, location, torch.full_like(location, torch.nan)).detach()
-    score = -beta * (location - filled.nanmedian(1, True)[0])
+    median = torch.where(lung > 0, location, torch.full_like(location, torch.nan)).detach().nanmedian(1, True)[0]
+    score = -beta * (location - median)
     log_weight = log_softmax(score, lung)
     if lse:
         mean = (score + lung.clamp_min(1e-30).log()).logsumexp(1, True) - lung.sum(1, keepdim=True).log()
-        location = moved_to(filled.nanmedian(1, True)[0] - mean / beta, location, log_weight, lung)
+        location = moved_to(median - mean / beta, location, log_weight, lung)
     return location, log_weight
 
 
