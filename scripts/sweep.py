@@ -342,9 +342,10 @@ def mae_of_true_masks(train: Path, test: Path) -> float:
             scale = torch.tensor([volume, volume ** (2 / 3), volume ** (1 / 3), 1.0])
             rows.append((minkowski_functionals(mask[None])[0] / scale).tolist() + [1.0])
         numbers[folder], times[folder] = np.array(rows), cohort.time.to_numpy()
-    between = (times[train] > 2) & (times[train] < 60)
+    first, last = 2, 60
+    between = (times[train] > first) & (times[train] < last)
     fit = np.linalg.lstsq(numbers[train][between], times[train][between], rcond=None)[0]
-    return float(np.abs((numbers[test] @ fit).clip(2, 60) - times[test]).mean())
+    return float(np.abs((numbers[test] @ fit).clip(first, last) - times[test]).mean())
 
 
 def draw_pictures(runner: Runner, path: Path, keys: list[tuple[int, int, str, int, int]]) -> None:

@@ -241,3 +241,19 @@ def test_curves_are_drawn_of_what_was_varied(tmp_path):
     scaling.draw(rows, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
     scaling.draw([], tmp_path / "none.png")
+
+
+def test_true_masks_leave_no_months_where_time_is_linear_in_volume_until_it_ends(tmp_path):
+    generator = np.random.default_rng(0)
+    for name in ("train", "test"):
+        folder, rows = tmp_path / name, []
+        folder.mkdir()
+        for i in range(30):
+            mask = np.zeros((12, 12, 12), np.uint8)
+            size = generator.integers(1, 8, 3)
+            mask[1 : 1 + size[0], 1 : 1 + size[1], 1 : 1 + size[2]] = 1
+            nib.save(nib.Nifti1Image(mask, np.eye(4)), folder / f"{i}.nii.gz")
+            rows.append({"gt_mask": f"{i}.nii.gz", "time": np.clip(62 - 600 * mask.mean(), 2, 60), "event": 1})
+        assert 1 < sum(row["time"] == 2 for row in rows) < 20
+        pd.DataFrame(rows).to_csv(folder / "cohort.csv", index=False)
+    assert sweep.mae_of_true_masks(tmp_path / "train", tmp_path / "test") == pytest.approx(0, abs=1e-2)
