@@ -202,6 +202,43 @@ def test_weights_from_before_the_schedules_have_settled_are_not_the_best(tiny_co
     assert state["best_epoch"] == 4 and state["best"] == -4.0  # the first of the last fifth
 
 
+def test_an_epoch_that_undoes_what_was_learnt_is_taken_back(tiny_cohort, tmp_path, monkeypatch):
+    from bundle.handlers import RunCheckpoint
+
+    save = RunCheckpoint.save
+    losses, weights = [], []
+
+    def ruin_the_third_epoch(self, engine):
+        network = self.objects["network"]
+        if not weights:
+            weights.append(self.before["network"])
+        if engine.state.epoch == 3:
+            self.losses[:] = [1e4]
+            for p in network.parameters():
+                p.data.zero_()
+        losses.append(np.mean(self.losses))
+        save(self, engine)
+        weights.append({name: value.clone() for name, value in network.state_dict().items()})
+        if stop and engine.state.epoch == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunCheckpoint, "save", ruin_the_third_epoch)
+    stop = False
+    train(tiny_cohort, tmp_path / "once", max_epochs=5)
+    began = weights[int(np.argmin(losses[:2]))]
+    assert all(torch.equal(value, weights[3][name]) for name, value in began.items())
+    assert not any(torch.equal(value, began[name]) for name, value in weights[5].items() if "mlp" in name)  # it learns on
+    stop = True
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_cohort, tmp_path / "twice", max_epochs=5)
+    train(tiny_cohort, tmp_path / "twice", max_epochs=5)
+    once, twice = (torch.load(tmp_path / folder / "last.pt", weights_only=True) for folder in ("once", "twice"))
+    for part in ("network", "sound"):
+        left, right = ((x[part] if part == "network" else x[part]["network"]) for x in (once, twice))
+        assert all(torch.equal(value, right[name]) for name, value in left.items())
+    assert once["least_loss"] == twice["least_loss"] < once["first_loss"] + 5
+
+
 def test_every_batch_has_the_cohorts_share_of_events():
     for deaths, num in ((5, 20), (10, 20), (3, 8)):
         dataset = SimpleNamespace(data=[{"event": int(i < deaths)} for i in range(num)])

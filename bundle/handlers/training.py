@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import os
@@ -113,6 +114,10 @@ class RunCheckpoint:
     A second run that trains in the same folder waits until the first has ended: one that outlived its killed parent,
     for instance.
 
+    A softmin over thousands of patches has sharp edges: now and then a step takes a network over one, all patches come
+    out alike, and what has no gradient doesn't come back. An epoch whose mean loss is more than `collapsed` above the
+    first one's has undone what was learnt: training goes on with the state that the best epoch so far began with.
+
     Args:
         ckpt_dir: folder of the run.
         settings: of the run; see :func:`bundle.settings.training_settings`.
@@ -127,6 +132,7 @@ class RunCheckpoint:
             before they are saved for the last time; returns the settings of the objective to be saved with them.
         patience: stop after so many epochs without a better validation; None to go through all epochs.
         resume: go on with an unfinished run of the same settings; if false, start anew.
+        collapsed: see above; of a loss that is a log-likelihood, in nats. Easing the regularisers adds half as much.
     """
 
     def __init__(
@@ -144,6 +150,7 @@ class RunCheckpoint:
         finish: Callable[[dict], dict] | None = None,
         patience: int | None = None,
         resume: bool = True,
+        collapsed: float = 5.0,
     ) -> None:
         self.ckpt_dir = Path(ckpt_dir)
         self.settings = settings
@@ -160,9 +167,15 @@ class RunCheckpoint:
         self.best_epoch = 0
         self.best_objective: dict = settings["objective"]
         self.best_network: dict[str, torch.Tensor] | None = None
+        self.collapsed = collapsed
+        self.losses: list[float] = []
+        self.first_loss, self.least_loss = math.inf, math.inf
+        self.before: dict = {}  # what this epoch began with
+        self.sound: dict = {}  # what the epoch of the least loss began with
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.load)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: self.losses.append(engine.state.output["loss"].item()))
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self.pass_on)
 
@@ -218,6 +231,7 @@ class RunCheckpoint:
             state = self.read()
         idist.barrier()  # every process has read it
         if state is None:
+            self.before = self.copy_of_state()
             return
         changed = differences(state["settings"], self.settings)
         if changed:
@@ -230,6 +244,8 @@ class RunCheckpoint:
         engine.state.epoch, engine.state.iteration = state["epoch"], state["iteration"]
         self.best, self.best_epoch, self.best_objective = state["best"], state["best_epoch"], state["best_objective"]
         self.best_network = state["best_network"]
+        self.first_loss, self.least_loss, self.sound = state["first_loss"], state["least_loss"], state["sound"]
+        self.before = self.copy_of_state()
         if state["finished"] and self.model_is_whole():
             logger.info(f"{self.ckpt_dir} is a finished run of {state['epoch']} epochs: nothing to do.")
             engine.terminate()
@@ -265,12 +281,33 @@ class RunCheckpoint:
             weights = self.objects["network"].state_dict()
             self.best_network = {name: value.detach().cpu().clone() for name, value in weights.items()}
             self.save_model(self.best_objective)
+        self.take_back_a_collapse(epoch)
         self.save_state(engine, finished=False)
         if self.over(engine):
             if epoch < engine.state.max_epochs:
                 logger.info(f"no better validation since epoch {self.best_epoch}: stopping early.")
                 engine.terminate()
             self.end(engine)
+
+    def copy_of_state(self) -> dict:
+        return {name: copy.deepcopy(self.objects[name].state_dict()) for name in ("network", "objective", "optimizer")}
+
+    def take_back_a_collapse(self, epoch: int) -> None:
+        """Go back to the last state that is known to be sound, if this epoch has undone what was learnt."""
+        loss = float(idist.all_reduce(sum(self.losses)) / idist.all_reduce(len(self.losses)))
+        self.losses.clear()
+        if epoch == 1:
+            self.first_loss = loss
+        if loss > self.first_loss + self.collapsed:
+            logger.warning(
+                f"epoch {epoch} undid what was learnt (mean loss {loss:.3g}, {self.least_loss:.3g} at its best); "
+                "going on from where it was best."
+            )
+            for name, state in self.sound.items():
+                self.objects[name].load_state_dict(copy.deepcopy(state))
+        elif loss < self.least_loss:
+            self.least_loss, self.sound = loss, self.before
+        self.before = self.copy_of_state()
 
     def save_model(self, objective: dict) -> None:
         if idist.get_rank() != 0:
@@ -291,7 +328,8 @@ class RunCheckpoint:
         state = {name: target.state_dict() for name, target in self.objects.items()}
         state.update(settings=self.settings, epoch=engine.state.epoch, iteration=engine.state.iteration)
         state.update(best=self.best, best_epoch=self.best_epoch, best_objective=self.best_objective, finished=finished)
-        state["best_network"] = self.best_network
+        state.update(best_network=self.best_network)
+        state.update(first_loss=self.first_loss, least_loss=self.least_loss, sound=self.sound)
         last = self.ckpt_dir / "last.pt"
         if last.is_file():
             os.replace(last, self.ckpt_dir / "previous.pt")
