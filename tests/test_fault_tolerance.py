@@ -206,6 +206,26 @@ def test_exploding_gradients_stop_training(loss, network_grad, objective_grad, m
             clip(SimpleNamespace(state=state))
 
 
+def test_a_gradient_counts_no_more_than_is_usual():
+    network = torch.nn.Linear(1, 1, bias=False)
+    state = SimpleNamespace(output={"loss": torch.tensor(1.0)}, batch={"patient_id": ["a"]}, epoch=1)
+    clip = GradientClip(network, 1.0)
+
+    def clipped(grad: float) -> float:
+        network.weight.grad = torch.full((1, 1), grad)
+        clip(SimpleNamespace(state=state))
+        return network.weight.grad.item()
+
+    assert clipped(20.0) == pytest.approx(1.0, rel=1e-4)  # the first step knows of none before
+    assert [clipped(0.002) for _ in range(3)] == pytest.approx([0.002] * 3, rel=1e-2)
+    assert clipped(400.0) == pytest.approx(0.002, rel=1e-2)
+    going_on = GradientClip(network, 1.0)
+    going_on.load_state_dict(clip.state_dict())
+    clip = going_on
+    assert clipped(-400.0) == pytest.approx(-0.002, rel=1e-2)
+    assert [clipped(0.5) for _ in range(60)][-1] == pytest.approx(0.5, rel=1e-4)  # the usual follows
+
+
 def test_a_second_training_in_a_folder_waits_for_the_first(tmp_path, caplog):
     code = "import sys, filelock as f; x = f.FileLock(sys.argv[1]); x.acquire(); print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(tmp_path / ".lock")]

@@ -349,6 +349,30 @@ def test_locations_stay_within_their_range_and_untouched_in_its_middle():
         torch.testing.assert_close(y[near], x[near], rtol=0, atol=0.01)
 
 
+@pytest.mark.parametrize("head", ["lse", "softmin"])
+def test_the_lower_bound_gives_way_where_it_holds_up_the_months(head):
+    net = SurvivalMapNet(**SMALL, head=head, loc_range=(-5, 120))
+    image = torch.rand(1, 1, 16, 16, 16)
+    location, weight = net(image)[0].flatten(1)
+    (location * weight).sum().backward()
+    nn.init.constant_(net.loc_bias, -1e4)  # everything is diseased
+    free = float(net.lower.grad)
+    net.lower.grad = None
+    location, weight = net(image)[0].flatten(1)
+    torch.testing.assert_close(location, torch.full_like(location, -5.0))
+    (location * weight).sum().backward()
+    assert float(net.lower.grad) == pytest.approx(net.loc_scale) and 0 < free < 0.6 * net.loc_scale
+    with torch.no_grad():
+        net.lower -= 1
+    torch.testing.assert_close(net(image)[0, 0].flatten(), torch.full_like(location, -35.0))
+
+
+def test_only_heads_that_use_the_lower_bound_learn_it():
+    learns = {head: SurvivalMapNet(**SMALL, head=head).lower.requires_grad for head in HEADS}
+    assert learns == {"lse": True, "softmin": True, "hazard": False, "mean": False}
+    assert not SurvivalMapNet(**SMALL, loc_range=None, severity=False).lower.requires_grad
+
+
 @pytest.mark.parametrize("loc_range", [(0, 50), (70, 120), (10,)])
 def test_a_range_without_loc_bias_is_refused(loc_range):
     with pytest.raises(ValueError, match="loc_range must be two numbers with loc_bias"):

@@ -18,7 +18,7 @@ __all__ = ["HEADS", "bounded", "hazard_head", "mean_head", "softmin_head"]
 HEADS = ("lse", "softmin", "hazard", "mean")
 
 
-def bounded(tokens: Tensor, low: float, high: float) -> Tensor:
+def bounded(tokens: Tensor, low: Tensor, high: float) -> Tensor:
     """Squash months to (low, high) by a sigmoid of slope 1 in the middle."""
     return low + (high - low) * torch.sigmoid((tokens - 0.5 * (low + high)) * 4 / (high - low))
 

@@ -185,7 +185,8 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, window: int, mlp_ratio: float, context_dim: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        # Tokens of smooth patches are small, and a norm that blew them up made the attention jump by the smallest step.
+        self.norm1 = nn.LayerNorm(dim, eps=0.1)
         self.attention = Attention(dim, num_heads, window)
         self.norm2 = nn.LayerNorm(dim)
         hidden = int(dim * mlp_ratio)
@@ -240,7 +241,9 @@ class SurvivalMapNet(nn.Module):
         loc_bias: location in months that an untrained network gives every patch; learnt.
         loc_scale: months per unit of the head's output.
         loc_range: months between which locations are squashed by a sigmoid of slope 1 in the middle, None for no bounds.
-            At the lower bound all patches of a lesion weigh the same, so that the map covers it whole.
+            At the lower bound all patches of a lesion weigh the same, so that the map covers it whole. The heads ``lse``
+            and ``softmin`` learn it from there: where it is too high for lesions to explain the deaths, what isn't
+            diseased has to.
         severity: correct the patient's location by how much disease the map shows; needs a `loc_range`.
         beta: steepness of the softmin per month.
         learn_beta: learn beta, starting there.
@@ -339,6 +342,9 @@ class SurvivalMapNet(nn.Module):
         self.to_location = nn.Sequential(*layers, last)
         self.severity = None if not severity or self.loc_range is None else Severity(*self.loc_range)
         self.loc_bias = nn.Parameter(torch.tensor(float(loc_bias)))
+        # In units that let it move by some tens of months in a training.
+        low = 0.0 if self.loc_range is None else self.loc_range[0] / loc_scale
+        self.lower = nn.Parameter(torch.tensor(low), requires_grad=self.loc_range is not None and head in ("lse", "softmin"))
         # An untrained patch adds 5 % of the largest hazard, exp(3) / loc_range[1]: then patients start at about 60 months.
         self.log_rate = nn.Parameter(torch.tensor(3.0), requires_grad=head == "hazard")
         learns = learn_beta and head in ("lse", "softmin")
@@ -428,11 +434,11 @@ class SurvivalMapNet(nn.Module):
         said = self.loc_scale * self.to_location(x)[:, 0] + self.loc_bias
         tokens[index[:, 0], index[:, 1], index[:, 2], index[:, 3]] = said
         tokens, flat = tokens.flatten(1), (share * keep).to(x.dtype).flatten(1)
-        bounds = self.loc_range
-        location = tokens if bounds is None else bounded(tokens, bounds[0], bounds[1])
+        bounds, low = self.loc_range, self.loc_scale * self.lower
+        location = tokens if bounds is None else bounded(tokens, low, bounds[1])
         danger = torch.zeros_like(location)
         if bounds is not None:
-            danger = (bounds[1] - location) / (bounds[1] - bounds[0])
+            danger = (bounds[1] - location) / (bounds[1] - low)
         if self.head == "hazard":
             danger = torch.sigmoid((self.loc_bias - tokens) / self.loc_scale - 3)
             location, log_weight = hazard_head(danger, flat, self.log_rate, 0.0 if bounds is None else bounds[1])
