@@ -52,7 +52,7 @@ COLUMNS = [*KEY, "overrides", "test_scans", "device", "train_seconds", *MAP, "he
 # that of the rest of the lesions or of the whole scan.
 OTHER_MASKS = {11: ("gt_severe_mask", "lesions"), 13: ("confounder_mask", "scan")}
 HELD_OUT = 10_000  # added to the seed of the phantoms to measure on
-RESERVED = 1000  # from this seed on nothing is chosen by what comes out
+RESERVED = 1005  # from this seed on nothing is chosen by what comes out; 1000 to 1004 were, and showed what to mend
 
 # What differs from the shipped configuration, by name of the variant; "phantoms" are options of scripts.make_phantoms,
 # "config" are files stacked on top.
