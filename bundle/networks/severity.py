@@ -46,7 +46,7 @@ class Severity(nn.Module):
     until then. So it can't change the map, and patients whose map shows no danger are not moved.
 
     Args:
-        low, high: bounds of the locations, months.
+        low, high: bounds of the locations that training began with, months.
     """
 
     NUMBERS = 8
