@@ -148,7 +148,7 @@ class RunCheckpoint:
             before they are saved for the last time; returns the settings of the objective to be saved with them.
         patience: stop after so many epochs without a better validation; None to go through all epochs.
         resume: go on with an unfinished run of the same settings; if false, start anew.
-        collapsed: see above; of a loss that is a log-likelihood, in nats. Easing the regularisers adds 3 to 5.
+        collapsed: see above; of a loss that is a log-likelihood, in nats. Easing the regularisers adds 3 to 4.5.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class RunCheckpoint:
         finish: Callable[[dict], dict] | None = None,
         patience: int | None = None,
         resume: bool = True,
-        collapsed: float = 10.0,
+        collapsed: float = 5.0,
     ) -> None:
         self.ckpt_dir = Path(ckpt_dir)
         self.settings = settings
