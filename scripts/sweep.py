@@ -55,7 +55,7 @@ HELD_OUT = 10_000  # added to the seed of the phantoms to measure on
 RESERVED = 1005  # from this seed on nothing is chosen by what comes out; 1000 to 1004 were, and showed what to mend
 
 # What differs from the shipped configuration, by name of the variant; "phantoms" are options of scripts.make_phantoms,
-# "config" are files stacked on top.
+# "config" are files stacked on top. (`monai.bundle run` passes over a None; "$None" is one.)
 VARIANTS: dict[str, dict] = {
     "default": {},
     # heads
@@ -81,9 +81,9 @@ VARIANTS: dict[str, dict] = {
     "epochs_10": {"max_epochs": 10},
     "epochs_48": {"max_epochs": 48},
     "one_origin": {"train#random_transforms#0#prob": 0.0},
-    "no_balance": {"train#dataloader#sampler": None, "train#dataloader#shuffle": True},
+    "no_balance": {"train#dataloader#sampler": "$None", "train#dataloader#shuffle": True},
     # locations and the objective
-    "no_range": {"network_def#loc_range": None, "severity": False},
+    "no_range": {"network_def#loc_range": "$None", "severity": False},
     "range_-30": {"network_def#loc_range": [-30, 120]},
     "range_-15": {"network_def#loc_range": [-15, 120]},
     "loc_bias_1": {"network_def#loc_bias": 1.0},
@@ -114,7 +114,7 @@ VARIANTS: dict[str, dict] = {
     "overlap_50": {"network_def#overlap": 0.5, "network_def#patch_size": 8},
     "head_layers_2": {"network_def#head_layers": 2},
     # what the network sees
-    "one_hu_window": {"narrow_hu_window": None},
+    "one_hu_window": {"narrow_hu_window": "$None"},
     # cohorts
     "events_10": {"phantoms": {"feature_fraction": 0.1}},
     "events_30": {"phantoms": {"feature_fraction": 0.3}},
@@ -389,7 +389,7 @@ def draw_pictures(runner: Runner, path: Path, keys: list[tuple[int, int, str, in
 
 def without_severity(run: Path, folder: Path) -> Path:
     """A copy of the weights of a run whose severity says nothing."""
-    weights = torch.load(run / "model.pt", weights_only=True)
+    weights = torch.load(run / "model.pt", map_location="cpu", weights_only=True)
     for name in ("severity.slope", "severity.offset"):
         weights[name].zero_()
     folder.mkdir(exist_ok=True)

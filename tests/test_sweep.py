@@ -13,11 +13,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from monai.bundle import ConfigParser, update_kwargs
 
 from bundle.networks import SurvivalMapNet
 from bundle.settings import file_sha256
 from bundle.survival import CenTime
 from scripts import objectives, scaling, sweep
+from scripts.jobs import literal
 
 
 @pytest.fixture
@@ -94,6 +96,19 @@ def test_targets_are_met_or_missed_by_what_the_seeds_reach():
     assert found["MAE events, months"] == ("64³: 7", "64³: 2 (1.5), 3 (1.5)")
     assert found["correlation"] == ("64³: 2, 7", "64³: 3 (nan)")  # a run without a measure doesn't meet it
     assert found["training, s"] == ("–", "64³: 2 (400)")  # of those whose time on CPUs is known
+
+
+@pytest.mark.parametrize("variant", sweep.VARIANTS)
+def test_a_variant_changes_what_it_names(variant):
+    """Of a key that isn't there, or a None, `monai.bundle run` would say nothing, and the default be measured once more."""
+    overrides = {k: v for k, v in sweep.VARIANTS[variant].items() if k not in ("phantoms", "shuffle")}
+    parser = ConfigParser()
+    parser.read_config(["configs/train.json", "configs/cohort/phantom.json", *overrides.pop("config", [])])
+    for key, value in overrides.items():
+        given = update_kwargs({}, **{key: literal(str(value))})
+        assert given and list(given.values())[0] != parser.get(key, None)
+        if key not in ("train#dataloader#shuffle", "train#random_transforms#0#prob"):  # arguments that have their defaults
+            assert key in parser
 
 
 def test_reserved_seeds_are_told_from_those_of_development():
