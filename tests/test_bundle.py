@@ -213,10 +213,10 @@ def test_an_epoch_that_undoes_what_was_learnt_is_taken_back(tiny_cohort, tmp_pat
         if not weights:
             weights.append(self.before["network"])
         if engine.state.epoch == 3:
-            self.losses[:] = [1e4]
+            self.history.losses[:] = [1e4]
             for p in network.parameters():
                 p.data.zero_()
-        losses.append(np.mean(self.losses))
+        losses.append(np.mean(self.history.losses))
         save(self, engine)
         weights.append({name: value.clone() for name, value in network.state_dict().items()})
         if stop and engine.state.epoch == 3:

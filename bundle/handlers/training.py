@@ -26,6 +26,8 @@ from bundle.errors import InputError
 from bundle.files import DamagedFile, load_checked, remove_leftovers, save_checked, write_atomically
 from bundle.settings import differences, file_sha256, read_settings, settings_file, write_json
 
+from .tracking import HistoryWriter
+
 __all__ = ["EpochSeed", "GradientClip", "RunCheckpoint"]
 
 logger = logging.getLogger(__name__)
@@ -139,6 +141,7 @@ class RunCheckpoint:
         settings: of the run; see :func:`bundle.settings.training_settings`.
         network, objective, optimizer, lr_scheduler, gradient_clip: what has a state; the objective's arguments, as learnt
             by then, go into `settings.json`.
+        history: what keeps the losses of an epoch, earlier in the list of handlers.
         validator: the evaluator that `ValidationHandler` runs, earlier in the list of handlers.
         metric: its metric that is largest for the best weights.
         val_interval: epochs between two validations.
@@ -160,6 +163,7 @@ class RunCheckpoint:
         optimizer: torch.optim.Optimizer,
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
         gradient_clip: GradientClip,
+        history: HistoryWriter,
         validator: Engine,
         metric: str,
         val_interval: int,
@@ -173,6 +177,7 @@ class RunCheckpoint:
         self.settings = settings
         self.objects = {"network": network, "objective": objective, "optimizer": optimizer}
         self.objects |= {"lr_scheduler": lr_scheduler, "gradient_clip": gradient_clip}
+        self.history = history
         self.validator = validator
         self.metric = metric
         self.val_interval = val_interval
@@ -185,14 +190,12 @@ class RunCheckpoint:
         self.best_objective: dict = settings["objective"]
         self.best_network: dict[str, torch.Tensor] | None = None
         self.collapsed = collapsed
-        self.losses: list[float] = []
         self.first_loss, self.least_loss = math.inf, math.inf
         self.before: dict = {}  # what this epoch began with
         self.sound: dict = {}  # what the epoch of the least loss began with
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.load)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: self.losses.append(engine.state.output["loss"].item()))
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self.pass_on)
 
@@ -311,8 +314,8 @@ class RunCheckpoint:
 
     def take_back_a_collapse(self, epoch: int) -> None:
         """Go back to the last state that is known to be sound, if this epoch has undone what was learnt."""
-        loss = float(idist.all_reduce(sum(self.losses)) / idist.all_reduce(len(self.losses)))
-        self.losses.clear()
+        losses = self.history.losses
+        loss = float(idist.all_reduce(sum(losses)) / idist.all_reduce(len(losses)))
         if epoch == 1:
             self.first_loss = loss
         if loss > self.first_loss + self.collapsed:
@@ -345,7 +348,7 @@ class RunCheckpoint:
         state = {name: target.state_dict() for name, target in self.objects.items()}
         state.update(settings=self.settings, epoch=engine.state.epoch, iteration=engine.state.iteration)
         state.update(best=self.best, best_epoch=self.best_epoch, best_objective=self.best_objective, finished=finished)
-        state.update(best_network=self.best_network)
+        state["best_network"] = self.best_network
         state.update(first_loss=self.first_loss, least_loss=self.least_loss, sound=self.sound)
         last = self.ckpt_dir / "last.pt"
         if last.is_file():
