@@ -19,7 +19,7 @@ def fit_severity(
     numbers: Tensor,
     outcome: Tensor,
     objective: nn.Module,
-    months: float = 10.0,
+    months: float = 20.0,
     extra: Tensor | None = None,
 ) -> float:
     """Set the coefficients of a :class:`~bundle.networks.severity.Severity`, in place; returns the variance left.
