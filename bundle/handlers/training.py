@@ -332,11 +332,12 @@ class RunCheckpoint:
     def save_model(self, objective: dict) -> None:
         if idist.get_rank() != 0:
             return
-        model, network = self.ckpt_dir / "model.pt", self.objects["network"].state_dict()
+        model, weights = self.ckpt_dir / "model.pt", self.objects["network"].state_dict()
+        weights = {name: value.cpu() for name, value in weights.items()}  # to be read where there is no GPU
 
         def write(path: Path) -> None:
             with open(path, "wb") as f:  # by its name, torch would put that into the file
-                torch.save(network, f)
+                torch.save(weights, f)
 
         write_atomically(model, write)
         changes = {"objective": objective, "weights_sha256": file_sha256(model)}
