@@ -18,7 +18,7 @@ from torch import Tensor
 from bundle.networks import SurvivalMapNet
 from bundle.networks.heads import HEADS, hazard_head, mean_head, softmin_head
 from bundle.networks.severity import Severity, minkowski_functionals
-from bundle.networks.survival_map_net import Attention, PatchEmbed, group_in_windows
+from bundle.networks.survival_map_net import Attention, PatchEmbed, group_in_windows, neighbours_correlation, soft_histogram
 
 SMALL = {"patch_size": 4, "dim": 16, "num_heads": 2}
 
@@ -90,6 +90,58 @@ def test_the_narrow_window_shows_patches_once_more():
     lung = (image < 1).float()  # what is no lung is as the mean of what is
     embed(image, lung, index)
     assert float(seen[1][0, 24]) == pytest.approx(((image * lung).sum() / 7 - 0.5).item() / 0.25)
+
+
+def test_the_soft_histogram_is_that_of_numpy_where_values_lie_on_levels_and_a_share_of_both_between():
+    values = torch.randint(0, 13, (5, 64)) / 12
+    inside = (torch.rand(5, 64) > 0.3).float()
+    shares = soft_histogram(values, inside, 13)
+    for row, value, keep in zip(shares, values.numpy(), inside.numpy() > 0):
+        counts, _ = np.histogram(value[keep] * 12, bins=np.arange(14) - 0.5)
+        np.testing.assert_allclose(row, counts / keep.sum(), atol=1e-5)
+    between = soft_histogram(torch.tensor([[0.3, -1.0, 7.0, 0.9]]), torch.tensor([[1.0, 1.0, 1.0, 0.0]]), 3)
+    torch.testing.assert_close(between, torch.tensor([[1.4, 0.6, 1.0]]) / 3)
+    assert not soft_histogram(torch.rand(1, 8), torch.zeros(1, 8), 4).any()
+
+
+def test_neighbours_correlation_is_that_of_pairs_of_neighbours():
+    x, inside = torch.rand(3, 4, 4, 4), (torch.rand(3, 4, 4, 4) > 0.2).float()
+    for patch, mask, value in zip(x, inside, neighbours_correlation_of(x, inside)):
+        pairs = [
+            (patch[a] - patch[b]).item() ** 2
+            for a, b in product(product(range(4), repeat=3), repeat=2)
+            if sum(abs(i - j) for i, j in zip(a, b)) == 1 and a < b and mask[a] and mask[b]
+        ]
+        expected = 1 - np.mean(pairs) / (2 * np.var(patch[mask > 0].numpy()))
+        assert float(value) == pytest.approx(expected, abs=1e-4)
+    noise = torch.rand(200, 4, 4, 4)
+    board = torch.tensor([[[(i + j + k) % 2 for k in range(4)] for j in range(4)] for i in range(4)]).float()[None]
+    ramp = torch.arange(4.0).expand(1, 4, 4, 4)
+    whole = torch.ones(200, 4, 4, 4)
+    assert abs(float(neighbours_correlation_of(noise, whole).mean())) < 0.05
+    assert float(neighbours_correlation_of(board, whole[:1])) == pytest.approx(-1)
+    assert float(neighbours_correlation_of(ramp, whole[:1])) == pytest.approx(1 - 1 / 3 / (2 * 1.25))
+    assert float(neighbours_correlation_of(whole[:1], whole[:1])) == 1
+
+
+def neighbours_correlation_of(x: Tensor, inside: Tensor) -> Tensor:
+    x, inside = x.reshape(len(x), -1), inside.reshape(len(x), -1)
+    count = inside.sum(1, keepdim=True)
+    centred = (x - (x * inside).sum(1, keepdim=True) / count) * inside
+    return neighbours_correlation(centred, inside, centred.square().sum(1, keepdim=True) / count, 4)
+
+
+def test_a_patch_has_the_same_histogram_however_its_voxels_lie():
+    """What enters the first layer: 64 voxels, 64 standardised, mean, log of the deviation, twice histogram and correlation."""
+    embed, seen = PatchEmbed(4, 4, 4, texture=True), []
+    embed.layers.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    image, index = torch.rand(1, 1, 4, 4, 4), torch.zeros(1, 4, dtype=torch.long)
+    embed(image, None, index)
+    embed(image.flatten()[torch.randperm(64)].view_as(image), None, index)
+    assert seen[0].shape == (1, 64 + 64 + 2 + 13 + 1)
+    torch.testing.assert_close(seen[0][:, 128:-1], seen[1][:, 128:-1])
+    torch.testing.assert_close(seen[0][0, 130:-1], 2 * soft_histogram(image.view(1, 64), torch.ones(1, 64), 13)[0])
+    assert seen[0][0, -1] == 2 * neighbours_correlation_of(image[0], torch.ones(1, 64))
 
 
 def test_what_lies_outside_the_lung_changes_nothing():
@@ -552,6 +604,11 @@ def test_torchscript_keeps_head_and_severity(head):
 
 def test_torchscript_keeps_the_narrow_window():
     net, image = lively(narrow_window=[0.1, 0.3]), torch.rand(2, 1, 24, 24, 24)
+    torch.testing.assert_close(torch.jit.script(net)(image, two_lungs()), net(image, two_lungs()))
+
+
+def test_torchscript_does_without_texture():
+    net, image = lively(texture=False), torch.rand(2, 1, 24, 24, 24)
     torch.testing.assert_close(torch.jit.script(net)(image, two_lungs()), net(image, two_lungs()))
 
 
