@@ -12,6 +12,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import os
 import shutil
 import time
@@ -393,6 +394,7 @@ def without_severity(run: Path, folder: Path) -> Path:
     weights = torch.load(run / "model.pt", map_location="cpu", weights_only=True)
     for name in ("severity.slope", "severity.offset"):
         weights[name].zero_()
+    weights["severity.earliest"].fill_(-math.inf)
     folder.mkdir(exist_ok=True)
     model = folder / "model.pt"
     torch.save(weights, model)

@@ -353,6 +353,19 @@ def test_severity_fit_learns_from_the_dead_and_leaves_survivors_where_they_are()
     assert 1 <= variance < 2
 
 
+def test_severity_fit_isnt_led_astray_by_deaths_that_a_line_puts_before_the_earliest():
+    """As in phantoms, whose times are cut off at 2 months: the line is that of the others, and nobody dies before."""
+    numbers, outcome, slope = severity_data(300, noise=0.5)
+    numbers[:60, 1] += 12  # the line says -27 months and less
+    outcome[:60, 0] = 2
+    severity = Severity(-5.0, 120.0)
+    fit_severity(severity, numbers, outcome, CenTime(), months=1e4)
+    found = numbers[:, 0] + severity(numbers)
+    assert float(severity.earliest) == 2 and float(found.min()) == pytest.approx(2)
+    assert bool((found[:60] < 2.1).all())
+    torch.testing.assert_close(found[60:], 45 + numbers[60:, 1:] @ slope[1:], atol=0.5, rtol=0)
+
+
 def test_severity_fit_takes_the_patients_extra_numbers_as_given():
     """Half of the patients are said to be 9 times as uncertain: what is fitted is the variance of the other half."""
     numbers, outcome, _ = severity_data(400, noise=4.0)

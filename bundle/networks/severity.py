@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -43,7 +45,8 @@ class Severity(nn.Module):
     in the number of lesions, in their radius. The eight numbers are the patient's location, the Minkowski functionals of
     the patches that are in danger (relative to the lung's volume), the log of their share, and the weights' entropy and
     its exponential. The coefficients are fitted when training is over (:func:`bundle.survival.fit_severity`) and are 0
-    until then. So it can't change the map, and patients whose map shows no danger are not moved.
+    until then. So it can't change the map, and patients whose map shows no danger are not moved. None of the others is moved
+    to before `earliest`, the first death that the coefficients were fitted to: a line goes on below 0, life doesn't.
 
     Args:
         low, high: bounds of the locations that training began with, months.
@@ -61,6 +64,7 @@ class Severity(nn.Module):
         self.register_buffer("spread", torch.ones(self.NUMBERS))
         self.register_buffer("slope", torch.zeros(self.NUMBERS))
         self.register_buffer("offset", torch.zeros(()))
+        self.register_buffer("earliest", torch.tensor(-math.inf))
 
     def gate(self, patient: Tensor) -> Tensor:
         """0 for patients (B,) located in the last eighth of the range, 1 from the middle down."""
@@ -72,7 +76,7 @@ class Severity(nn.Module):
         All arguments (B, d, h, w).
         """
         volume = lung.sum((1, 2, 3))
-        diseased = (5 * (danger - 0.45)).clamp(0, 1) * lung  # a patch at the border of a lesion counts in part
+        diseased = (5 * (danger - 0.55)).clamp(0, 1) * lung  # from half a patch of lesion on, which is a danger of about 0.65
         functionals = minkowski_functionals(diseased)
         share = functionals[:, 0] / volume
         weight = log_weight.exp() * (lung > 0)
@@ -93,4 +97,7 @@ class Severity(nn.Module):
 
     def forward(self, numbers: Tensor) -> Tensor:
         """Months to add to each patient's location, (B,), from :meth:`numbers`."""
-        return self.gate(numbers[:, 0]) * ((numbers - self.centre) / self.spread @ self.slope + self.offset)
+        patient = numbers[:, 0]
+        gate = self.gate(patient)
+        months = gate * ((numbers - self.centre) / self.spread @ self.slope + self.offset)
+        return torch.where(gate > 0, torch.maximum(months, self.earliest - patient), months)

@@ -27,7 +27,7 @@ def fit_severity(
     Coefficients and variance are where the objective of the moved locations plus ``|slope|^2 / (2 months^2)`` is least:
     the largest posterior under a normal prior. Few unknowns, a smooth function: L-BFGS from zero in float64. The
     variance that training used made learning smooth; the one returned says how sure the times are (at least 1, for
-    times are whole months).
+    times are whole months). A moved location counts as at the earliest death where it would come before it.
 
     Args:
         severity: the module; its coefficients are per standard deviation of each number.
@@ -45,6 +45,7 @@ def fit_severity(
     centre, spread = numbers[told].mean(0), numbers[told].std(0).maximum(numbers.new_tensor(severity.LEAST_SPREAD))
     standard = (numbers - centre) / spread
     gate = severity.gate(numbers[:, 0])
+    earliest = float(outcome[outcome[:, 1] > 0, 0].min()) if bool((outcome[:, 1] > 0).any()) else -math.inf
     coefficients = torch.zeros(numbers.shape[1] + 2, dtype=torch.float64)
     coefficients[-1] = math.log(objective.variance)
     coefficients.requires_grad_(True)
@@ -54,6 +55,7 @@ def fit_severity(
     def loss() -> Tensor:
         optimizer.zero_grad()
         location = numbers[:, 0] + gate * (standard @ coefficients[:-2] + coefficients[-2])
+        location = torch.where(gate > 0, location.clamp_min(earliest), location)
         trial.variance = coefficients[-1].exp() + 1
         channels = torch.cat([location.unsqueeze(1), extra, torch.ones_like(gate).unsqueeze(1)], 1)
         survival_map = channels.view(len(numbers), -1, 1, 1, 1)
@@ -67,4 +69,5 @@ def fit_severity(
     severity.spread.copy_(spread)
     severity.slope.copy_(coefficients[:-2].detach())
     severity.offset.copy_(coefficients[-2].detach())
+    severity.earliest.fill_(earliest)
     return float(coefficients[-1].detach().exp() + 1)
