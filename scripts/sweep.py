@@ -12,7 +12,6 @@ import argparse
 import csv
 import io
 import json
-import math
 import os
 import shutil
 import time
@@ -30,7 +29,7 @@ from tqdm import tqdm
 from bundle.data.phantoms import PhantomParams
 from bundle.files import write_atomically, write_text
 from bundle.metrics.survival import c_index
-from bundle.networks.severity import minkowski_functionals
+from bundle.networks.severity import Severity, minkowski_functionals
 from bundle.settings import file_sha256, settings_file, write_json
 from bundle.survival import OBJECTIVES
 from bundle.workflow import exit_on_sigterm
@@ -394,7 +393,7 @@ def without_severity(run: Path, folder: Path) -> Path:
     weights = torch.load(run / "model.pt", map_location="cpu", weights_only=True)
     for name in ("severity.slope", "severity.offset"):
         weights[name].zero_()
-    weights["severity.earliest"].fill_(-math.inf)
+    weights["severity.earliest"].fill_(Severity.NEVER)
     folder.mkdir(exist_ok=True)
     model = folder / "model.pt"
     torch.save(weights, model)

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -55,6 +53,7 @@ class Severity(nn.Module):
     NUMBERS = 8
     # The least standard deviation over patients at which a number says something: below is rounding, which a fit blows up.
     LEAST_SPREAD = (0.1, 1e-4, 1e-2, 1e-2, 0.1, 1e-2, 1e-3, 1e-3)
+    NEVER = -1e6  # months, before anything: `earliest` until the fit; infinity isn't for weights
 
     def __init__(self, low: float, high: float) -> None:
         super().__init__()
@@ -64,7 +63,7 @@ class Severity(nn.Module):
         self.register_buffer("spread", torch.ones(self.NUMBERS))
         self.register_buffer("slope", torch.zeros(self.NUMBERS))
         self.register_buffer("offset", torch.zeros(()))
-        self.register_buffer("earliest", torch.tensor(-math.inf))
+        self.register_buffer("earliest", torch.tensor(self.NEVER))
 
     def gate(self, patient: Tensor) -> Tensor:
         """0 for patients (B,) located in the last eighth of the range, 1 from the middle down."""

@@ -45,7 +45,7 @@ def fit_severity(
     centre, spread = numbers[told].mean(0), numbers[told].std(0).maximum(numbers.new_tensor(severity.LEAST_SPREAD))
     standard = (numbers - centre) / spread
     gate = severity.gate(numbers[:, 0])
-    earliest = float(outcome[outcome[:, 1] > 0, 0].min()) if bool((outcome[:, 1] > 0).any()) else -math.inf
+    earliest = float(outcome[outcome[:, 1] > 0, 0].min()) if bool((outcome[:, 1] > 0).any()) else severity.NEVER
     coefficients = torch.zeros(numbers.shape[1] + 2, dtype=torch.float64)
     coefficients[-1] = math.log(objective.variance)
     coefficients.requires_grad_(True)
