@@ -391,9 +391,7 @@ def draw_pictures(runner: Runner, path: Path, keys: list[tuple[int, int, str, in
 def without_severity(run: Path, folder: Path) -> Path:
     """A copy of the weights of a run whose severity says nothing."""
     weights = torch.load(run / "model.pt", map_location="cpu", weights_only=True)
-    for name in ("severity.slope", "severity.offset"):
-        weights[name].zero_()
-    weights["severity.earliest"].fill_(Severity.NEVER)
+    weights |= Severity(0.0, 1.0).state_dict(prefix="severity.")  # as before the fit
     folder.mkdir(exist_ok=True)
     model = folder / "model.pt"
     torch.save(weights, model)

@@ -157,6 +157,7 @@ def test_weights_without_severity_say_the_months_of_the_softmin(tmp_path):
     before = net(image)
     net.severity.slope.fill_(1.0)
     net.severity.offset.fill_(3.0)
+    net.severity.earliest.fill_(70.0)
     torch.save(net.state_dict(), tmp_path / "model.pt")
     settings = {"objective": CenTime(variance=1.5).arguments, "network": net.arguments}
     (tmp_path / "settings.json").write_text(json.dumps(settings))

@@ -94,9 +94,13 @@ class Severity(nn.Module):
             1,
         )
 
+    def bounded(self, months: Tensor, patient: Tensor) -> Tensor:
+        """Months to add, (B,), of those that the line gives (B,): by the gate, and not to before `earliest`."""
+        gate = self.gate(patient)
+        months = gate * months
+        return torch.where(gate > 0, torch.maximum(months, self.earliest - patient), months)
+
     def forward(self, numbers: Tensor) -> Tensor:
         """Months to add to each patient's location, (B,), from :meth:`numbers`."""
-        patient = numbers[:, 0]
-        gate = self.gate(patient)
-        months = gate * ((numbers - self.centre) / self.spread @ self.slope + self.offset)
-        return torch.where(gate > 0, torch.maximum(months, self.earliest - patient), months)
+        line = (numbers - self.centre) / self.spread @ self.slope + self.offset
+        return self.bounded(line, numbers[:, 0])

@@ -50,12 +50,12 @@ class PatchEmbed(nn.Module):
 
     Every patch is described by its voxels, the same voxels standardised within the patch, their mean and the log of
     their standard deviation, and with a `narrow_window` by its voxels once more, in that window: what is a few HU brighter
-    than healthy lung hardly shows in a wide one. With `texture` it is described by numbers that don't depend on which voxel
-    lies where, too, which a linear layer on voxels would have to learn place by place: the histogram of its lung voxels, how
-    much of it is wall and how much air, and how alike neighbours are. No normalisation comes before the first linear layer: it would blow up
-    the noise of an empty patch until it looks like a lesion. Voxels outside the lung carry no evidence: they are replaced
-    by the mean of the patch's lung voxels. Gathered voxels and a Linear do the work of a convolution, because a `Conv3d`
-    with one input channel has a very slow backward on CPUs.
+    than healthy lung hardly shows in a wide one. With `texture` two things enter as well that hold wherever in a patch its
+    walls lie, which a linear layer on voxels would have to learn place by place: the histogram of its lung voxels, how much
+    of it is wall and how much air, and how alike neighbours are. No normalisation comes before the first linear layer: it
+    would blow up the noise of an empty patch until it looks like a lesion. Voxels outside the lung carry no evidence: they
+    are replaced by the mean of the patch's lung voxels. Gathered voxels and a Linear do the work of a convolution, because
+    a `Conv3d` with one input channel has a very slow backward on CPUs.
 
     Args:
         patch_size: patch side in voxels.

@@ -44,8 +44,8 @@ def fit_severity(
         return float(objective.variance)  # nobody to learn from: nobody is moved
     centre, spread = numbers[told].mean(0), numbers[told].std(0).maximum(numbers.new_tensor(severity.LEAST_SPREAD))
     standard = (numbers - centre) / spread
-    gate = severity.gate(numbers[:, 0])
-    earliest = float(outcome[outcome[:, 1] > 0, 0].min()) if bool((outcome[:, 1] > 0).any()) else severity.NEVER
+    deaths = outcome[outcome[:, 1] > 0, 0]
+    severity.earliest.fill_(float(deaths.min()) if len(deaths) else severity.NEVER)
     coefficients = torch.zeros(numbers.shape[1] + 2, dtype=torch.float64)
     coefficients[-1] = math.log(objective.variance)
     coefficients.requires_grad_(True)
@@ -54,10 +54,10 @@ def fit_severity(
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        location = numbers[:, 0] + gate * (standard @ coefficients[:-2] + coefficients[-2])
-        location = torch.where(gate > 0, location.clamp_min(earliest), location)
+        line = standard @ coefficients[:-2] + coefficients[-2]
+        location = numbers[:, 0] + severity.bounded(line, numbers[:, 0])
         trial.variance = coefficients[-1].exp() + 1
-        channels = torch.cat([location.unsqueeze(1), extra, torch.ones_like(gate).unsqueeze(1)], 1)
+        channels = torch.cat([location.unsqueeze(1), extra, torch.ones_like(location).unsqueeze(1)], 1)
         survival_map = channels.view(len(numbers), -1, 1, 1, 1)
         prior = coefficients[:-2].square().sum() / (2 * months**2)
         value = trial(survival_map, outcome) + prior / len(numbers)
@@ -69,5 +69,4 @@ def fit_severity(
     severity.spread.copy_(spread)
     severity.slope.copy_(coefficients[:-2].detach())
     severity.offset.copy_(coefficients[-2].detach())
-    severity.earliest.fill_(earliest)
     return float(coefficients[-1].detach().exp() + 1)
