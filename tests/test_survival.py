@@ -390,6 +390,14 @@ def test_severity_makes_nothing_of_maps_that_differ_by_rounding_only():
     assert float(moved.max() - moved.min()) < 1.0
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_severity_of_a_network_on_a_gpu_is_fitted_to_numbers_on_the_cpu():
+    numbers, outcome, _ = severity_data(80, noise=0.5)
+    here, there = Severity(-5.0, 120.0), Severity(-5.0, 120.0).cuda()
+    assert fit_severity(there, numbers, outcome, CenTime()) == fit_severity(here, numbers, outcome, CenTime())
+    torch.testing.assert_close(there(numbers.cuda()).cpu(), here(numbers))
+
+
 def test_severity_fit_without_deaths_moves_nobody():
     severity = Severity(-5.0, 120.0)
     numbers, outcome = torch.full((9, 8), 118.0), torch.tensor([[99.0, 0.0]]).expand(9, 2)

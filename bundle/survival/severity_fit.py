@@ -38,14 +38,15 @@ def fit_severity(
         extra: extra numbers of the patients, (n, K), if the objective reads any.
     """
     numbers, outcome = numbers.double(), outcome.double()
+    fitted = copy.deepcopy(severity).to(numbers.device)  # the network may be on a GPU; where the numbers are is fast enough
     extra = numbers[:, :0] if extra is None else extra.double()
-    told = severity.gate(numbers[:, 0]) > 0
+    told = fitted.gate(numbers[:, 0]) > 0
     if told.sum() < 2:
         return float(objective.variance)  # nobody to learn from: nobody is moved
-    centre, spread = numbers[told].mean(0), numbers[told].std(0).maximum(numbers.new_tensor(severity.LEAST_SPREAD))
+    centre, spread = numbers[told].mean(0), numbers[told].std(0).maximum(numbers.new_tensor(fitted.LEAST_SPREAD))
     standard = (numbers - centre) / spread
     deaths = outcome[outcome[:, 1] > 0, 0]
-    severity.earliest.fill_(float(deaths.min()) if len(deaths) else severity.NEVER)
+    fitted.earliest.fill_(float(deaths.min()) if len(deaths) else fitted.NEVER)
     coefficients = torch.zeros(numbers.shape[1] + 2, dtype=torch.float64)
     coefficients[-1] = math.log(objective.variance)
     coefficients.requires_grad_(True)
@@ -55,7 +56,7 @@ def fit_severity(
     def loss() -> Tensor:
         optimizer.zero_grad()
         line = standard @ coefficients[:-2] + coefficients[-2]
-        location = numbers[:, 0] + severity.bounded(line, numbers[:, 0])
+        location = numbers[:, 0] + fitted.bounded(line, numbers[:, 0])
         trial.variance = coefficients[-1].exp() + 1
         channels = torch.cat([location.unsqueeze(1), extra, torch.ones_like(location).unsqueeze(1)], 1)
         survival_map = channels.view(len(numbers), -1, 1, 1, 1)
@@ -65,8 +66,9 @@ def fit_severity(
         return value
 
     optimizer.step(loss)
-    severity.centre.copy_(centre)
-    severity.spread.copy_(spread)
-    severity.slope.copy_(coefficients[:-2].detach())
-    severity.offset.copy_(coefficients[-2].detach())
+    fitted.centre.copy_(centre)
+    fitted.spread.copy_(spread)
+    fitted.slope.copy_(coefficients[:-2].detach())
+    fitted.offset.copy_(coefficients[-2].detach())
+    severity.load_state_dict(fitted.state_dict())
     return float(coefficients[-1].detach().exp() + 1)
