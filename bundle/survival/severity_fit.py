@@ -35,8 +35,8 @@ def fit_severity(
     says how sure the times are (at least 1, for times are whole months). A moved location counts as at the earliest death
     where it would come before it.
 
-    Source: MacKay, Bayesian Interpolation, Neural Computation 4 (1992) 415, equation 5.2 for each slope by itself; Tipping,
-    Sparse Bayesian Learning and the Relevance Vector Machine, JMLR 1 (2001) 211, equations 16 and 17.
+    Source: Tipping, Sparse Bayesian Learning and the Relevance Vector Machine, JMLR 1 (2001) 211, equations 16 and 17, after
+    MacKay, Bayesian Interpolation, Neural Computation 4 (1992) 415.
 
     Args:
         severity: the module; its coefficients are per standard deviation of each number.
