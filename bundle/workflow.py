@@ -207,7 +207,8 @@ def finish_training(network: torch.nn.Module, settings: dict, dataset: ScanCache
 
     That is severity (the months that the disease on the maps stands for, and how sure that is) for an objective whose
     locations are months, and the baseline hazard of proportional hazards. What maps say of a patient is the median over
-    8 origins of the patch grid, as in inference over all.
+    8 origins of the patch grid, as in inference over all: each axis begins where it does there, and equally often, lest
+    disease that lies along a face of the scan be given other months in inference than here.
 
     Args:
         network: trained; its severity is set.
@@ -227,7 +228,7 @@ def finish_training(network: torch.nn.Module, settings: dict, dataset: ScanCache
     fixed = [t for t in dataset.transform.flatten().transforms if not isinstance(t, RandomizableTrait)]
     plain.transform = Compose(fixed)
     loader = DataLoader(plain, batch_size=1)
-    inferer = GridShiftInferer(math.gcd(2, network.stride), network.stride)
+    inferer = GridShiftInferer(math.gcd(4, network.stride), network.stride, origins=8)
     read: list[torch.Tensor] = []
     hook = severity and severity.register_forward_pre_hook(lambda module, args: read.append(args[0].cpu()))
     numbers, patients, known = [], [], []

@@ -234,8 +234,17 @@ def test_a_wall_one_voxel_thick_stays_thin():
     assert float(heat[6].sum()) > 0.8
 
 
-@pytest.mark.parametrize("shifts, begin", [(1, {0: 1}), (2, {0: 4, 6: 4}), (4, {0: 16, 2: 16, 5: 16, 7: 16})])
-def test_grids_begin_in_either_half_of_an_attention_window(shifts, begin):
+@pytest.mark.parametrize(
+    "shifts, origins, begin",
+    [
+        (1, None, {0: 1}),
+        (2, None, {0: 4, 6: 4}),
+        (4, None, {0: 16, 2: 16, 5: 16, 7: 16}),
+        (4, 8, {0: 2, 2: 2, 5: 2, 7: 2}),
+        (1, 8, {0: 1}),
+    ],
+)
+def test_grids_begin_in_either_half_of_an_attention_window(shifts, origins, begin):
     """Windows are two patches of 4 wide: a patch that lies at their front in some grids lies at their back in others."""
     places = []
 
@@ -245,9 +254,22 @@ def test_grids_begin_in_either_half_of_an_attention_window(shifts, begin):
 
     image = torch.zeros(1, 1, 12, 12, 12)
     image[..., 11, 11, 11] = 1
-    GridShiftInferer(shifts, 4)(image, network)
+    GridShiftInferer(shifts, 4, origins=origins)(image, network)
     for axis in (torch.stack(places) - 11).unbind(1):
         assert dict(zip(*(n.tolist() for n in axis.unique(return_counts=True)))) == begin
+
+
+def test_few_origins_say_of_a_patient_what_all_do():
+    """Of disease along the faces of a scan, too: how patches cut it depends on the axis, and 0 is where it fits them."""
+    inferers = GridShiftInferer(4, 4), GridShiftInferer(4, 4, origins=8), GridShiftInferer(2, 4)
+    off = []
+    for width in range(1, 7):
+        rind = torch.ones(1, 1, 24, 24, 24)
+        rind[..., width:-width, width:-width, width:-width] = 0
+        every, eight, two_an_axis = ((m[:, 0] * m[:, 1]).sum() for m in (f(rind, Brightness(4, 0.1)) for f in inferers))
+        off.append(torch.stack([eight - every, two_an_axis - every]).abs())
+    eight, two_an_axis = torch.stack(off).mean(0).tolist()
+    assert eight < 0.25 * two_an_axis, (eight, two_an_axis)
 
 
 def test_the_lung_and_other_named_volumes_move_with_the_image():

@@ -106,6 +106,7 @@ class GridShiftInferer(Inferer):
         stride: of the network's patch grid, in voxels.
         sigma: of the Gaussian, in cells; 0 for none.
         refine: do step 3.
+        origins: take so many of the `shifts³` origins only, spread evenly (a Sobol sequence); None for all.
         keys: names of the volumes among the network's keyword arguments; they move with the image.
 
     Raises:
@@ -113,7 +114,13 @@ class GridShiftInferer(Inferer):
     """
 
     def __init__(
-        self, shifts: int, stride: int, sigma: float = 0.0, refine: bool = False, keys: tuple[str, ...] = ("lung",)
+        self,
+        shifts: int,
+        stride: int,
+        sigma: float = 0.0,
+        refine: bool = False,
+        origins: int | None = None,
+        keys: tuple[str, ...] = ("lung",),
     ) -> None:
         super().__init__()
         if shifts < 1 or stride % shifts:
@@ -122,6 +129,11 @@ class GridShiftInferer(Inferer):
         self.stride = stride
         self.sigma = sigma
         self.refine = refine
+        self.origins = list(product(range(shifts), repeat=3))
+        if origins is not None and origins < len(self.origins):
+            # Not the sequence's first, among which is the corner that all axes share.
+            places = torch.quasirandom.SobolEngine(3).fast_forward(origins).draw(origins)
+            self.origins = (places * shifts).int().tolist()
         self.keys = keys
 
     def __call__(self, inputs: Tensor, network: torch.nn.Module, *args, **kwargs) -> Tensor:
@@ -130,9 +142,9 @@ class GridShiftInferer(Inferer):
         grid = [-(-size // self.stride) * self.shifts for size in inputs.shape[2:]]
         scans = inputs.shape[0]
         total, patients = torch.zeros(()), []
-        # Every other origin lies a patch further out: windows of attention, two patches wide, begin in either half.
-        starts = [start + self.shifts * (start % 2) for start in range(self.shifts)]
-        for shift in product(starts, repeat=3):
+        for origin in self.origins:
+            # Every other origin lies a patch further out: windows of attention, two patches wide, begin in either half.
+            shift = [start + self.shifts * (start % 2) for start in origin]
             # In front the shift, behind what makes the unshifted grid whole, so that every grid covers the image.
             sides = [(start * cell, -size % self.stride) for start, size in zip(shift, inputs.shape[2:])]
             pad = [n for side in reversed(sides) for n in side]
