@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock
+from torchsurv.loss.cox import neg_partial_log_likelihood
 from tqdm import tqdm
 
 from bundle.data.phantoms import PhantomParams
@@ -47,12 +48,19 @@ MAP = [
     "survivor_heat",
     "inverted",
 ]
-COLUMNS = [*KEY, "overrides", "test_scans", "device", "train_seconds", *MAP, "heat_ratio", *SURVIVAL, "c_index_oracle", "mae_oracle"]
+ORACLES = ["c_index_oracle", "mae_oracle", "heat_ratio_oracle"]  # what the true masks or risks allow
+COLUMNS = [*KEY, "overrides", "test_scans", "device", "train_seconds", *MAP, "heat_ratio", *SURVIVAL, *ORACLES]
 # Phantoms in which not all that matters is equally dangerous: the mask of the one, and whether its heat is compared with
 # that of the rest of the lesions or of the whole scan.
 OTHER_MASKS = {11: ("gt_severe_mask", "lesions"), 13: ("confounder_mask", "scan")}
 HELD_OUT = 10_000  # added to the seed of the phantoms to measure on
 RESERVED = 1010  # from this seed on nothing is chosen by what comes out; those from 1000 to 1009 showed what to mend
+
+# Every one of the 48 ways to lay a cube.
+RANDOM_TURNS = ", ".join(
+    [f"monai.transforms.RandFlipd(['image', 'lung'], prob=0.5, spatial_axis={axis})" for axis in range(3)]
+    + [f"monai.transforms.RandRotate90d(['image', 'lung'], prob=0.75, spatial_axes={axes})" for axes in ((0, 1), (0, 2), (1, 2))]
+)
 
 # What differs from the shipped configuration, by name of the variant; "phantoms" are options of scripts.make_phantoms,
 # "config" are files stacked on top. (`monai.bundle run` passes over a None; "$None" is one.)
@@ -116,6 +124,7 @@ VARIANTS: dict[str, dict] = {
     # what the network sees
     "no_texture": {"network_def#texture": False},
     "one_hu_window": {"narrow_hu_window": "$None"},
+    "flips": {"train#preprocessing#transforms": f"$@load_transforms + [{RANDOM_TURNS}] + @train#random_transforms"},
     # cohorts
     "events_10": {"phantoms": {"feature_fraction": 0.1}},
     "events_30": {"phantoms": {"feature_fraction": 0.3}},
@@ -288,6 +297,8 @@ class Runner:
         if masks:
             row.pop("confounder_mass", None)  # neither is one
             row["heat_ratio"] = heat_ratio(scans, cohort, phantoms, *masks)
+        if complexity == 11:
+            row["heat_ratio_oracle"] = heat_ratio_of_true_volumes(self.phantoms(complexity, size, train_scans, seed, own))
         row["inverted"] = int((scans.auroc < 0.5).sum())  # a map that ranks its lesion below the rest
         if "true_risk" in cohort:
             row["c_index_oracle"] = c_index(*(torch.tensor(cohort[k]) for k in ("true_risk", "time", "event")))
@@ -322,6 +333,29 @@ def heat_ratio(scans: pd.DataFrame, cohort: pd.DataFrame, folder: Path, column: 
             heat = max(scan.mass_accuracy - scan.confounder_mass, 0.0)
             ratios.append(scan.confounder_mass / one.sum() / max(heat / rest.sum(), 1e-12))
     return float(np.median(ratios)) if ratios else None
+
+
+def heat_ratio_of_true_volumes(train: Path) -> float:
+    """How many times as dangerous severe lesions are than mild ones, by volume, as far as the training scans' outcomes tell:
+    the ratio of the coefficients of Cox's regression on the true volumes of either kind."""
+    cohort, volumes = pd.read_csv(train / "cohort.csv"), []
+    for scan in cohort.itertuples():
+        lesions, severe = (np.asarray(nib.load(train / name).dataobj) > 0 for name in (scan.gt_mask, scan.gt_severe_mask))
+        volumes.append([(lesions & ~severe).mean(), severe.mean()])
+    volumes, died = torch.tensor(volumes).double(), torch.tensor(cohort.event) > 0
+    times, scale = torch.tensor(cohort.time), volumes.std(0)
+    slopes = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([slopes], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = neg_partial_log_likelihood(volumes / scale @ slopes, died, times)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    mild, severe = (slopes.detach() / scale).tolist()
+    return severe / mild
 
 
 def mae_of_true_masks(train: Path, test: Path) -> float:
@@ -483,7 +517,7 @@ def markdown(rows: list[dict]) -> str:
     table.loc[reserved, "variant"] += ", reserved seeds"
     names = {"pointing_game": "pointing", "average_precision": "AP", "average_precision_ceiling": "AP ceiling"}
     names |= {"mass_accuracy": "heat in mask", "confounder_mass": "heat in confounder", "survivor_heat": "survivors / dead"}
-    names |= {"heat_ratio": "heat ratio", "inverted": "inverted maps", "c_index": "C-index", "c_index_oracle": "of the oracle", "mae_events": "MAE events, months"}
+    names |= {"heat_ratio": "heat ratio", "heat_ratio_oracle": "of true volumes", "inverted": "inverted maps", "c_index": "C-index", "c_index_oracle": "of the oracle", "mae_events": "MAE events, months"}
     names |= {"mae_oracle": "of true masks", "integrated_brier": "integrated Brier"}
     names |= {"correlation": "correlation", "mean_time_censored": "mean time of censored", "train_seconds": "training, s"}
     names = {name: title for name, title in names.items() if table[name].notna().any()}

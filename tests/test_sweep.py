@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from lifelines import CoxPHFitter
 from monai.bundle import ConfigParser, update_kwargs
 
 from bundle.networks import SurvivalMapNet
@@ -243,6 +244,24 @@ def test_heat_ratio_compares_heat_per_voxel(tmp_path):
     even = 512 / 16
     assert sweep.heat_ratio(scans, cohort, tmp_path, "gt_severe_mask", "scan") == pytest.approx((0.3 + 5 / 8) / 2 * even)
     assert sweep.heat_ratio(scans[2:], cohort, tmp_path, "gt_severe_mask", "lesions") is None
+
+
+def test_heat_ratio_of_true_volumes_is_that_of_lifelines(tmp_path):
+    generator = np.random.default_rng(0)
+    rows = []
+    for i in range(60):
+        lesions, severe = np.zeros((2, 12, 12, 12), np.uint8)
+        lesions[: generator.integers(0, 7), :8, :8], lesions[7 : generator.integers(7, 12), :8, :8] = 1, 1
+        severe[7:] = lesions[7:]
+        for name, mask in (("gt", lesions), ("severe", severe)):
+            nib.save(nib.Nifti1Image(mask, np.eye(4)), tmp_path / f"{i}_{name}.nii.gz")
+        risk = 10 * (lesions.mean() + 2 * severe.mean())
+        row = {"time": 80 * np.exp(-risk) * generator.weibull(1.5), "event": int(generator.random() < 0.7)}
+        rows.append({**row, "gt_mask": f"{i}_gt.nii.gz", "gt_severe_mask": f"{i}_severe.nii.gz", "mild": (lesions - severe).mean(), "severe": severe.mean()})
+    cohort = pd.DataFrame(rows)
+    cohort.to_csv(tmp_path / "cohort.csv", index=False)
+    slopes = CoxPHFitter().fit(cohort[["time", "event", "mild", "severe"]], "time", "event").params_
+    assert sweep.heat_ratio_of_true_volumes(tmp_path) == pytest.approx(slopes.severe / slopes.mild, rel=1e-3)
 
 
 def test_curves_are_drawn_of_what_was_varied(tmp_path):
