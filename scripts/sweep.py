@@ -24,7 +24,6 @@ import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock
-from torchsurv.loss.cox import neg_partial_log_likelihood
 from tqdm import tqdm
 
 from bundle.data.phantoms import PhantomParams
@@ -33,6 +32,7 @@ from bundle.metrics.survival import c_index
 from bundle.networks.severity import Severity, minkowski_functionals
 from bundle.settings import file_sha256, settings_file, write_json
 from bundle.survival import OBJECTIVES
+from bundle.survival.cox import partial_log_likelihood
 from bundle.workflow import exit_on_sigterm
 
 from .jobs import run_jobs, run_module, threads_of
@@ -342,14 +342,14 @@ def heat_ratio_of_true_volumes(train: Path) -> float:
     for scan in cohort.itertuples():
         lesions, severe = (np.asarray(nib.load(train / name).dataobj) > 0 for name in (scan.gt_mask, scan.gt_severe_mask))
         volumes.append([(lesions & ~severe).mean(), severe.mean()])
-    volumes, died = torch.tensor(volumes).double(), torch.tensor(cohort.event) > 0
-    times, scale = torch.tensor(cohort.time), volumes.std(0)
+    volumes, times, events = torch.tensor(volumes).double(), torch.tensor(cohort.time), torch.tensor(cohort.event)
+    scale = volumes.std(0)
     slopes = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([slopes], max_iter=100, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        value = neg_partial_log_likelihood(volumes / scale @ slopes, died, times)
+        value = -partial_log_likelihood(volumes / scale @ slopes, times, events)
         value.backward()
         return value
 
