@@ -56,12 +56,6 @@ OTHER_MASKS = {11: ("gt_severe_mask", "lesions"), 13: ("confounder_mask", "scan"
 HELD_OUT = 10_000  # added to the seed of the phantoms to measure on
 RESERVED = 1010  # from this seed on nothing is chosen by what comes out; those from 1000 to 1009 showed what to mend
 
-# Every one of the 48 ways to lay a cube.
-RANDOM_TURNS = ", ".join(
-    [f"monai.transforms.RandFlipd(['image', 'lung'], prob=0.5, spatial_axis={axis})" for axis in range(3)]
-    + [f"monai.transforms.RandRotate90d(['image', 'lung'], prob=0.75, spatial_axes={axes})" for axes in ((0, 1), (0, 2), (1, 2))]
-)
-
 # What differs from the shipped configuration, by name of the variant; "phantoms" are options of scripts.make_phantoms,
 # "config" are files stacked on top. (`monai.bundle run` passes over a None; "$None" is one.)
 VARIANTS: dict[str, dict] = {
@@ -124,7 +118,12 @@ VARIANTS: dict[str, dict] = {
     # what the network sees
     "no_texture": {"network_def#texture": False},
     "one_hu_window": {"narrow_hu_window": "$None"},
-    "flips": {"train#preprocessing#transforms": f"$@load_transforms + [{RANDOM_TURNS}] + @train#random_transforms"},
+    "flips": {  # each scan in a random one of the 48 ways to lay a cube
+        "train#preprocessing#transforms": "$@load_transforms"
+        " + [monai.transforms.RandFlipd(['image', 'lung'], 0.5, axis) for axis in range(3)]"
+        " + [monai.transforms.RandRotate90d(['image', 'lung'], 0.75, spatial_axes=axes) for axes in ((0, 1), (0, 2), (1, 2))]"
+        " + @train#random_transforms"
+    },
     # cohorts
     "events_10": {"phantoms": {"feature_fraction": 0.1}},
     "events_30": {"phantoms": {"feature_fraction": 0.3}},
