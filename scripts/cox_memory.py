@@ -24,7 +24,7 @@ from tqdm import tqdm
 from bundle.files import write_text
 from bundle.metrics.survival import c_index
 from bundle.survival import CoxMemory
-from bundle.survival.cox import Cox, partial_log_likelihood
+from bundle.survival.cox import Cox, cox_regression, partial_log_likelihood
 
 PATIENTS, UNSEEN, COVARIATES, MEMORY = 96, 1000, 8, 64
 # Share of the target network that a step of Momentum keeps, by name.
@@ -67,21 +67,6 @@ def cohort_of(seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], 
     return drawn(PATIENTS, generator), drawn(UNSEEN, generator), generator
 
 
-def fit_of_all(x: Tensor, outcome: Tensor) -> Tensor:
-    """Weights (8,) fitted to the whole cohort at once."""
-    weight = torch.zeros(COVARIATES, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        value = -partial_log_likelihood(x @ weight, *outcome.T) / PATIENTS
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-    return weight.detach()
-
-
 def train(method: str, batch: int, epochs: int, seed: int) -> dict:
     """C-index of a training."""
     (x, outcome), (unseen, then), generator = cohort_of(seed)
@@ -104,7 +89,7 @@ def train(method: str, batch: int, epochs: int, seed: int) -> dict:
 def angles(method: str, batch: int, epochs: int, seed: int) -> dict:
     """Angles between gradients, on the straight way from 0 to nine tenths of the fit to the whole cohort."""
     (x, outcome), _, generator = cohort_of(seed)
-    fit = fit_of_all(x, outcome)
+    fit = cox_regression(x, *outcome.T)
     network = nn.Linear(COVARIATES, 1, bias=False)
     nn.init.zeros_(network.weight)
     learner, loss = loss_of(method, network, batch)
@@ -136,7 +121,7 @@ def row_of(method: str, batch: int, epochs: int, seed: int) -> dict:
 def c_index_of_all(seed: int) -> float:
     """C-index of the fit to the whole cohort at once."""
     (x, outcome), (unseen, then), _ = cohort_of(seed)
-    return c_index(unseen @ fit_of_all(x, outcome), *then.T)
+    return c_index(unseen @ cox_regression(x, *outcome.T), *then.T)
 
 
 def page(table: pd.DataFrame, whole: list[float], epochs: int, command: str) -> str:

@@ -14,7 +14,7 @@ from ..errors import InputError
 from .objectives import Objective, learnt_factor, whole_months
 from .readout import months, patient_numbers
 
-__all__ = ["Cox", "CoxMemory", "breslow_baseline", "partial_log_likelihood"]
+__all__ = ["Cox", "CoxMemory", "breslow_baseline", "cox_regression", "partial_log_likelihood"]
 
 
 def partial_log_likelihood(log_hazard: Tensor, time: Tensor, event: Tensor, ties: str = "efron") -> Tensor:
@@ -46,6 +46,25 @@ def partial_log_likelihood(log_hazard: Tensor, time: Tensor, event: Tensor, ties
         part = torch.zeros_like(at_risk).index_add(0, groups, (log_hazard[died] - risk).exp())
         risk = risk + torch.log1p(-before * part[groups].clamp_max(1))
     return (log_hazard[died] - risk).sum()
+
+
+def cox_regression(x: Tensor, time: Tensor, event: Tensor) -> Tensor:
+    """Coefficients (K,) of covariates (N, K) in Cox's proportional hazards: where the partial likelihood is highest.
+
+    By L-BFGS from 0, in the type of `x`; covariates should be of about the same spread. Shapes of `time` and `event`, and
+    the source, as in :func:`partial_log_likelihood`.
+    """
+    slopes = torch.zeros_like(x[0]).requires_grad_(True)
+    optimizer = torch.optim.LBFGS([slopes], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = -partial_log_likelihood(x @ slopes, time, event) / len(x)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return slopes.detach()
 
 
 def breslow_baseline(log_hazard: Tensor, time: Tensor, event: Tensor, tmax: int) -> Tensor:
