@@ -500,30 +500,83 @@ def targets(table: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
+def seeds_name(seeds: pd.Series) -> str:
+    """Seeds in short: "0–2, 7" for 0, 1, 2 and 7."""
+    runs: list[list[int]] = []
+    for seed in sorted(seeds):
+        if runs and seed == runs[-1][-1] + 1:
+            runs[-1].append(seed)
+        else:
+            runs.append([seed])
+    return ", ".join("–".join(map(str, dict.fromkeys((run[0], run[-1])))) for run in runs)
+
+
+# What the page shows apart, in this order, and whether the shipped configuration stands beside it once more, on the
+# seeds of development that the same phantom was run on.
+SECTIONS = {
+    "1 to 9, as shipped": False,
+    "Heads": True,
+    "Single settings": True,
+    "Other cohorts": True,
+    "Other phantoms than trained on": True,
+    "10 to 13": False,
+}
+
+
+def section(row: pd.Series) -> str:
+    """Which of the SECTIONS a row belongs to."""
+    differs = VARIANTS.get(row.variant, {}).keys()
+    if row.complexity >= 10:
+        return "10 to 13"
+    if row.test != "same":
+        return "Other phantoms than trained on"
+    if row.train_scans != 100 or differs & {"phantoms", "shuffle"}:
+        return "Other cohorts"
+    if "network_def#head" in differs:
+        return "Heads"
+    return "1 to 9, as shipped" if row.variant == "default" else "Single settings"
+
+
 def markdown(rows: list[dict]) -> str:
-    """What of the targets is met; then mean (min - max) over seeds of every measure, a line for each complexity and variant."""
+    """What of the targets is met; then, section by section, every measure's mean (minimum–maximum) over seeds, a line for each
+    phantom and variant. A column that says nothing in a section is left out there."""
     table = numbers(rows)
-    reserved = table.seed >= RESERVED
-    head = ""
-    for title, part in (("Reserved seeds", table[reserved]), ("Seeds of development", table[~reserved])):
-        head += f"**{title}.** {targets(part)}\n" if len(part) else ""
-    table.loc[reserved, "variant"] += ", reserved seeds"
+    table["reserved"] = table.seed >= RESERVED
+    text = ""
+    for title, part in (("Reserved seeds", table[table.reserved]), ("Seeds of development", table[~table.reserved])):
+        text += f"**{title}.** {targets(part)}\n" if len(part) else ""
+    sections = table.apply(section, axis=1)
+    for title, beside in SECTIONS.items():
+        part = table[sections == title]
+        if beside:
+            usual = table[(sections == "1 to 9, as shipped") & ~table.reserved]
+            part = pd.concat([part, usual.merge(part[["complexity", "size"]].drop_duplicates())])
+        if (sections == title).any():
+            text += f"**{title}**\n\n{table_of(part)}\n"
+    return text
+
+
+def table_of(part: pd.DataFrame) -> str:
+    """The lines of one section."""
+    keys = {"variant": "variant"}
+    keys |= {"train_scans": "scans"} if (part.train_scans != 100).any() else {}
+    keys |= {"test": "measured on"} if (part.test != "same").any() else {}
     names = {"pointing_game": "pointing", "average_precision": "AP", "average_precision_ceiling": "AP ceiling"}
     names |= {"mass_accuracy": "heat in mask", "confounder_mass": "heat in confounder", "survivor_heat": "survivors / dead"}
     names |= {"heat_ratio": "heat ratio", "heat_ratio_oracle": "of true volumes", "inverted": "inverted maps"}
     names |= {"c_index": "C-index", "c_index_oracle": "of the oracle", "mae_events": "MAE events, months"}
     names |= {"mae_oracle": "of true masks", "integrated_brier": "integrated Brier"}
     names |= {"correlation": "correlation", "mean_time_censored": "mean time of censored", "train_seconds": "training, s"}
-    names = {name: title for name, title in names.items() if table[name].notna().any()}
-    lines = ["| phantom | variant | scans | measured on | seeds | " + " | ".join(names.values()) + " |", "|" + "---|" * (len(names) + 5)]
-    for (complexity, size, variant, scans, test), group in table.groupby([name for name in KEY if name != "seed"]):
-        cells = []
+    names = {name: title for name, title in names.items() if part[name].notna().any()}
+    lines = [" | ".join(["| phantom", *keys.values(), "seeds", *names.values()]) + " |", "|" + "---|" * (len(keys) + len(names) + 2)]
+    by = ["complexity", "size", "differs", *keys, "reserved"]  # the shipped configuration first
+    for (complexity, size, *_), group in part.assign(differs=part.variant != "default").groupby(by):
+        cells = [phantom_name(complexity, size), *(str(group[key].iloc[0]) for key in keys), seeds_name(group.seed)]
         for name in names:
             digits = 0 if name in ("train_seconds", "mean_time_censored", "inverted") else 2 if "mae" in name else 3
             cells.append(cell(group[name], digits, total=name == "inverted"))
-        phantom = phantom_name(complexity, size)
-        lines.append(f"| {phantom} | {variant} | {scans} | {test} | {len(group)} | " + " | ".join(cells) + " |")
-    return head + "\n".join(lines) + "\n"
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def renew_table(page: Path, text: str) -> None:

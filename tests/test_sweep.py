@@ -60,7 +60,7 @@ def test_a_killed_sweep_goes_on_and_runs_nothing_twice(tmp_path, page, monkeypat
     assert [(r["complexity"], r["seed"]) for r in rows] == [("2", "0"), ("2", "1"), ("10", "0"), ("10", "1")]
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    line = next(line for line in text.splitlines() if line.startswith("| 2 | default | 100 | same | 2 |"))
+    line = next(line for line in text.splitlines() if line.startswith("| 2 | default | 0–1 |"))
     assert "0.950 (0.900–1.000)" in line  # pointing: mean over seeds, minimum, maximum
     assert "| 1 (0–1) |" in line  # inverted maps are summed
     assert "| 60 (60–61) |" in line or "| 61 (60–61) |" in line
@@ -119,7 +119,28 @@ def test_reserved_seeds_are_told_from_those_of_development():
     reserved, development = text.split("**Seeds of development.**")
     assert reserved.startswith("**Reserved seeds.** Phantoms (seeds) by voxels a side: 64³: 2 (1).") and "64³: 2 (0.5)" in reserved
     assert development.startswith(" Phantoms (seeds) by voxels a side: 64³: 2 (2).") and "2 (0.5)" not in development
-    assert "| 2 | default | 100 | same | 2 |" in development and "| 2 | default, reserved seeds | 100 | same | 1 |" in development
+    assert "| 2 | default | 0–1 |" in development and f"| 2 | default | {sweep.RESERVED} |" in development
+
+
+def test_every_row_is_in_one_section_and_the_shipped_configuration_beside_what_differs():
+    row = dict.fromkeys(sweep.MAP + sweep.SURVIVAL, 1.0) | dict(zip(sweep.KEY, (2, 48, "default", 100, 0, "same")))
+    rows = [row, row | {"seed": 1}, row | {"seed": 3}, row | {"seed": sweep.RESERVED}, row | {"complexity": 6}]
+    rows += [row | {"variant": "softmin"}, row | {"variant": "no_entropy"}, row | {"variant": "radius_4"}, row | {"train_scans": 25}]
+    rows += [row | {"test": "flip"}, row | {"complexity": 10, "train_scans": 50}, row | {"complexity": 10, "train_scans": 200}]
+    found, title = {}, ""
+    for line in sweep.markdown(rows).splitlines():
+        if line.startswith("**"):
+            title = line.strip("*")
+            found[title] = []
+        elif line.startswith("| ") and not line.startswith("| phantom") and title in sweep.SECTIONS:
+            found[title].append([cell.strip() for cell in line.split("|")[1:5]])
+    usual = ["2, 48³", "default"]
+    assert [cells[:3] for cells in found["1 to 9, as shipped"]] == [[*usual, "0–1, 3"], [*usual, "1010"], ["6, 48³", "default", "0"]]
+    assert [cells[:3] for cells in found["Heads"]] == [[*usual, "0–1, 3"], ["2, 48³", "softmin", "0"]]
+    assert [cells[:3] for cells in found["Single settings"]] == [[*usual, "0–1, 3"], ["2, 48³", "no_entropy", "0"]]
+    assert found["Other cohorts"] == [[*usual, "25", "0"], [*usual, "100", "0–1, 3"], ["2, 48³", "radius_4", "100", "0"]]
+    assert found["Other phantoms than trained on"] == [[*usual, "flip", "0"], [*usual, "same", "0–1, 3"]]
+    assert found["10 to 13"] == [["10, 48³", "default", "50", "0"], ["10, 48³", "default", "200", "0"]]
 
 
 def test_a_run_that_fails_does_not_take_the_others_with_it(tmp_path, page, monkeypatch, capsys):
