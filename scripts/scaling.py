@@ -22,8 +22,9 @@ MEASURES = {"average_precision": "average precision", "mass_accuracy": "heat in 
 
 def settings() -> dict[str, dict[str, float]]:
     """By what is varied, the variants that do so and the value that each of them has; the shipped one is among them."""
-    events = {v: options["phantoms"]["feature_fraction"] for v, options in VARIANTS.items() if options.keys() == {"phantoms"} and "feature_fraction" in options["phantoms"]}
-    radii = {v: options["phantoms"]["sphere_radius"] for v, options in VARIANTS.items() if "sphere_radius" in options.get("phantoms", {})}
+    cohorts = {v: options["phantoms"] for v, options in VARIANTS.items() if options.keys() == {"phantoms"}}
+    events = {v: of["feature_fraction"] for v, of in cohorts.items() if "feature_fraction" in of}
+    radii = {v: of["sphere_radius"] for v, of in cohorts.items() if "sphere_radius" in of}
     mean = {v: sum(map(float, radius.split())) / 2 for v, radius in radii.items()}
     return {
         "share of scans that die": {"default": 0.5, **events},
