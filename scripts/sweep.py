@@ -233,14 +233,14 @@ class Runner:
                 write_atomically(folder / "cohort.csv", lambda p: shutil.copy(phantoms / "cohort.csv", p))
         return folder
 
-    def train(self, complexity: int, size: int, variant: str, train_scans: int, seed: int) -> tuple[Path, int]:
-        """Folder of the trained weights and the seconds that training took."""
+    def train(self, complexity: int, size: int, variant: str, train_scans: int, seed: int) -> tuple[Path, int | None]:
+        """Folder of the trained weights and the seconds that training took; None of one that was stopped and went on."""
         overrides = dict(VARIANTS[variant])
         phantoms = self.phantoms(complexity, size, train_scans, seed, overrides.pop("phantoms", {}))
         folder = self.work / "runs" / name_of_run(complexity, size, variant, train_scans, seed)
         done = folder / "seconds.txt"
         if done.is_file():
-            return folder, int(done.read_text())
+            return folder, int(done.read_text() or 0) or None
         cohort = pd.read_csv(phantoms / "cohort.csv")
         # A tenth validates, with as many events as there are in the rest.
         validates = cohort.groupby("event").cumcount() % 10 == 5 - cohort.event
@@ -252,7 +252,7 @@ class Runner:
         write_atomically(table, lambda p: cohort.to_csv(p, index=False))
         config = ["configs/train.json"] + ([] if complexity == 9 else ["configs/cohort/phantom.json"])
         config += overrides.pop("config", [])
-        start = time.time()
+        start, whole = time.time(), not (folder / "last.pt").is_file()
         self.python(
             *("monai.bundle", "run", "--config_file", str(config)),
             *("--cohort", str(table), "--ckpt_dir", str(folder), "--output_dir", str(folder), "--seed", str(seed)),
@@ -260,8 +260,9 @@ class Runner:
             log=folder / "log.txt",
         )
         shutil.rmtree(folder / "cache")
-        write_text(done, str(round(time.time() - start)))
-        return folder, int(done.read_text())
+        seconds = round(time.time() - start) if whole else None
+        write_text(done, str(seconds or ""))
+        return folder, seconds
 
     def row(self, complexity: int, size: int, variant: str, train_scans: int, seed: int, test: str) -> dict:
         """Train, unless that is done, and evaluate: one row of the table."""

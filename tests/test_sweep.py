@@ -227,6 +227,29 @@ def test_training_and_test_phantoms_have_the_size_of_the_run(tmp_path, monkeypat
     assert sweep.name_of_run(9, 107, "cox", 100, 0) == "9_cox_100_0"
 
 
+def test_seconds_of_a_training_that_was_stopped_are_not_those_of_its_end(tmp_path, monkeypatch):
+    runner, folder = sweep.Runner(tmp_path, 8, 1), tmp_path / "phantoms"
+    folder.mkdir()
+    pd.DataFrame({"time": [10.0, 20.0], "event": [1, 0]}).to_csv(folder / "cohort.csv", index=False)
+    clock = iter(range(0, 1000, 60))
+
+    def python(self, *args, log):
+        (log.parent / "cache").mkdir(parents=True, exist_ok=True)
+        killed = log.parent.name == "2_default_2_1" and not (log.parent / "last.pt").is_file()
+        (log.parent / "last.pt").touch()
+        if killed:
+            raise RuntimeError("killed")
+
+    monkeypatch.setattr(sweep.Runner, "python", python)
+    monkeypatch.setattr(sweep.Runner, "phantoms", lambda *args: folder)
+    monkeypatch.setattr(sweep.time, "time", lambda: next(clock))
+    with pytest.raises(RuntimeError, match="killed"):
+        runner.train(2, 64, "default", 2, 1)
+    for _ in range(2):  # trained, and read
+        assert runner.train(2, 64, "default", 2, 0)[1] == 60
+        assert runner.train(2, 64, "default", 2, 1)[1] is None
+
+
 def test_the_page_of_objectives_names_the_best_and_those_not_told_apart(tmp_path, page, monkeypatch):
     precision = {"centime": 0.9, "classical": 0.9, "cox": 0.5}
     rows = [
