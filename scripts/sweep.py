@@ -690,11 +690,12 @@ def main(prog: str = "scripts.sweep", about: str | None = __doc__, layout: Calla
                 failed += 1
                 bar.write(f"failed, the others go on: {row}")
                 continue
-            rows.append(row)
-            write_rows(args.results, rows)
+            with FileLock(f"{args.results}.lock"):  # another sweep may write to it as well
+                rows = [*read_rows(args.results), row]
+                write_rows(args.results, rows)
+                renew_table(args.page, layout(rows))
             bar.update()
             bar.write(" ".join(f"{k}={row[k]}" for k in (*KEY, "pointing_game", "average_precision", "mae_events")))
-            renew_table(args.page, layout(rows))
     if failed:
         raise SystemExit(f"error: {failed} of {len(todo)} runs failed; the same command tries them again.")
     if args.pictures:

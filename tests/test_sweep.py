@@ -66,6 +66,21 @@ def test_a_killed_sweep_goes_on_and_runs_nothing_twice(tmp_path, page, monkeypat
     assert "| 60 (60–61) |" in line or "| 61 (60–61) |" in line
 
 
+def test_rows_that_another_sweep_wrote_meanwhile_stay(tmp_path, page, monkeypatch):
+    other = dict(zip(sweep.KEY, (6, 64, "default", 100, 0, "same"))) | {"average_precision": 0.25, "mae_events": 2.0}
+
+    def row_of(runner, *key):
+        sweep.write_rows(tmp_path / "results.csv", [other])
+        return dict(zip(sweep.KEY, key)) | {"pointing_game": 1.0, "average_precision": 0.5, "mae_events": 1.0}
+
+    monkeypatch.setattr(sweep.Runner, "row", row_of)
+    monkeypatch.setattr("sys.argv", command(tmp_path, "--complexities", "2", "--seeds", "0"))
+    sweep.main()
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert [(r["complexity"], r["average_precision"]) for r in rows] == [("2", "0.5"), ("6", "0.25")]
+    assert "| 6 | default | 0 | – | 0.250 |" in page.read_text()
+
+
 def test_seconds_on_a_gpu_are_not_averaged_with_those_on_cpus(tmp_path):
     key = dict(zip(sweep.KEY, (2, 48, "default", 100, 0, "same")))
     rows = [key | {"train_seconds": 50, "device": "cuda"}, key | {"seed": 1, "train_seconds": 200}]
