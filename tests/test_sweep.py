@@ -19,7 +19,7 @@ from monai.bundle import ConfigParser, update_kwargs
 from bundle.networks import SurvivalMapNet
 from bundle.settings import file_sha256
 from bundle.survival import CenTime
-from scripts import objectives, scaling, sweep
+from scripts import objectives, plots, sweep
 from scripts.jobs import literal
 
 
@@ -330,11 +330,24 @@ def test_curves_are_drawn_of_what_was_varied(tmp_path):
 
     rows = [row(2, "default", 25), row(2, "default", 100), row(2, "events_30", 100), row(2, "one_origin", 100)]
     rows += [row(6, "default", 100), row(6, "radius_4", 100), row(6, "events_90_alpha_5", 100)]
-    found = {title: sorted(zip(part.complexity, part.x)) for title, part in scaling.points(rows).items()}
+    rows.append(row(2, "default", 12) | {"seed": sweep.RESERVED})
+    found = {title: sorted(zip(part.complexity, part.x)) for title, part in plots.cohorts(rows).items()}
     assert list(found.values()) == [[(2, 25), (2, 100)], [(2, 0.3), (2, 0.5)], [(6, 4.5), (6, 15.0)]]
-    scaling.draw(rows, tmp_path / "scaling.png")
-    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
-    scaling.draw([], tmp_path / "none.png")
+    plots.draw_cohorts(rows, tmp_path / "cohorts.png")
+    assert (tmp_path / "cohorts.png").read_bytes().startswith(b"\x89PNG")
+    plots.draw_cohorts([], tmp_path / "none.png")
+
+
+def test_settings_are_drawn_beside_the_shipped_ones(tmp_path):
+    row = {"average_precision": 0.9, "mass_accuracy": 0.8, "mae_events": 1.0}
+    names = ["default", "no_entropy", "alpha_5", "alpha_10", "global", "patch_8"]
+    rows = [row | dict(zip(sweep.KEY, (6, 48, name, 100, 0, "same"))) for name in [*names, "hazard", "events_10"]]
+    rows += [row | dict(zip(sweep.KEY, (2, 48, name, 100, 0, "same"))) for name in ("default", "no_texture")]
+    ((key, part),) = plots.settings(rows).items()
+    assert key == (6, 48) and part.variant.tolist() == names
+    plots.draw_settings(rows, tmp_path / "settings.png")
+    assert (tmp_path / "settings.png").read_bytes().startswith(b"\x89PNG")
+    plots.draw_settings([], tmp_path / "none.png")
 
 
 def test_true_masks_leave_no_months_where_time_is_linear_in_volume_until_it_ends(tmp_path):
