@@ -90,6 +90,7 @@ def draw_cohorts(rows: list[dict], path: Path) -> None:
     for ax in axes[:2].flat:
         ax.set_ylim(0, 1.03)
     for ax in axes[2]:
+        ax.set_yscale("symlog", linthresh=1)
         ax.set_ylim(bottom=0)
     write_atomically(path, lambda p: figure.savefig(p, dpi=90, format="png"))
     plt.close(figure)
