@@ -133,8 +133,7 @@ VARIANTS: dict[str, dict] = {
     "radius_2": {"phantoms": {"sphere_radius": "2 3"}},
     "radius_4": {"phantoms": {"sphere_radius": "4 5"}},
     "radius_7": {"phantoms": {"sphere_radius": "7 8"}},
-    # small lesions with room for what they are to say: a lesion that kills at 40 months and is 1/500 of the scan lies below 0
-    "radius_2_range_-30": {"phantoms": {"sphere_radius": "2 3"}, "network_def#loc_range": [-30, 120]},
+    # with room for what they are to say: a lesion that kills at 40 months and is 1/500 of the scan must lie below 0
     "radius_4_range_-30": {"phantoms": {"sphere_radius": "4 5"}, "network_def#loc_range": [-30, 120]},
     # 12 with less contrast still, in units of the noise
     "contrast_1": {"phantoms": {"contrast": 1.0}},
