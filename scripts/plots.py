@@ -11,11 +11,13 @@ import argparse
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from bundle.data.phantoms import PhantomParams
 from bundle.files import write_atomically
+from bundle.report.pictures import png
 
-from .sweep import RESERVED, VARIANTS, numbers, phantom_name, read_rows, section
+from .sweep import AS_SHIPPED, VARIANTS, numbers, phantom_name, read_rows
 
 MEASURES = {"average_precision": "average precision", "mass_accuracy": "heat in the mask", "mae_events": "months off, of those who die"}
 
@@ -35,7 +37,7 @@ def varied() -> dict[str, dict[str, float]]:
 def measured(rows: list[dict]) -> pd.DataFrame:
     """What was measured of phantoms 1 to 9 like those trained on, on seeds of development."""
     table = numbers([row for row in rows if row["test"] == "same"])
-    return table[(table.seed < RESERVED) & (table.complexity <= 9)]
+    return table[~table.reserved & (table.complexity <= 9)]
 
 
 def cohorts(rows: list[dict]) -> dict[str, pd.DataFrame]:
@@ -54,8 +56,7 @@ def cohorts(rows: list[dict]) -> dict[str, pd.DataFrame]:
 def settings(rows: list[dict]) -> dict[tuple[int, int], pd.DataFrame]:
     """By phantom and size the rows of single settings, in the order of VARIANTS, with those of the shipped configuration."""
     table = measured(rows)
-    which = table.apply(section, axis=1) if len(table) else table.variant
-    table = table[which.isin(["1 to 9, as shipped", "Single settings"])]
+    table = table[table.section.isin([AS_SHIPPED, "Single settings"])]
     table = table.assign(place=table.variant.map({name: i for i, name in enumerate(VARIANTS)})).dropna(subset=["place"])
     groups = {key: group.sort_values("place") for key, group in table.groupby(["complexity", "size"])}
     return {key: group for key, group in groups.items() if group.variant.nunique() > 5}  # those that most were run on
@@ -63,13 +64,9 @@ def settings(rows: list[dict]) -> dict[tuple[int, int], pd.DataFrame]:
 
 def draw_cohorts(rows: list[dict], path: Path) -> None:
     """A column for each property that is varied, a row for each measure; a line joins the means over seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     parts = cohorts(rows)
-    figure, axes = plt.subplots(len(MEASURES), len(parts), figsize=(10, 8), sharex="col", sharey="row", layout="constrained")
+    figure = Figure(figsize=(10, 8), layout="constrained")
+    axes = figure.subplots(len(MEASURES), len(parts), sharex="col", sharey="row")
     for column, (title, part) in zip(axes.T, parts.items()):
         for ax, (measure, name) in zip(column, MEASURES.items()):
             for (complexity, size), group in part.groupby(["complexity", "size"]):
@@ -92,21 +89,15 @@ def draw_cohorts(rows: list[dict], path: Path) -> None:
     for ax in axes[2]:
         ax.set_yscale("symlog", linthresh=1)
         ax.set_ylim(bottom=0)
-    write_atomically(path, lambda p: figure.savefig(p, dpi=90, format="png"))
-    plt.close(figure)
+    write_atomically(path, lambda p: p.write_bytes(png(figure)))
 
 
 def draw_settings(rows: list[dict], path: Path) -> None:
     """A line for each setting, a column for each measure, a dot for each run; the band is what the shipped one reaches."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     parts = settings(rows)
     names = [name for name in VARIANTS if any((part.variant == name).any() for part in parts.values())]
-    height = 1.2 + 0.22 * len(names)
-    figure, axes = plt.subplots(1, len(MEASURES), figsize=(10, height), sharey=True, layout="constrained")
+    figure = Figure(figsize=(10, 1.2 + 0.22 * len(names)), layout="constrained")
+    axes = figure.subplots(1, len(MEASURES), sharey=True)
     for ax, (measure, title) in zip(axes, MEASURES.items()):
         for i, ((complexity, size), part) in enumerate(parts.items()):
             shift = 0.5 * ((i + 0.5) / len(parts) - 0.5)  # side by side, so that one doesn't hide the other
@@ -125,8 +116,7 @@ def draw_settings(rows: list[dict], path: Path) -> None:
     axes[0].set_ylim(max(len(names), 1) - 0.5, -0.5)
     if parts:
         axes[0].legend(title="phantom", fontsize=8)
-    write_atomically(path, lambda p: figure.savefig(p, dpi=90, format="png"))
-    plt.close(figure)
+    write_atomically(path, lambda p: p.write_bytes(png(figure)))
 
 
 def main() -> None:

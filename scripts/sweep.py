@@ -239,7 +239,8 @@ class Runner:
         folder = self.work / "runs" / name_of_run(complexity, size, variant, train_scans, seed)
         done = folder / "seconds.txt"
         if done.is_file():
-            return folder, int(done.read_text() or 0) or None
+            seconds = done.read_text()
+            return folder, int(seconds) if seconds else None
         cohort = pd.read_csv(phantoms / "cohort.csv")
         # A tenth validates, with as many events as there are in the rest.
         validates = cohort.groupby("event").cumcount() % 10 == 5 - cohort.event
@@ -260,7 +261,7 @@ class Runner:
         )
         shutil.rmtree(folder / "cache")
         seconds = round(time.time() - start) if whole else None
-        write_text(done, str(seconds or ""))
+        write_text(done, "" if seconds is None else str(seconds))
         return folder, seconds
 
     def row(self, complexity: int, size: int, variant: str, train_scans: int, seed: int, test: str) -> dict:
@@ -367,7 +368,7 @@ def mae_of_true_masks(train: Path, test: Path) -> float:
             mask = torch.from_numpy(read_mask(folder / scan.gt_mask)).float()
             volume = mask.numel()
             if isinstance(getattr(scan, "lung_mask", None), str):
-                volume = int(np.asarray(nib.load(folder / scan.lung_mask).dataobj).sum())
+                volume = int(read_mask(folder / scan.lung_mask).sum())
             scale = torch.tensor([volume, volume ** (2 / 3), volume ** (1 / 3), 1.0])
             rows.append((minkowski_functionals(mask[None])[0] / scale).tolist() + [1.0])
         numbers[folder], times[folder] = np.array(rows), cohort.time.to_numpy()
@@ -453,13 +454,42 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     write_text(path, text.getvalue())
 
 
+# What the page shows apart, in this order, and whether the shipped configuration stands beside it once more, on the
+# seeds of development that the same phantom was run on.
+AS_SHIPPED = "1 to 9, as shipped"
+SECTIONS = {
+    AS_SHIPPED: False,
+    "Heads": True,
+    "Single settings": True,
+    "Other cohorts": True,
+    "Other phantoms than trained on": True,
+    "10 to 13": False,
+}
+
+
+def section(complexity: int, variant: str, train_scans: int, test: str) -> str:
+    """Which of the SECTIONS a row belongs to."""
+    differs = VARIANTS.get(variant, {}).keys()
+    if complexity >= 10:
+        return "10 to 13"
+    if test != "same":
+        return "Other phantoms than trained on"
+    if train_scans != 100 or differs & {"phantoms", "shuffle"}:
+        return "Other cohorts"
+    if "network_def#head" in differs:
+        return "Heads"
+    return AS_SHIPPED if variant == "default" else "Single settings"
+
+
 def numbers(rows: list[dict]) -> pd.DataFrame:
-    """The rows as a table whose measures are numbers; seconds are those on CPUs only."""
+    """The rows as a table whose measures are numbers, with their :func:`section` and whether the seed is reserved; seconds
+    are those on CPUs only."""
     table = pd.DataFrame(rows).reindex(columns=COLUMNS)
     text = ["variant", "test", "overrides", "device"]
     table[table.columns.difference(text)] = table[table.columns.difference(text)].apply(pd.to_numeric)
     table.loc[table.device == "cuda", "train_seconds"] = np.nan  # not to be averaged with those on CPUs
-    return table
+    where = zip(table.complexity, table.variant, table.train_scans, table.test)
+    return table.assign(section=[section(*row) for row in where], reserved=table.seed >= RESERVED)
 
 
 def cell(values: pd.Series, digits: int, total: bool = False) -> str:
@@ -477,7 +507,7 @@ def phantom_name(complexity: int, size: int) -> str:
 
 def targets(table: pd.DataFrame) -> str:
     """Which phantoms meet each of the TARGETS and which miss it, with what they reach, by the shipped configuration."""
-    table = table.query("variant == 'default' and test == 'same' and train_scans == 100 and complexity <= 9")
+    table = table[table.section == AS_SHIPPED]
 
     def by_size(cells: dict[tuple[int, int], str]) -> str:
         sizes = sorted({size for size, _ in cells}, reverse=True)
@@ -511,51 +541,24 @@ def seeds_name(seeds: pd.Series) -> str:
             runs[-1].append(seed)
         else:
             runs.append([seed])
-    return ", ".join("–".join(map(str, dict.fromkeys((run[0], run[-1])))) for run in runs)
-
-
-# What the page shows apart, in this order, and whether the shipped configuration stands beside it once more, on the
-# seeds of development that the same phantom was run on.
-SECTIONS = {
-    "1 to 9, as shipped": False,
-    "Heads": True,
-    "Single settings": True,
-    "Other cohorts": True,
-    "Other phantoms than trained on": True,
-    "10 to 13": False,
-}
-
-
-def section(row: pd.Series) -> str:
-    """Which of the SECTIONS a row belongs to."""
-    differs = VARIANTS.get(row.variant, {}).keys()
-    if row.complexity >= 10:
-        return "10 to 13"
-    if row.test != "same":
-        return "Other phantoms than trained on"
-    if row.train_scans != 100 or differs & {"phantoms", "shuffle"}:
-        return "Other cohorts"
-    if "network_def#head" in differs:
-        return "Heads"
-    return "1 to 9, as shipped" if row.variant == "default" else "Single settings"
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def markdown(rows: list[dict]) -> str:
     """What of the targets is met; then, section by section, every measure's mean (minimum–maximum) over seeds, a line for each
     phantom and variant. A column that says nothing in a section is left out there."""
     table = numbers(rows)
-    table["reserved"] = table.seed >= RESERVED
     text = ""
     for title, part in (("Reserved seeds", table[table.reserved]), ("Seeds of development", table[~table.reserved])):
         text += f"**{title}.** {targets(part)}\n" if len(part) else ""
-    sections = table.apply(section, axis=1)
+    usual = table[(table.section == AS_SHIPPED) & ~table.reserved]
     for title, beside in SECTIONS.items():
-        part = table[sections == title]
+        part = table[table.section == title]
+        if part.empty:
+            continue
         if beside:
-            usual = table[(sections == "1 to 9, as shipped") & ~table.reserved]
             part = pd.concat([part, usual.merge(part[["complexity", "size"]].drop_duplicates())])
-        if (sections == title).any():
-            text += f"**{title}**\n\n{table_of(part)}\n"
+        text += f"**{title}**\n\n{table_of(part)}\n"
     return text
 
 
