@@ -63,6 +63,7 @@ VARIANTS: dict[str, dict] = {
     # heads
     "softmin": {"network_def#head": "softmin"},
     "mixture": {"network_def#head": "softmin", "objective#mixture": True},
+    "attention": {"network_def#head": "attention"},
     "hazard": {"network_def#head": "hazard"},
     "mean": {"network_def#head": "mean"},
     "mean_global": {"network_def#head": "mean", "network_def#window": 0, "network_def#patch_size": 8},
@@ -115,6 +116,7 @@ VARIANTS: dict[str, dict] = {
     "patch_8": {"network_def#patch_size": 8},
     "overlap_50": {"network_def#overlap": 0.5, "network_def#patch_size": 8},
     "head_layers_2": {"network_def#head_layers": 2},
+    "center_tokens": {"network_def#center_tokens": True},
     # what the network sees
     "no_texture": {"network_def#texture": False},
     "one_hu_window": {"narrow_hu_window": "$None"},

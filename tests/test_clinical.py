@@ -26,6 +26,7 @@ from bundle.data import clinical_names, encode_clinical, fit_clinical, read_coho
 from bundle.data.clinical import clinical_kinds, em_step, fill_in, fit_gaussian
 from bundle.errors import InputError, input_error_of
 from bundle.networks import ClinicalNet, SurvivalMapNet, network_from
+from bundle.networks.heads import HEADS
 from bundle.workflow import training_cohort
 
 COLUMNS = {"age": "numeric", "sex": "categorical", "fvc": "numeric", "smoking": "categorical"}
@@ -310,7 +311,7 @@ def test_the_clinical_head_moves_the_time_and_not_the_map():
     torch.testing.assert_close(torch.jit.script(net)(image, None, clinical), after)
 
 
-@pytest.mark.parametrize("head", ["lse", "softmin", "hazard", "mean"])
+@pytest.mark.parametrize("head", HEADS)
 def test_film_and_the_clinical_head_learn_from_the_patients_time(head):
     net = small(clinical_dim=3, clinical_head=True, head=head)
     location, weight = net(torch.rand(2, 1, 16, 16, 16), None, torch.randn(2, 3)).unbind(1)

@@ -16,7 +16,7 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 from bundle.networks import SurvivalMapNet
-from bundle.networks.heads import HEADS, hazard_head, mean_head, softmin_head
+from bundle.networks.heads import HEADS, attention_head, hazard_head, mean_head, softmin_head
 from bundle.networks.severity import Severity, minkowski_functionals
 from bundle.networks.survival_map_net import Attention, PatchEmbed, group_in_windows, neighbours_correlation, soft_histogram
 
@@ -421,7 +421,7 @@ def test_the_lower_bound_gives_way_where_it_holds_up_the_months(head):
 
 def test_only_heads_that_use_the_lower_bound_learn_it():
     learns = {head: SurvivalMapNet(**SMALL, head=head).lower.requires_grad for head in HEADS}
-    assert learns == {"lse": True, "softmin": True, "hazard": False, "mean": False}
+    assert learns == {"lse": True, "softmin": True, "attention": True, "hazard": False, "mean": False}
     assert not SurvivalMapNet(**SMALL, loc_range=None, severity=False).lower.requires_grad
 
 
@@ -510,6 +510,29 @@ def test_mean_head_is_average_pooling_and_its_weights_are_grad_cam():
     torch.testing.assert_close(log_weight.exp(), cam / cam.sum(), rtol=1e-4, atol=1e-5)
 
 
+def test_attention_head_weighs_locations_by_a_softmax_of_its_own():
+    location, score = torch.rand(2, 6) * 100, torch.randn(2, 6)
+    lung = torch.tensor([[1.0, 0.5, 0, 1, 1, 1], [0, 1, 1, 0.25, 1, 1]])
+    found, log_weight = attention_head(location, score, lung)
+    expected = lung.numpy() * np.exp(score.numpy())
+    np.testing.assert_allclose(log_weight.exp() * (lung > 0), expected / expected.sum(1, keepdims=True), rtol=1e-5)
+    assert torch.equal(found, location)
+
+
+def test_centred_tokens_say_nothing_of_what_all_patches_of_a_scan_share():
+    net, seen = lively(center_tokens=True), []
+    net.to_location.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    net.blocks[-1].register_forward_hook(lambda module, args, out: seen.append(out))
+    lung = two_lungs()
+    weight = net(torch.rand(2, 1, 24, 24, 24), lung)[:, 1]
+    before, after = seen
+    counts = (weight > 0).flatten(1).sum(1).tolist()
+    assert counts[0] != counts[1] and sum(counts) == len(before)
+    for x, centred in zip(before.split(counts), after.split(counts)):
+        close(centred, x - x.mean(0, keepdim=True))
+        assert x.mean(0).abs().max() > 0.01
+
+
 def test_a_patch_that_is_half_lung_counts_half():
     location, beta = torch.randn(1, 6) * 20 + 60, torch.tensor(0.1)
     lung = torch.tensor([[1.0, 0.5, 1.0, 0.25, 1.0, 0.75]])
@@ -587,7 +610,7 @@ def test_torchscript_keeps_extra_channels():
 
 @pytest.mark.parametrize("window", [0, 2, 4])
 def test_torchscript_equals_eager(window):
-    net = lively(window=window, film_context=True, overlap=0.5)
+    net = lively(window=window, film_context=True, center_tokens=True, overlap=0.5)
     scripted = torch.jit.script(net)
     for shape in [(1, 1, 16, 16, 16), (2, 1, 24, 24, 24), (1, 1, 9, 14, 7)]:
         image = torch.rand(shape)

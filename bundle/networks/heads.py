@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["HEADS", "bounded", "hazard_head", "mean_head", "softmin_head"]
+__all__ = ["HEADS", "attention_head", "bounded", "hazard_head", "mean_head", "softmin_head"]
 
-HEADS = ("lse", "softmin", "hazard", "mean")
+HEADS = ("lse", "softmin", "attention", "hazard", "mean")
 
 
 def bounded(tokens: Tensor, low: Tensor, high: float) -> Tensor:
@@ -55,6 +55,20 @@ def softmin_head(location: Tensor, lung: Tensor, beta: Tensor, lse: bool) -> tup
         mean = (score + lung.clamp_min(1e-30).log()).logsumexp(1, True) - lung.sum(1, keepdim=True).log()
         location = moved_to(median - mean / beta, location, log_weight, lung)
     return location, log_weight
+
+
+def attention_head(location: Tensor, score: Tensor, lung: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights ``softmax(score_i)`` by an MLP of their own, apart from the one that says months: attention pooling.
+
+    Ilse et al., ICML 2018. Nothing ties a patch's weight to its danger: the map shows what the network read, which may
+    be healthy tissue as well.
+
+    Args:
+        location: months, (B, N).
+        score: logits of the weights, (B, N).
+        lung: share of lung in each patch, (B, N).
+    """
+    return location, log_softmax(score + lung.clamp_min(1e-30).log(), lung)
 
 
 def hazard_head(danger: Tensor, lung: Tensor, log_rate: Tensor, high: float) -> tuple[Tensor, Tensor]:

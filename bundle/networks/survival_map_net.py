@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .heads import HEADS, bounded, hazard_head, mean_head, softmin_head
+from .heads import HEADS, attention_head, bounded, hazard_head, mean_head, softmin_head
 from .severity import Severity
 
 __all__ = ["SurvivalMapNet"]
@@ -251,6 +251,7 @@ class SurvivalMapNet(nn.Module):
 
     - ``lse`` (default): log-mean-exp softmin of the patches' locations, competing hazards that add up in log space.
     - ``softmin``: softmin-weighted mean of the patches' locations, or the mixture of their distributions.
+    - ``attention``: mean of the patches' locations, weighed by an MLP of its own.
     - ``hazard``: hazards that add up; weights are exact shares.
     - ``mean``: average pooling, the usual head without a map; weights are its Grad-CAM.
 
@@ -274,13 +275,14 @@ class SurvivalMapNet(nn.Module):
         clinical_head: let a linear function of the clinical vector, 0 at first, move the patient's location as well:
             all patches alike, so that weights stay. `loc_range` doesn't bound it: it bounds what one patch may say.
         film_context: let the mean of a scan's tokens enter FiLM as well.
-        head: ``"lse"``, ``"softmin"``, ``"hazard"`` or ``"mean"``.
+        center_tokens: let the head see how tokens differ from the mean of their scan only.
+        head: ``"lse"``, ``"softmin"``, ``"attention"``, ``"hazard"`` or ``"mean"``.
         head_layers: hidden layers of the head, 1 or 2.
         loc_bias: location in months that an untrained network gives every patch; learnt.
         loc_scale: months per unit of the head's output.
         loc_range: months between which locations are squashed by a sigmoid of slope 1 in the middle, None for no bounds.
-            At the lower bound all patches of a lesion weigh the same, so that the map covers it whole. The heads ``lse``
-            and ``softmin`` learn it from there: where it is too high for lesions to explain the deaths, what isn't
+            At the lower bound all patches of a lesion weigh the same, so that the map covers it whole. The heads ``lse``,
+            ``softmin`` and ``attention`` learn it from there: where it is too high for lesions to explain the deaths, what isn't
             diseased has to.
         severity: correct the patient's location by how much disease the map shows; needs a `loc_range`.
         beta: steepness of the softmin per month.
@@ -318,6 +320,7 @@ class SurvivalMapNet(nn.Module):
         clinical_dim: int = 0,
         clinical_head: bool = False,
         film_context: bool = False,
+        center_tokens: bool = False,
         head: str = "lse",
         head_layers: int = 1,
         loc_bias: float = 60.0,
@@ -362,6 +365,7 @@ class SurvivalMapNet(nn.Module):
         self.window = window
         self.clinical_dim = clinical_dim
         self.film_context = film_context
+        self.center_tokens = center_tokens
         self.head = head
         self.loc_scale = loc_scale
         self.loc_range = None if loc_range is None else (float(loc_range[0]), float(loc_range[1]))
@@ -373,17 +377,13 @@ class SurvivalMapNet(nn.Module):
         self.position = nn.Linear(3 + 6 * len(self.frequencies), dim)
         context_dim = clinical_dim + (dim if film_context else 0)
         self.blocks = nn.ModuleList([Block(dim, num_heads, window, mlp_ratio, context_dim) for _ in range(depth)])
-        layers: list[nn.Module] = [nn.LayerNorm(dim)]
-        for _ in range(head_layers):
-            layers += [nn.Linear(dim, dim, bias=False), nn.GELU()]
-        last = nn.Linear(dim, 1, bias=False)
-        nn.init.normal_(last.weight, std=0.01)
-        self.to_location = nn.Sequential(*layers, last)
+        self.to_location = self.one_number(dim, head_layers)
+        self.to_score = self.one_number(dim, head_layers) if head == "attention" else None
         self.severity = None if not severity or self.loc_range is None else Severity(*self.loc_range)
         self.loc_bias = nn.Parameter(torch.tensor(float(loc_bias)))
         # In units that let it move by some tens of months in a training.
         low = 0.0 if self.loc_range is None else self.loc_range[0] / loc_scale
-        self.lower = nn.Parameter(torch.tensor(low), requires_grad=self.loc_range is not None and head in ("lse", "softmin"))
+        self.lower = nn.Parameter(torch.tensor(low), requires_grad=self.loc_range is not None and head not in ("hazard", "mean"))
         # An untrained patch adds 5 % of the largest hazard, exp(3) / loc_range[1]: then patients start at about 60 months.
         self.log_rate = nn.Parameter(torch.tensor(3.0), requires_grad=head == "hazard")
         learns = learn_beta and head in ("lse", "softmin")
@@ -397,6 +397,16 @@ class SurvivalMapNet(nn.Module):
         self.to_extra = nn.Linear(dim, extra, bias=False) if extra > 0 else None
         if self.to_extra is not None:
             nn.init.zeros_(self.to_extra.weight)
+
+    @staticmethod
+    def one_number(dim: int, hidden_layers: int) -> nn.Sequential:
+        """MLP from a token to one number, near 0 in an untrained network."""
+        layers: list[nn.Module] = [nn.LayerNorm(dim)]
+        for _ in range(hidden_layers):
+            layers += [nn.Linear(dim, dim, bias=False), nn.GELU()]
+        last = nn.Linear(dim, 1, bias=False)
+        nn.init.normal_(last.weight, std=0.01)
+        return nn.Sequential(*layers, last)
 
     def set_beta_factor(self, factor: float) -> None:
         """Multiply beta by `factor`: below 1 the softmin is nearer to the mean, so that every patch learns."""
@@ -468,6 +478,8 @@ class SurvivalMapNet(nn.Module):
             context = torch.cat([context, torch.stack([tokens.mean(0) for tokens in x.split(counts)])], 1)
         for block in self.blocks:
             x = block(x, slots, mask, counts, context, scan)
+        if self.center_tokens:
+            x = x - torch.stack([tokens.mean(0) for tokens in x.split(counts)])[scan]
 
         tokens = torch.zeros(keep.shape, dtype=x.dtype, device=x.device)
         said = self.loc_scale * self.to_location(x)[:, 0] + self.loc_bias
@@ -483,6 +495,10 @@ class SurvivalMapNet(nn.Module):
             location, log_weight = hazard_head(danger, flat, self.log_rate, 0.0 if bounds is None else bounds[1])
         elif self.head == "mean":
             location, log_weight = mean_head(tokens, flat, self.loc_bias)
+        elif self.to_score is not None:
+            score = torch.zeros(keep.shape, dtype=x.dtype, device=x.device)
+            score[index[:, 0], index[:, 1], index[:, 2], index[:, 3]] = self.to_score(x)[:, 0]
+            location, log_weight = attention_head(location, score.flatten(1), flat)
         else:
             beta = self.log_beta.exp() * self.beta_factor
             location, log_weight = softmin_head(location, flat, beta, self.head == "lse")
