@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
@@ -33,6 +34,7 @@ from bundle.explain import GridShiftInferer
 from bundle.files import write_text
 from bundle.metrics.localisation import average_precision
 from bundle.networks import network_from
+from bundle.report.pictures import write_png
 from bundle.survival import mean_months, objective_from
 
 from .sweep import HELD_OUT, cell, name_of_run, phantom_name, usual_size
@@ -156,12 +158,8 @@ def protection_of(run: Path, size: int, seed: int, num: int) -> dict:
 
 
 def draw(curves: pd.DataFrame, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for ax, what, title in zip(axes, ("erased", "implanted"), ("lesion erased from the dead", "lesion copied into survivors")):
         for complexity, group in curves[curves.what == what].groupby("complexity"):
             mean = group.groupby("share").months.mean()
@@ -170,8 +168,7 @@ def draw(curves: pd.DataFrame, path: Path) -> None:
         ax.set_xlabel("share of the lesion, %")
     axes[0].set_ylabel("mean predicted time, months")
     axes[1].legend(title="phantom", fontsize=8)
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    write_png(path, figure)
 
 
 def page(table: pd.DataFrame, curves: pd.DataFrame, protection: list[dict], picture: str, command: str) -> str:

@@ -119,13 +119,13 @@ def write_cohort(out: Path, args: argparse.Namespace, params: PhantomParams) -> 
 
 def draw_picture(path: Path, seed: int, params: PhantomParams) -> None:
     """Two scans of each complexity, with causal (red) and confounder (blue) outlines; in 1 to 9 one dies."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from bundle.report.pictures import write_png
 
     columns = -(-len(COMPLEXITIES) // 2)
-    figure, axes = plt.subplots(4, columns, figsize=(2 * columns, 9.2), layout="constrained")
+    figure = Figure(figsize=(2 * columns, 9.2), layout="constrained")
+    axes = figure.subplots(4, columns)
     for ax in axes.flat:
         ax.set_axis_off()
     for k, complexity in enumerate(COMPLEXITIES):
@@ -135,7 +135,7 @@ def draw_picture(path: Path, seed: int, params: PhantomParams) -> None:
             window = (-1100, 200) if complexity == 9 else (-820, -780) if complexity in (4, 8, 12) else (-900, 50)
             show(ax, p, window)
             ax.set_title(f"{complexity}: {'dies' if p.event else 'censored'} at {p.time:.0f} months", fontsize=9)
-    figure.savefig(path, dpi=90)
+    write_png(path, figure)
 
 
 def show(ax, phantom: Phantom, window: tuple[int, int]) -> None:

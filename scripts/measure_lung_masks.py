@@ -17,12 +17,14 @@ from pathlib import Path
 import itk
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from monai.transforms import Compose, Orientationd, Spacingd
 from scipy import ndimage
 from tqdm import tqdm
 
 from bundle.data.phantoms import Chest, Phantom, PhantomCohort, ball
 from bundle.files import write_text
+from bundle.report.pictures import write_png
 from bundle.transforms import LoadCTd, fill_thorax, threshold_lung_mask
 
 SPACING = 3.0  # mm, that of the shipped configuration
@@ -179,13 +181,9 @@ def full_ct_seconds(scan: Measured) -> float:
 
 
 def draw(scans: list[Measured], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     columns = 4
-    figure, axes = plt.subplots(-(-len(scans) // columns), columns, figsize=(14, 7.2), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(14, 7.2), layout="constrained")
+    axes = figure.subplots(-(-len(scans) // columns), columns, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
     for ax, scan in zip(axes.flat, scans):
@@ -197,8 +195,7 @@ def draw(scans: list[Measured], path: Path) -> None:
             if mask is not None and mask[:, :, k].any():
                 ax.contour(view(mask), [0.5], colors=colour, linewidths=1)
         ax.set_title(scan.name, fontsize=8)
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    write_png(path, figure, dpi=80)
 
 
 def real_rows(scans: list[Measured]) -> list[str]:

@@ -14,8 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from bundle.data.phantoms import PhantomParams
-from bundle.files import write_atomically
-from bundle.report.pictures import png
+from bundle.report.pictures import write_png
 
 from .sweep import AS_SHIPPED, VARIANTS, numbers, phantom_name, read_rows
 
@@ -89,7 +88,7 @@ def draw_cohorts(rows: list[dict], path: Path) -> None:
     for ax in axes[2]:
         ax.set_yscale("symlog", linthresh=1)
         ax.set_ylim(bottom=0)
-    write_atomically(path, lambda p: p.write_bytes(png(figure)))
+    write_png(path, figure)
 
 
 def draw_settings(rows: list[dict], path: Path) -> None:
@@ -116,7 +115,7 @@ def draw_settings(rows: list[dict], path: Path) -> None:
     axes[0].set_ylim(max(len(names), 1) - 0.5, -0.5)
     if parts:
         axes[0].legend(title="phantom", fontsize=8)
-    write_atomically(path, lambda p: p.write_bytes(png(figure)))
+    write_png(path, figure)
 
 
 def main() -> None:

@@ -24,12 +24,14 @@ import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from bundle.data.phantoms import PhantomParams
 from bundle.files import write_atomically, write_text
 from bundle.metrics.survival import c_index
 from bundle.networks.severity import Severity, minkowski_functionals
+from bundle.report.pictures import write_png
 from bundle.settings import file_sha256, settings_file, write_json
 from bundle.survival import OBJECTIVES
 from bundle.survival.cox import cox_regression
@@ -382,14 +384,10 @@ def mae_of_true_masks(train: Path, test: Path) -> float:
 
 def draw_pictures(runner: Runner, path: Path, keys: list[tuple[int, int, str, int, int]]) -> None:
     """A grid of phantoms by variants: one held-out scan each, its lesion outlined, and the heat of the trained maps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     complexities, variants = sorted({key[0] for key in keys}), list(dict.fromkeys(key[2] for key in keys))
     shape = len(variants) + 1, len(complexities)
-    figure, axes = plt.subplots(*shape, figsize=(1.6 * shape[1], 1.75 * shape[0]), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(1.6 * shape[1], 1.75 * shape[0]), layout="constrained")
+    axes = figure.subplots(*shape, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
     for complexity, size, variant, train_scans, seed in tqdm(keys, desc="pictures"):
@@ -417,8 +415,7 @@ def draw_pictures(runner: Runner, path: Path, keys: list[tuple[int, int, str, in
         ax.set_title(f"heat, {variant}", fontsize=9)
         for panel in (column[0], ax):
             panel.contour(mask[:, :, k].T, [0.5], colors="deepskyblue", linewidths=0.7)
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    write_png(path, figure, dpi=80)
 
 
 def without_severity(run: Path, folder: Path) -> Path:

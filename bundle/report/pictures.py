@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -12,7 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-__all__ = ["heat_figure", "plane", "png", "survival_figure", "svg"]
+from bundle.files import write_atomically
+
+__all__ = ["heat_figure", "plane", "png", "survival_figure", "svg", "write_png"]
 
 LUNG_WINDOW = (-1350.0, 150.0)  # HU
 PLANES = (("axial", 2, "RLAP"), ("coronal", 1, "RLSI"), ("sagittal", 0, "APSI"))
@@ -110,6 +113,11 @@ def png(figure: Figure, dpi: int = 90) -> bytes:
     FigureCanvasAgg(figure)
     figure.savefig(buffer, dpi=dpi, format="png", facecolor=figure.get_facecolor())
     return buffer.getvalue()
+
+
+def write_png(path: Path, figure: Figure, dpi: int = 90) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(png(figure, dpi)))
 
 
 def svg(figure: Figure) -> bytes:
