@@ -130,6 +130,10 @@ VARIANTS: dict[str, dict] = {
     },
     # cohorts
     "events_10": {"phantoms": {"feature_fraction": 0.1}},
+    "events_10_as_drawn": {
+        "phantoms": {"feature_fraction": 0.1},
+        "train#dataloader#sampler": "$bundle.data.datasets.EventSampler(@train#dataset, min_share=0.0)",
+    },
     "events_30": {"phantoms": {"feature_fraction": 0.3}},
     "events_70": {"phantoms": {"feature_fraction": 0.7}},
     "events_90": {"phantoms": {"feature_fraction": 0.9}},

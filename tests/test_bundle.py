@@ -250,6 +250,22 @@ def test_every_batch_has_the_cohorts_share_of_events():
         assert len({tuple(order) for order in orders}) > 15
 
 
+def test_where_few_died_they_come_several_times_an_epoch_and_the_others_take_turns():
+    dataset = SimpleNamespace(data=[{"event": int(i < 3)} for i in range(40)])
+    orders = [list(EventSampler(dataset, min_share=0.25)) for _ in range(20)]
+    for order in orders:
+        counts = np.bincount(order, minlength=40)
+        assert len(order) == 40 and counts[:3].sum() == 10
+        assert counts[:3].min() >= 3 and counts[:3].max() <= 4 and counts[3:].max() == 1
+        assert {sum(i < 3 for i in order[k : k + 4]) for k in range(0, 40, 4)} == {1}
+    assert set(range(40)) == {i for order in orders[:5] for i in order}
+    assert sorted(EventSampler(dataset, min_share=0.0)) == list(range(40))
+    nobody = SimpleNamespace(data=[{"event": 0}] * 5)
+    assert sorted(EventSampler(nobody)) == list(range(5))
+    with pytest.raises(InputError, match="min_share"):
+        EventSampler(dataset, min_share=1.0)
+
+
 def test_a_finished_run_is_left_alone_and_other_settings_are_refused(tiny_cohort, trained):
     digest = file_sha256(trained)
     train(tiny_cohort, trained.parent)

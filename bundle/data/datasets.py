@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import re
 from collections import deque
@@ -231,23 +232,37 @@ class EventSampler(Sampler[int]):
     With batches of a few scans, the ups and downs of that share would be most of the gradient's noise: they move the
     locations of all patches alike, and nothing is learnt of where the danger is.
 
+    Where fewer than `min_share` died, their scans come several times an epoch to make up that share, and some of the
+    others wait for another epoch: with one death in ten, all is censored in most batches, and what is learnt is that
+    nobody dies. An epoch has as many places as there are scans.
+
     Args:
         dataset: whose records have `event`.
+        min_share: smallest share of an epoch that died, in [0, 1).
     """
 
-    def __init__(self, dataset: ScanCache) -> None:
+    def __init__(self, dataset: ScanCache, min_share: float = 0.25) -> None:
+        if not 0 <= min_share < 1:
+            raise InputError(f"min_share of events must be in [0, 1), got {min_share}.")
         self.dataset = dataset
+        self.min_share = min_share
 
     def __len__(self) -> int:
         return len(self.dataset.data)
 
     def __iter__(self) -> Iterator[int]:
         event = torch.tensor([int(record["event"]) for record in self.dataset.data])
-        place = torch.zeros(len(event))
-        for value in (0, 1):
+        deaths = int(event.sum())
+        if deaths > 0:
+            deaths = max(deaths, math.ceil(self.min_share * len(event)))
+        order: list[tuple[float, int]] = []
+        for value, places in ((0, len(event) - deaths), (1, deaths)):
             (rows,) = torch.nonzero(event == value, as_tuple=True)
-            place[rows] = (torch.randperm(len(rows)) + 0.5) / max(1, len(rows))
-        return iter(place.argsort(stable=True).tolist())
+            drawn: list[int] = []
+            while len(drawn) < places:
+                drawn += rows[torch.randperm(len(rows)).argsort()].tolist()
+            order += [((i + 0.5) / places, row) for i, row in enumerate(drawn[:places])]
+        return iter([row for _, row in sorted(order)])
 
 
 def _unforeseen(patient: str, error: BaseException) -> str:
