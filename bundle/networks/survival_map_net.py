@@ -282,8 +282,8 @@ class SurvivalMapNet(nn.Module):
         loc_scale: months per unit of the head's output.
         loc_range: months between which locations are squashed by a sigmoid of slope 1 in the middle, None for no bounds.
             At the lower bound all patches of a lesion weigh the same, so that the map covers it whole. The heads ``lse``,
-            ``softmin`` and ``attention`` learn it from there: where it is too high for lesions to explain the deaths, what isn't
-            diseased has to.
+            ``softmin`` and ``attention`` learn it from there: where it is too high for lesions to explain the deaths,
+            what isn't diseased has to.
         severity: correct the patient's location by how much disease the map shows; needs a `loc_range`.
         beta: steepness of the softmin per month.
         learn_beta: learn beta, starting there.
@@ -383,7 +383,8 @@ class SurvivalMapNet(nn.Module):
         self.loc_bias = nn.Parameter(torch.tensor(float(loc_bias)))
         # In units that let it move by some tens of months in a training.
         low = 0.0 if self.loc_range is None else self.loc_range[0] / loc_scale
-        self.lower = nn.Parameter(torch.tensor(low), requires_grad=self.loc_range is not None and head not in ("hazard", "mean"))
+        learns = self.loc_range is not None and head not in ("hazard", "mean")
+        self.lower = nn.Parameter(torch.tensor(low), requires_grad=learns)
         # An untrained patch adds 5 % of the largest hazard, exp(3) / loc_range[1]: then patients start at about 60 months.
         self.log_rate = nn.Parameter(torch.tensor(3.0), requires_grad=head == "hazard")
         learns = learn_beta and head in ("lse", "softmin")
