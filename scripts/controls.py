@@ -37,7 +37,7 @@ from bundle.networks import network_from
 from bundle.report.pictures import write_png
 from bundle.survival import mean_months, objective_from
 
-from .sweep import HELD_OUT, cell, name_of_run, phantom_name, usual_size
+from .sweep import HELD_OUT, USUAL_SCANS, cell, name_of_run, phantom_name, usual_size
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 UNTRAINED = 5  # networks with random weights
@@ -226,7 +226,7 @@ def main() -> None:
     p.add_argument("--complexities", type=int, nargs="+", default=[2, 4, 6, 8, PROTECTS], help="1 to 8, 13 (default 2 4 6 8 13)")
     p.add_argument("--size", type=int, help="voxels a side of the phantoms (default 64)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the runs (default 0)")
-    p.add_argument("--train_scans", type=int, default=100, help="of the runs (default 100)")
+    p.add_argument("--train_scans", type=int, default=USUAL_SCANS, help=f"of the runs (default {USUAL_SCANS})")
     p.add_argument("--num", type=int, default=16, help="held-out scans a run (default 16)")
     p.add_argument("--page", type=Path, default=Path("docs/controls.md"), help="page to write, with a PNG beside it")
     args = p.parse_args()

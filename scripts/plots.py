@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from bundle.data.phantoms import PhantomParams
 from bundle.report.pictures import write_png
 
-from .sweep import AS_SHIPPED, VARIANTS, numbers, phantom_name, read_rows
+from .sweep import AS_SHIPPED, USUAL_SCANS, VARIANTS, numbers, phantom_name, read_rows
 
 MEASURES = {"average_precision": "average precision", "mass_accuracy": "heat in the mask", "mae_events": "months off, of those who die"}
 
@@ -43,7 +43,7 @@ def cohorts(rows: list[dict]) -> dict[str, pd.DataFrame]:
     """For each property of a cohort that is varied the rows that belong to it, with its value as `x`."""
     table = measured(rows)
     found = {"training scans": table[table.variant == "default"].assign(x=lambda t: t.train_scans)}
-    usual = table[table.train_scans == 100]
+    usual = table[table.train_scans == USUAL_SCANS]
     for title, values in varied().items():
         found[title] = usual[usual.variant.isin(values)].assign(x=lambda t, v=values: t.variant.map(v))
     # Phantoms of which only the shipped point is there have no curve.

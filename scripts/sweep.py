@@ -56,6 +56,7 @@ COLUMNS = [*KEY, "overrides", "test_scans", "device", "train_seconds", *MAP, "he
 # that of the rest of the lesions or of the whole scan.
 OTHER_MASKS = {11: ("gt_severe_mask", "lesions"), 13: ("confounder_mask", "scan")}
 HELD_OUT = 10_000  # added to the seed of the phantoms to measure on
+USUAL_SCANS = 100  # to train on
 RESERVED = 1010  # from this seed on nothing is chosen by what comes out; those from 1000 to 1009 showed what to mend
 
 # What differs from the shipped configuration, by name of the variant; "phantoms" are options of scripts.make_phantoms,
@@ -477,7 +478,7 @@ def section(complexity: int, variant: str, train_scans: int, test: str) -> str:
         return "10 to 13"
     if test != "same":
         return "Other phantoms than trained on"
-    if train_scans != 100 or differs & {"phantoms", "shuffle"}:
+    if train_scans != USUAL_SCANS or differs & {"phantoms", "shuffle"}:
         return "Other cohorts"
     if "network_def#head" in differs:
         return "Heads"
@@ -568,7 +569,7 @@ def markdown(rows: list[dict]) -> str:
 def table_of(part: pd.DataFrame) -> str:
     """The lines of one section."""
     keys = {"variant": "variant"}
-    keys |= {"train_scans": "scans"} if (part.train_scans != 100).any() else {}
+    keys |= {"train_scans": "scans"} if (part.train_scans != USUAL_SCANS).any() else {}
     keys |= {"test": "measured on"} if (part.test != "same").any() else {}
     names = {"pointing_game": "pointing", "average_precision": "AP", "average_precision_ceiling": "AP ceiling"}
     names |= {"mass_accuracy": "heat in mask", "confounder_mass": "heat in confounder", "survivor_heat": "survivors / dead"}
@@ -667,7 +668,13 @@ def main(prog: str = "scripts.sweep", about: str | None = __doc__, layout: Calla
     p.add_argument("--variants", nargs="+", default=["default"], choices=VARIANTS, help="see below (default %(default)s)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of network and data (default 0 1 2)")
     p.add_argument("--tests", nargs="+", default=["same"], choices=TESTS, help="what to measure on (default: same)")
-    p.add_argument("--train_scans", type=int, nargs="+", default=[100], help="scans a run, a tenth for validation (default 100)")
+    p.add_argument(
+        "--train_scans",
+        type=int,
+        nargs="+",
+        default=[USUAL_SCANS],
+        help=f"scans a run, a tenth for validation (default {USUAL_SCANS})",
+    )
     p.add_argument("--test_scans", type=int, default=24, help="held-out scans a run (default 24)")
     p.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default 1)")
     p.add_argument("--engine", choices=ENGINES, default="threads", help="ray: by Ray Tune, here or on a cluster")
