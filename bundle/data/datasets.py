@@ -260,6 +260,7 @@ class EventSampler(Sampler[int]):
             (rows,) = torch.nonzero(event == value, as_tuple=True)
             drawn: list[int] = []
             while len(drawn) < places:
+                # The inverse of a permutation is as random; by it a seed's order stays what it was before shares were made up.
                 drawn += rows[torch.randperm(len(rows)).argsort()].tolist()
             order += [((i + 0.5) / places, row) for i, row in enumerate(drawn[:places])]
         return iter([row for _, row in sorted(order)])

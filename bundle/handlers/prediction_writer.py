@@ -20,7 +20,7 @@ from bundle.data.datasets import ScanStream, code_digest, describe, describe_sca
 from bundle.explain import mask_to_scan_space
 from bundle.files import remove_leftovers, write_atomically
 from bundle.report import failed_section, patient_section, write_report
-from bundle.report.pictures import heat_figure, png
+from bundle.report.pictures import heat_figure, write_png
 from bundle.settings import file_sha256, write_json
 from bundle.survival.readout import death_by, mean_months, quantile_months, survival_curve
 
@@ -147,8 +147,7 @@ class PredictionWriter:
             low, high = self.hu_window
             hu = np.asarray(scan["image"][0]) * (high - low) + low
             spacing = tuple(float(mm) for mm in scan["image"].pixdim)
-            picture = png(heat_figure(hu, np.asarray(output["heat"].cpu()[0]), spacing, self.horizon))
-            write_atomically(files[1], lambda p: p.write_bytes(picture))
+            write_png(files[1], heat_figure(hu, np.asarray(output["heat"].cpu()[0]), spacing, self.horizon))
             done = {"key": self.key(patient_id), "files": {f.name: file_sha256(f) for f in files}, "row": row}
             done |= {"pmf": pmf.tolist(), "risk": float(heat.sum()), "lung_mask_source": scan["lung_mask_source"]}
             write_json(self.record(patient_id), done)

@@ -214,6 +214,18 @@ def group_in_windows(index: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor
     return index[order], slots, mask.view(-1, places)
 
 
+def mean_of_scans(x: Tensor, counts: list[int]) -> Tensor:
+    """Mean token of each scan, (B, dim), of tokens (M, dim) that lie scan by scan, `counts` of each."""
+    return torch.stack([tokens.mean(0) for tokens in x.split(counts)])
+
+
+def on_grid(values: Tensor, index: Tensor, shape: list[int]) -> Tensor:
+    """What tokens say, (M, ...), in the cells `index` (M, 4) of a batch's grid of `shape` (B, d, h, w); 0 elsewhere."""
+    grid = torch.zeros(shape + list(values.shape[1:]), dtype=values.dtype, device=values.device)
+    grid[index[:, 0], index[:, 1], index[:, 2], index[:, 3]] = values
+    return grid
+
+
 class Block(nn.Module):
     """Pre-norm transformer block with FiLM at its end (Perez et al., AAAI 2018): x * (1 + tanh(scale)) + shift.
 
@@ -476,16 +488,15 @@ class SurvivalMapNet(nn.Module):
             clinical = 0.1 * clinical.to(x.dtype)
             context = clinical
         if self.film_context:
-            context = torch.cat([context, torch.stack([tokens.mean(0) for tokens in x.split(counts)])], 1)
+            context = torch.cat([context, mean_of_scans(x, counts)], 1)
         for block in self.blocks:
             x = block(x, slots, mask, counts, context, scan)
         if self.center_tokens:
-            x = x - torch.stack([tokens.mean(0) for tokens in x.split(counts)])[scan]
+            x = x - mean_of_scans(x, counts)[scan]
 
-        tokens = torch.zeros(keep.shape, dtype=x.dtype, device=x.device)
-        said = self.loc_scale * self.to_location(x)[:, 0] + self.loc_bias
-        tokens[index[:, 0], index[:, 1], index[:, 2], index[:, 3]] = said
-        tokens, flat = tokens.flatten(1), (share * keep).to(x.dtype).flatten(1)
+        cells = list(keep.shape)
+        tokens = on_grid(self.loc_scale * self.to_location(x)[:, 0] + self.loc_bias, index, cells).flatten(1)
+        flat = (share * keep).to(x.dtype).flatten(1)
         bounds, low = self.loc_range, self.loc_scale * self.lower
         location = tokens if bounds is None else bounded(tokens, low, bounds[1])
         danger = torch.zeros_like(location)
@@ -497,9 +508,8 @@ class SurvivalMapNet(nn.Module):
         elif self.head == "mean":
             location, log_weight = mean_head(tokens, flat, self.loc_bias)
         elif self.to_score is not None:
-            score = torch.zeros(keep.shape, dtype=x.dtype, device=x.device)
-            score[index[:, 0], index[:, 1], index[:, 2], index[:, 3]] = self.to_score(x)[:, 0]
-            location, log_weight = attention_head(location, score.flatten(1), flat)
+            score = on_grid(self.to_score(x)[:, 0], index, cells).flatten(1)
+            location, log_weight = attention_head(location, score, flat)
         else:
             beta = self.log_beta.exp() * self.beta_factor
             location, log_weight = softmin_head(location, flat, beta, self.head == "lse")
@@ -513,8 +523,6 @@ class SurvivalMapNet(nn.Module):
         inside = flat > 0
         channels = [location * inside]
         if self.to_extra is not None:
-            extra = torch.zeros(list(keep.shape) + [self.extra], dtype=x.dtype, device=x.device)
-            extra[index[:, 0], index[:, 1], index[:, 2], index[:, 3]] = 3 * torch.tanh(self.to_extra(x))
-            channels += extra.flatten(1, 3).unbind(2)
+            channels += on_grid(3 * torch.tanh(self.to_extra(x)), index, cells).flatten(1, 3).unbind(2)
         channels.append(log_weight.exp() * inside)
         return torch.stack(channels, 1).view([scans, 2 + self.extra] + grid)
