@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pandas as pd
@@ -105,6 +106,17 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     zombie.wait()
     assert path.read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other.txt", "x.txt"]
+
+
+def test_threads_may_write_the_same_file(tmp_path):
+    def write(value: int) -> None:
+        for _ in range(20):
+            write_atomically(tmp_path / "same.txt", lambda p: p.write_text(f"{value}\n" * 1000))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert len(set((tmp_path / "same.txt").read_text().split())) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["same.txt"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
@@ -224,6 +236,8 @@ def test_a_gradient_counts_no_more_than_is_usual():
     clip = going_on
     assert clipped(-400.0) == pytest.approx(-0.002, rel=1e-2)
     assert [clipped(0.5) for _ in range(60)][-1] == pytest.approx(0.5, rel=1e-4)  # the usual follows
+    assert [clipped(0.0) for _ in range(60)][-1] == 0.0  # batches that teach nothing
+    assert clipped(0.3) == pytest.approx(0.3, rel=1e-4)
 
 
 def test_a_second_training_in_a_folder_waits_for_the_first(tmp_path, caplog):

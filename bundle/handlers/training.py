@@ -104,9 +104,9 @@ class GradientClip:
     def __call__(self, engine: Engine) -> None:
         loss = float(engine.state.output["loss"])
         own = [p.grad for p in self.objective.parameters() if p.grad is not None] if self.objective else []
-        usual = statistics.median(self.norms) if self.norms else math.inf
+        usual = statistics.median(norms) if (norms := [n for n in self.norms if n > 0]) else math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.network.parameters(), min(self.max_norm, usual)))
-        self.norms.append(norm)
+        self.norms.append(norm)  # 0 of a batch that teaches nothing, such as survivors under Cox's likelihood
         norm = math.hypot(norm, float(torch.nn.utils.get_total_norm(own)))
         if math.isfinite(loss) and norm <= self.exploded:
             return
@@ -149,7 +149,7 @@ class RunCheckpoint:
             best while the map is still forming; until then `model.pt` holds the best so far, and is replaced after.
         finish: called once with the best weights in the network and the settings of the objective that belong to them,
             before they are saved for the last time; returns the settings of the objective to be saved with them.
-        patience: stop after so many epochs without a better validation; None to go through all epochs.
+        patience: stop at the first validation so many epochs or more after the best one; None to go through all epochs.
         resume: go on with an unfinished run of the same settings; if false, start anew.
         collapsed: see above; of a loss that is a log-likelihood, in nats. Easing the regularisers adds 3 to 4.5.
     """
@@ -286,9 +286,10 @@ class RunCheckpoint:
 
     def over(self, engine: Engine) -> bool:
         epoch = engine.state.epoch
-        return epoch >= engine.state.max_epochs or (
-            self.patience is not None and epoch - self.best_epoch >= self.patience
-        )
+        if epoch >= engine.state.max_epochs or self.patience is None:
+            return epoch >= engine.state.max_epochs
+        validated = self.best is not None and epoch % self.val_interval == 0
+        return validated and epoch - self.best_epoch >= self.patience
 
     def save(self, engine: Engine) -> None:
         epoch = engine.state.epoch
