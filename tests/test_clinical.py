@@ -27,6 +27,7 @@ from bundle.data.clinical import clinical_kinds, em_step, fill_in, fit_gaussian
 from bundle.errors import InputError, input_error_of
 from bundle.networks import ClinicalNet, SurvivalMapNet, network_from
 from bundle.networks.heads import HEADS
+from bundle.survival import CenTime, patient_numbers
 from bundle.workflow import training_cohort
 
 COLUMNS = {"age": "numeric", "sex": "categorical", "fvc": "numeric", "smoking": "categorical"}
@@ -347,6 +348,19 @@ def test_clinical_net_is_a_survival_map_of_one_time_and_of_the_lung():
             net(image, lung, wrong)
     with pytest.raises(InputError, match="key clinical"):
         ClinicalNet(0)
+
+
+def test_what_covariates_leave_open_is_learnt_in_a_training():
+    """Everybody dies at 20 months; the network begins at 40. Optimizer and steps as shipped."""
+    net, objective = ClinicalNet(2, loc_bias=40.0), CenTime(tmax=100)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.002, weight_decay=0.05)
+    image, clinical = torch.zeros(32, 1, 4, 4, 4), torch.randn(32, 2)
+    outcome = torch.stack([torch.full((32,), 20.0), torch.ones(32)], 1)
+    for _ in range(700):
+        optimizer.zero_grad()
+        objective(net(image, clinical=clinical), outcome).backward()
+        optimizer.step()
+    assert (patient_numbers(net(image, clinical=clinical))[0] - 20).abs().max() < 3
 
 
 def test_clinical_net_gives_the_extra_numbers_that_an_objective_asks_for():

@@ -176,6 +176,12 @@ def test_an_overlapping_patch_sees_voxels_of_its_neighbours_centred_on_its_cell(
         assert differs.nonzero().flatten().tolist() == [k for k in range(8) if 2 * k - 1 <= i <= 2 * k + 2]
 
 
+def test_overlapping_patches_say_the_same_without_a_mask_and_beside_a_scan_with_one():
+    net, image, lung = lively(patch_size=8, overlap=0.5), torch.rand(2, 1, 24, 24, 24), torch.ones(2, 1, 24, 24, 24)
+    lung[1, :, :8] = 0
+    close(net(image[:1]), net(image, lung)[:1])
+
+
 @pytest.mark.parametrize("patch_size, stride", [(4, 4), (4, 2), (4, 3), (5, 2), (3, 1), (1, 1)])
 @pytest.mark.parametrize("mode", ["replicate", "constant"])
 def test_patches_are_those_of_a_sliding_window(patch_size, stride, mode):
@@ -514,7 +520,7 @@ def test_attention_head_weighs_locations_by_a_softmax_of_its_own():
     location, score = torch.rand(2, 6) * 100, torch.randn(2, 6)
     lung = torch.tensor([[1.0, 0.5, 0, 1, 1, 1], [0, 1, 1, 0.25, 1, 1]])
     found, log_weight = attention_head(location, score, lung)
-    expected = lung.numpy() * np.exp(score.numpy())
+    expected = (lung.numpy() > 0) * np.exp(score.numpy())
     np.testing.assert_allclose(log_weight.exp() * (lung > 0), expected / expected.sum(1, keepdims=True), rtol=1e-5)
     assert torch.equal(found, location)
 
@@ -533,12 +539,29 @@ def test_centred_tokens_say_nothing_of_what_all_patches_of_a_scan_share():
         assert x.mean(0).abs().max() > 0.01
 
 
-def test_a_patch_that_is_half_lung_counts_half():
-    location, beta = torch.randn(1, 6) * 20 + 60, torch.tensor(0.1)
-    lung = torch.tensor([[1.0, 0.5, 1.0, 0.25, 1.0, 0.75]])
-    moved, log_weight = softmin_head(location, lung, beta, True)
-    expected = -10 * math.log(float((lung * (-location / 10).exp()).sum() / lung.sum()))
-    assert float((moved * log_weight.exp()).sum()) == pytest.approx(expected, rel=1e-5)
+@pytest.mark.parametrize("beta", [0.1, 8.0])
+def test_a_patch_that_is_half_lung_counts_half_and_none_without(beta):
+    lung = torch.tensor([[1.0, 0.5, 1.0, 0.25, 1.0, 0.75] + 900 * [0.0]])
+    location = torch.randn(1, 906) * 5 + 60
+    location[:, 6:] = 10
+    moved, log_weight = softmin_head(location, lung, torch.tensor(beta), True)
+    exact = location.double()
+    expected = -math.log(float((lung * (-beta * exact).exp()).sum() / lung.sum())) / beta
+    assert float((moved * log_weight.exp()).sum()) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_heat_of_patches_that_say_the_same_is_even_over_the_lung(head):
+    lung, same = torch.tensor([[1.0, 0.5, 0.0, 0.25, 1.0, 0.75]]), torch.full((1, 6), 0.4)
+    one = torch.tensor(1.0)
+    found = {
+        "lse": softmin_head(same, lung, one, True),
+        "softmin": softmin_head(same, lung, one, False),
+        "attention": attention_head(same, same, lung),
+        "hazard": hazard_head(same, lung, one, 120.0),
+        "mean": mean_head(same, lung, one),
+    }[head][1]
+    np.testing.assert_allclose(found.exp()[lung > 0], 0.2, rtol=1e-5)
 
 
 def test_beta_factor_scales_beta_and_is_part_of_the_state():

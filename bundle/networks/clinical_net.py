@@ -24,7 +24,7 @@ class ClinicalNet(nn.Module):
         clinical_dim: length of the clinical vector.
         hidden: hidden units, 0 for a linear function.
         stride: side of the map's cells in voxels.
-        loc_bias: location in months that an untrained network gives; learnt.
+        loc_bias: location in months that an untrained network gives; learnt, as the bias of a linear layer.
         loc_scale: months per unit of its output.
         extra: further numbers that an objective asks for, bounded by 3, 0 in an untrained network.
 
@@ -57,14 +57,14 @@ class ClinicalNet(nn.Module):
         self.loc_scale = loc_scale
         width = hidden or clinical_dim
         self.hidden = nn.Sequential(nn.Linear(clinical_dim, hidden), nn.GELU()) if hidden > 0 else nn.Identity()
-        self.to_location = nn.Linear(width, 1, bias=False)
+        self.to_location = nn.Linear(width, 1)
         nn.init.normal_(self.to_location.weight, std=0.01)
+        nn.init.constant_(self.to_location.bias, loc_bias / loc_scale)  # in units that let it move by tens of months
         # With a bias: the average patient, whose covariates are 0, has a shape of their own.
         self.to_extra = nn.Linear(width, extra) if extra > 0 else None
         if self.to_extra is not None:
             nn.init.zeros_(self.to_extra.weight)
             nn.init.zeros_(self.to_extra.bias)
-        self.loc_bias = nn.Parameter(torch.tensor(float(loc_bias)))
         self.severity: nn.Module | None = None  # there is no disease on the map to read it off
 
     def set_beta_factor(self, factor: float) -> None:
@@ -85,7 +85,7 @@ class ClinicalNet(nn.Module):
         if bool((total == 0).any()):
             raise ValueError("a scan of the batch has no lung voxel.")
         x = self.hidden(clinical.to(inside.dtype))
-        said = [self.loc_bias + self.loc_scale * self.to_location(x)]
+        said = [self.loc_scale * self.to_location(x)]
         if self.to_extra is not None:
             said.append(3 * torch.tanh(self.to_extra(x)))
         return torch.cat([torch.cat(said, 1)[:, :, None, None, None] * inside, inside / total], 1)

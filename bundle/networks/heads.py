@@ -4,7 +4,8 @@
 
 Every head takes what the patches say, (B, N), and `lung`, the share of lung in each of them, (B, N), 0 for what is no
 token; and gives locations in months and the logs of the weights, both (B, N). Whatever the head, the patient's location
-is the weighted sum of the map's locations. A patch that is half lung counts half.
+is the weighted sum of the map's locations. Weights are heat per volume of lung: of a patch that is half lung no more
+than that half of it is heated when they are brought to the voxels, and in means over the lung it counts half.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ def bounded(tokens: Tensor, low: Tensor, high: float) -> Tensor:
 def log_softmax(score: Tensor, lung: Tensor) -> Tensor:
     """Log-softmax of `score` over the patches of lung; -1e9 and less elsewhere."""
     return F.log_softmax(score.masked_fill(lung == 0, -1e9), 1)
+
+
+def log_share(lung: Tensor) -> Tensor:
+    """Log of the share of lung in each patch; -1e9 of none."""
+    return lung.log().clamp_min(-1e9)
 
 
 def moved_to(patient: Tensor, location: Tensor, log_weight: Tensor, lung: Tensor) -> Tensor:
@@ -52,7 +58,7 @@ def softmin_head(location: Tensor, lung: Tensor, beta: Tensor, lse: bool) -> tup
     score = -beta * (location - median)
     log_weight = log_softmax(score, lung)
     if lse:
-        mean = (score + lung.clamp_min(1e-30).log()).logsumexp(1, True) - lung.sum(1, keepdim=True).log()
+        mean = (score + log_share(lung)).logsumexp(1, True) - lung.sum(1, keepdim=True).log()
         location = moved_to(median - mean / beta, location, log_weight, lung)
     return location, log_weight
 
@@ -68,14 +74,14 @@ def attention_head(location: Tensor, score: Tensor, lung: Tensor) -> tuple[Tenso
         score: logits of the weights, (B, N).
         lung: share of lung in each patch, (B, N).
     """
-    return location, log_softmax(score + lung.clamp_min(1e-30).log(), lung)
+    return location, log_softmax(score, lung)
 
 
 def hazard_head(danger: Tensor, lung: Tensor, log_rate: Tensor, high: float) -> tuple[Tensor, Tensor]:
     """Additive hazards: a patient's hazard is a constant 1 / high plus the mean of what each patch adds, never below 0.
 
-    The location is the mean survival time ``1 / hazard`` of ``S(t) = exp(-hazard * t)``, and a patch's weight its exact
-    share of what the patches add.
+    The location is the mean survival time ``1 / hazard`` of ``S(t) = exp(-hazard * t)``, and the heat of a voxel its exact
+    share of what the voxels of the lung add.
 
     Args:
         danger: in (0, 1), (B, N); a patch adds ``exp(log_rate) * danger / high`` per month.

@@ -105,6 +105,8 @@ class PatchEmbed(nn.Module):
         return volume.reshape(-1, self.run).index_select(0, runs).view(index.shape[0], p * p * p)
 
     def forward(self, image: Tensor, lung: Tensor | None, index: Tensor) -> Tensor:
+        if lung is None and self.patch_size > self.stride:
+            lung = torch.ones_like(image)  # patches at the border reach beyond the scan, where there is no lung
         x = self.gather(image, index, True)
         inside = torch.ones_like(x) if lung is None else self.gather(lung, index, False)
         count = inside.sum(1, keepdim=True).clamp_min(1.0)
