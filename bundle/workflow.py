@@ -206,9 +206,10 @@ def finish_training(network: torch.nn.Module, settings: dict, dataset: ScanCache
     """Last step of a training: what can only be fitted to finished maps of the training scans.
 
     That is severity (the months that the disease on the maps stands for, and how sure that is) for an objective whose
-    locations are months, and the baseline hazard of proportional hazards. What maps say of a patient is the median over
-    8 origins of the patch grid, as in inference over all: each axis begins where it does there, and equally often, lest
-    disease that lies along a face of the scan be given other months in inference than here.
+    locations are months, unless it is a mixture over patches, which is as wide as these differ; and the baseline hazard of
+    proportional hazards. What maps say of a patient is the median over 8 origins of the patch grid, as in inference over
+    all: each axis begins where it does there, and equally often, lest disease that lies along a face of the scan be given
+    other months in inference than here.
 
     Args:
         network: trained; its severity is set.
@@ -220,7 +221,7 @@ def finish_training(network: torch.nn.Module, settings: dict, dataset: ScanCache
         the settings of the objective with what was fitted.
     """
     objective = objective_from(settings)
-    severity = network.severity if hasattr(objective, "variance") else None
+    severity = network.severity if hasattr(objective, "variance") and not getattr(objective, "mixture", False) else None
     if severity is None and not hasattr(objective, "fit_baseline"):
         return settings
     network.eval()

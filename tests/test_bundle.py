@@ -242,7 +242,7 @@ def test_an_epoch_that_undoes_what_was_learnt_is_taken_back(tiny_cohort, tmp_pat
 def test_every_batch_has_the_cohorts_share_of_events():
     for deaths, num in ((5, 20), (10, 20), (3, 8)):
         dataset = SimpleNamespace(data=[{"event": int(i < deaths)} for i in range(num)])
-        orders = [list(EventSampler(dataset)) for _ in range(20)]
+        orders = [list(EventSampler(dataset, 0.25)) for _ in range(20)]
         for order in orders:
             assert sorted(order) == list(range(num))
             share = [sum(i < deaths for i in order[k : k + 4]) for k in range(0, num, 4)]
@@ -252,18 +252,18 @@ def test_every_batch_has_the_cohorts_share_of_events():
 
 def test_where_few_died_they_come_several_times_an_epoch_and_the_others_take_turns():
     dataset = SimpleNamespace(data=[{"event": int(i < 3)} for i in range(40)])
-    orders = [list(EventSampler(dataset, min_share=0.25)) for _ in range(20)]
+    orders = [list(EventSampler(dataset, min_event_share=0.25)) for _ in range(20)]
     for order in orders:
         counts = np.bincount(order, minlength=40)
         assert len(order) == 40 and counts[:3].sum() == 10
         assert counts[:3].min() >= 3 and counts[:3].max() <= 4 and counts[3:].max() == 1
         assert {sum(i < 3 for i in order[k : k + 4]) for k in range(0, 40, 4)} == {1}
     assert set(range(40)) == {i for order in orders[:5] for i in order}
-    assert sorted(EventSampler(dataset, min_share=0.0)) == list(range(40))
+    assert sorted(EventSampler(dataset, min_event_share=0.0)) == list(range(40))
     nobody = SimpleNamespace(data=[{"event": 0}] * 5)
-    assert sorted(EventSampler(nobody)) == list(range(5))
-    with pytest.raises(InputError, match="min_share"):
-        EventSampler(dataset, min_share=1.0)
+    assert sorted(EventSampler(nobody, 0.25)) == list(range(5))
+    with pytest.raises(InputError, match="min_event_share"):
+        EventSampler(dataset, min_event_share=1.0)
 
 
 def test_a_finished_run_is_left_alone_and_other_settings_are_refused(tiny_cohort, trained):
@@ -282,10 +282,12 @@ def test_resume_false_starts_anew(tiny_cohort, tmp_path, trained):
 
 
 def test_patience_stops_early_and_stays_stopped(tiny_cohort, tmp_path):
-    train(tiny_cohort, tmp_path, patience=1, learning_rate=1e-12, max_epochs=9)
+    """Not before a validation: every other epoch of 20 has one."""
+    model = train(tiny_cohort, tmp_path, patience=1, learning_rate=1e-12, max_epochs=20)
+    assert model.is_file()
     epoch = torch.load(tmp_path / "last.pt", weights_only=True)["epoch"]
-    assert epoch < 9
-    train(tiny_cohort, tmp_path, patience=1, learning_rate=1e-12, max_epochs=9)
+    assert epoch < 20 and epoch % 2 == 0
+    train(tiny_cohort, tmp_path, patience=1, learning_rate=1e-12, max_epochs=20)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["epoch"] == epoch
 
 
@@ -399,6 +401,15 @@ def test_evaluation_scores_unseen_scans_and_the_maps_of_other_tools(tiny_cohort,
     assert found["mass_accuracy"]["num_scans"] == 8 and found["num_empty_mask"] == 8
     files = sorted(p.name for p in (tmp_path / "other").iterdir())
     assert files == ["metrics.json", "metrics_per_scan.csv", "report.html"]
+    # A survivor without a mask counts, as it does where the maps are our own.
+    table = pd.read_csv(tiny_cohort)
+    for column in ("image", "gt_mask", "confounder_mask"):
+        table[column] = [str(tiny_cohort.parent / name) for name in table[column]]
+    table.loc[table.event == 0, "gt_mask"] = None
+    table.to_csv(tmp_path / "sparse.csv", index=False)
+    run("configs/evaluate.json", cohort=str(tmp_path / "sparse.csv"), maps_dir=str(maps), output_dir=str(tmp_path / "sparse"))
+    sparse = json.loads((tmp_path / "sparse" / "metrics.json").read_text())["localisation"]
+    assert sparse["survivor_heat"] == found["survivor_heat"] and sparse["mass_accuracy"] == found["mass_accuracy"]
     (maps / "p5_heat.nii.gz").unlink()
     with pytest.raises(InputError, match="p5"):
         run("configs/evaluate.json", cohort=str(tiny_cohort), maps_dir=str(maps), output_dir=str(tmp_path / "gone"))

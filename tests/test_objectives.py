@@ -29,6 +29,7 @@ from bundle.survival import OBJECTIVES, CenTime, Cox, CoxMemory, objective_from,
 from bundle.survival.cox import breslow_baseline, partial_log_likelihood
 from bundle.survival.discrete import DeepHit, Logistic, LogisticHazard, deephit_ranking
 from bundle.survival.objectives import Classical
+from bundle.workflow import finish_training
 
 TMAX = 100
 
@@ -665,3 +666,15 @@ def test_a_linear_model_ranks_as_well_as_lifelines_cox_fit(kind, name, shared_da
         for risk in (ours, theirs)
     )
     assert found > expected - 0.01
+
+
+def test_a_mixture_over_patches_is_left_without_severity():
+    """Severity's variance is that of one number a patient; a mixture is as wide as patches differ."""
+    settings = {"name": "centime", **CenTime(mixture=True).arguments}
+    net = SurvivalMapNet(dim=16, head="softmin")
+    assert finish_training(net, settings, None, torch.device("cpu")) == settings
+
+
+@pytest.mark.parametrize("file", ["objective/logistic.json", "network/clinical_only.json"])
+def test_what_has_no_fit_after_training_sees_the_cohorts_own_share_of_deaths(file):
+    assert json.loads(Path("configs", file).read_text())["min_event_share"] == 0

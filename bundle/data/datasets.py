@@ -232,20 +232,21 @@ class EventSampler(Sampler[int]):
     With batches of a few scans, the ups and downs of that share would be most of the gradient's noise: they move the
     locations of all patches alike, and nothing is learnt of where the danger is.
 
-    Where fewer than `min_share` died, their scans come several times an epoch to make up that share, and some of the
+    Where fewer than `min_event_share` died, their scans come several times an epoch to make up that share, and some of the
     others wait for another epoch: with one death in ten, all is censored in most batches, and what is learnt is that
-    nobody dies. An epoch has as many places as there are scans.
+    nobody dies. An epoch has as many places as there are scans. What is learnt of how many die must then be mended
+    afterwards, as severity and Cox's baseline hazard do, which are fitted to all scans once each.
 
     Args:
         dataset: whose records have `event`.
-        min_share: smallest share of an epoch that died, in [0, 1).
+        min_event_share: smallest share of an epoch that died, in [0, 1).
     """
 
-    def __init__(self, dataset: ScanCache, min_share: float = 0.25) -> None:
-        if not 0 <= min_share < 1:
-            raise InputError(f"min_share of events must be in [0, 1), got {min_share}.")
+    def __init__(self, dataset: ScanCache, min_event_share: float) -> None:
+        if not 0 <= min_event_share < 1:
+            raise InputError(f"min_event_share must be in [0, 1), got {min_event_share}.")
         self.dataset = dataset
-        self.min_share = min_share
+        self.min_event_share = min_event_share
 
     def __len__(self) -> int:
         return len(self.dataset.data)
@@ -254,7 +255,7 @@ class EventSampler(Sampler[int]):
         event = torch.tensor([int(record["event"]) for record in self.dataset.data])
         deaths = int(event.sum())
         if deaths > 0:
-            deaths = max(deaths, math.ceil(self.min_share * len(event)))
+            deaths = max(deaths, math.ceil(self.min_event_share * len(event)))
         order: list[tuple[float, int]] = []
         for value, places in ((0, len(event) - deaths), (1, deaths)):
             (rows,) = torch.nonzero(event == value, as_tuple=True)

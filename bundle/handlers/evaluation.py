@@ -111,13 +111,11 @@ def score_maps(records: list[dict], maps_dir: str, localisation: LocalisationMet
         if not heat.is_file():
             faults.append(f"{record['patient_id']}: there is no {heat}")
             continue
-        if "gt_mask" not in record:
-            continue
         try:
             scan = load({**record, "heat": str(heat)})
             localisation(
                 [scan["heat"]],
-                [scan["gt_mask"]],
+                [scan.get("gt_mask")],
                 [scan.get("confounder_mask")],
                 None,
                 [record["time"]],
