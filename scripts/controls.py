@@ -37,7 +37,7 @@ from bundle.networks import network_from
 from bundle.report.pictures import write_png
 from bundle.survival import mean_months, objective_from
 
-from .sweep import HELD_OUT, USUAL_SCANS, cell, name_of_run, phantom_name, usual_size
+from .sweep import HELD_OUT, TRAINED, USUAL_SCANS, cell, name_of_run, phantom_name, usual_size
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 UNTRAINED = 5  # networks with random weights
@@ -237,7 +237,7 @@ def main() -> None:
     for complexity, seed in tqdm(list(product(args.complexities, args.seeds)), unit="run"):
         size = args.size or usual_size(complexity)
         run = args.work / "runs" / name_of_run(complexity, size, "default", args.train_scans, seed)
-        if not (run / "seconds.txt").is_file():
+        if not (run / TRAINED).is_file():
             raise SystemExit(f"error: {run} is not a finished run; make it with python -m scripts.sweep.")
         if complexity == PROTECTS:
             protection.append(protection_of(run, size, seed, args.num))

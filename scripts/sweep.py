@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import io
 import json
 import os
@@ -28,7 +29,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from bundle.data.phantoms import PhantomParams
-from bundle.files import write_atomically, write_text
+from bundle.files import load_checked, write_atomically, write_text
 from bundle.metrics.survival import c_index
 from bundle.networks.severity import Severity, minkowski_functionals
 from bundle.report.pictures import write_png
@@ -55,6 +56,7 @@ COLUMNS = [*KEY, "overrides", "test_scans", "device", "train_seconds", *MAP, "he
 # Phantoms in which not all that matters is equally dangerous: the mask of the one, and whether its heat is compared with
 # that of the rest of the lesions or of the whole scan.
 OTHER_MASKS = {11: ("gt_severe_mask", "lesions"), 13: ("confounder_mask", "scan")}
+TRAINED = "trained.json"  # in the folder of a run whose training is complete
 HELD_OUT = 10_000  # added to the seed of the phantoms to measure on
 USUAL_SCANS = 100  # to train on
 RESERVED = 1010  # from this seed on nothing is chosen by what comes out; those from 1000 to 1009 showed what to mend
@@ -133,7 +135,7 @@ VARIANTS: dict[str, dict] = {
     "events_10": {"phantoms": {"feature_fraction": 0.1}},
     "events_10_as_drawn": {
         "phantoms": {"feature_fraction": 0.1},
-        "train#dataloader#sampler": "$bundle.data.datasets.EventSampler(@train#dataset, min_share=0.0)",
+        "min_event_share": 0.0,
     },
     "events_30": {"phantoms": {"feature_fraction": 0.3}},
     "events_70": {"phantoms": {"feature_fraction": 0.7}},
@@ -241,15 +243,25 @@ class Runner:
                 write_atomically(folder / "cohort.csv", lambda p: shutil.copy(phantoms / "cohort.csv", p))
         return folder
 
-    def train(self, complexity: int, size: int, variant: str, train_scans: int, seed: int) -> tuple[Path, int | None]:
-        """Folder of the trained weights and the seconds that training took; None of one that was stopped and went on."""
+    def train(self, complexity: int, size: int, variant: str, train_scans: int, seed: int) -> tuple[Path, dict]:
+        """Folder of the trained weights, and what is to be known of the training: `device`, and `train_seconds`, which are
+        None where it was stopped and went on.
+
+        Raises:
+            RuntimeError: what is in the folder was trained with other settings.
+        """
         overrides = dict(VARIANTS[variant])
+        config = ["configs/train.json"] + ([] if complexity == 9 else ["configs/cohort/phantom.json"])
+        config += overrides.pop("config", [])
+        settings = hashlib.sha256(json.dumps([*(Path(file).read_text() for file in config), VARIANTS[variant]]).encode()).hexdigest()
         phantoms = self.phantoms(complexity, size, train_scans, seed, overrides.pop("phantoms", {}))
         folder = self.work / "runs" / name_of_run(complexity, size, variant, train_scans, seed)
-        done = folder / "seconds.txt"
+        done = folder / TRAINED
         if done.is_file():
-            seconds = done.read_text()
-            return folder, int(seconds) if seconds else None
+            made = json.loads(done.read_text())
+            if made.pop("settings") != settings:
+                raise RuntimeError(f"{folder} was trained with other settings: delete it, or choose another --work.")
+            return folder, made
         cohort = pd.read_csv(phantoms / "cohort.csv")
         # A tenth validates, with as many events as there are in the rest.
         validates = cohort.groupby("event").cumcount() % 10 == 5 - cohort.event
@@ -259,8 +271,6 @@ class Runner:
             cohort[["time", "event"]] = cohort[["time", "event"]].to_numpy()[order]
         table = phantoms / f"split_{variant}.csv"
         write_atomically(table, lambda p: cohort.to_csv(p, index=False))
-        config = ["configs/train.json"] + ([] if complexity == 9 else ["configs/cohort/phantom.json"])
-        config += overrides.pop("config", [])
         start, whole = time.time(), not (folder / "last.pt").is_file()
         self.python(
             *("monai.bundle", "run", "--config_file", str(config)),
@@ -269,14 +279,15 @@ class Runner:
             log=folder / "log.txt",
         )
         shutil.rmtree(folder / "cache")
-        seconds = round(time.time() - start) if whole else None
-        write_text(done, "" if seconds is None else str(seconds))
-        return folder, seconds
+        made = {"train_seconds": round(time.time() - start) if whole else None}
+        made["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+        write_json(done, {**made, "settings": settings})
+        return folder, made
 
     def row(self, complexity: int, size: int, variant: str, train_scans: int, seed: int, test: str) -> dict:
         """Train, unless that is done, and evaluate: one row of the table."""
         with self.lock(name_of_run(complexity, size, variant, train_scans, seed)):
-            run, seconds = self.train(complexity, size, variant, train_scans, seed)
+            run, made = self.train(complexity, size, variant, train_scans, seed)
         what, own = TESTS[test], VARIANTS[variant].get("phantoms", {})
         options = {**own, **what.get("phantoms", {})}
         phantoms = self.phantoms(complexity, size, self.test_scans, seed + HELD_OUT, options)
@@ -303,8 +314,7 @@ class Runner:
         scans = pd.read_csv(folder / "metrics_per_scan.csv")
         values = {**found["survival"], **found["localisation"]}
         row = dict(zip(KEY, (complexity, size, variant, train_scans, seed, test)))
-        row |= {"overrides": json.dumps(VARIANTS[variant]), "test_scans": len(cohort), "train_seconds": seconds}
-        row["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+        row |= {"overrides": json.dumps(VARIANTS[variant]), "test_scans": len(cohort), **made}
         row |= {name: values[name]["value"] for name in MAP + SURVIVAL if name in values}
         if masks:
             row.pop("confounder_mass", None)  # neither is one
@@ -397,7 +407,7 @@ def draw_pictures(runner: Runner, path: Path, keys: list[tuple[int, int, str, in
         ax.set_axis_off()
     for complexity, size, variant, train_scans, seed in tqdm(keys, desc="pictures"):
         run, _ = runner.train(complexity, size, variant, train_scans, seed)
-        phantoms = runner.phantoms(complexity, size, runner.test_scans, seed + HELD_OUT, {})
+        phantoms = runner.phantoms(complexity, size, runner.test_scans, seed + HELD_OUT, VARIANTS[variant].get("phantoms", {}))
         cohort = pd.read_csv(phantoms / "cohort.csv")
         scan = cohort[cohort.event == 1].iloc[0]
         folder, one = run / "picture", phantoms / "picture.csv"
@@ -426,12 +436,15 @@ def draw_pictures(runner: Runner, path: Path, keys: list[tuple[int, int, str, in
 def without_severity(run: Path, folder: Path) -> Path:
     """A copy of the weights of a run whose severity says nothing."""
     weights = torch.load(run / "model.pt", map_location="cpu", weights_only=True)
-    weights |= Severity(0.0, 1.0).state_dict(prefix="severity.")  # as before the fit
+    before = Severity(0.0, 1.0).state_dict(prefix="severity.")  # as before the fit
+    if not before.keys() <= weights.keys():
+        raise RuntimeError(f"{run}: its weights have no severity that could be left out.")
+    weights |= before
     folder.mkdir(exist_ok=True)
     model = folder / "model.pt"
     torch.save(weights, model)
     settings = json.loads((run / "settings.json").read_text())
-    settings["objective"]["variance"] = 36.0  # that of training
+    settings["objective"] = load_checked(run / "last.pt")["best_objective"]  # with the variance of training
     write_json(settings_file(model), {**settings, "weights_sha256": file_sha256(model)})
     return model
 
@@ -689,7 +702,8 @@ def main(prog: str = "scripts.sweep", about: str | None = __doc__, layout: Calla
     if args.table:
         renew_table(args.page, layout(rows))
         return
-    done = {tuple(str(row[k]) for k in KEY) for row in rows}
+    scans = str(args.test_scans)
+    done = {tuple(str(row[k]) for k in KEY) for row in rows if str(row.get("test_scans") or scans) == scans}
     sizes = {c: args.size if args.size and c != 9 else usual_size(c) for c in args.complexities}
     what = [(c, sizes[c], v) for v in args.variants for c in args.complexities]
     wanted = [(*w, n, s, t) for s in args.seeds for w in what for n in args.train_scans for t in args.tests]
@@ -703,7 +717,7 @@ def main(prog: str = "scripts.sweep", about: str | None = __doc__, layout: Calla
                 bar.write(f"failed, the others go on: {row}")
                 continue
             with FileLock(f"{args.results}.lock"):  # another sweep may write to it as well
-                rows = [*read_rows(args.results), row]
+                rows = [*(other for other in read_rows(args.results) if order(other) != order(row)), row]
                 write_rows(args.results, rows)
                 renew_table(args.page, layout(rows))
             bar.update()

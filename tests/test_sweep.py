@@ -16,6 +16,7 @@ import torch
 from lifelines import CoxPHFitter
 from monai.bundle import ConfigParser, update_kwargs
 
+from bundle.files import save_checked
 from bundle.networks import SurvivalMapNet
 from bundle.settings import file_sha256
 from bundle.survival import CenTime
@@ -47,7 +48,8 @@ def test_a_killed_sweep_goes_on_and_runs_nothing_twice(tmp_path, page, monkeypat
         return row | {"average_precision": 0.5, "mae_events": 1.0}
 
     monkeypatch.setattr(sweep.Runner, "row", row_of)
-    monkeypatch.setattr("sys.argv", command(tmp_path, "--complexities", "10", "2", "--seeds", "0", "1"))
+    what = ["--complexities", "10", "2", "--seeds", "0", "1", "--test_scans"]
+    monkeypatch.setattr("sys.argv", command(tmp_path, *what, "8"))
     with pytest.raises(KeyboardInterrupt):
         sweep.main()
     first, ran[:] = list(ran), []
@@ -64,13 +66,18 @@ def test_a_killed_sweep_goes_on_and_runs_nothing_twice(tmp_path, page, monkeypat
     assert "0.950 (0.900–1.000)" in line  # pointing: mean over seeds, minimum, maximum
     assert "| 1 (0–1) |" in line  # inverted maps are summed
     assert "| 60 (60–61) |" in line or "| 61 (60–61) |" in line
+    monkeypatch.setattr("sys.argv", command(tmp_path, *what, "16"))  # other scans to measure on: rows take the place of those
+    with pytest.raises(KeyboardInterrupt):
+        sweep.main()
+    assert len(ran) == 2 and len(list(csv.DictReader((tmp_path / "results.csv").open()))) == 4
 
 
 def test_rows_that_another_sweep_wrote_meanwhile_stay(tmp_path, page, monkeypatch):
     other = dict(zip(sweep.KEY, (6, 64, "default", 100, 0, "same"))) | {"average_precision": 0.25, "mae_events": 2.0}
 
     def row_of(runner, *key):
-        sweep.write_rows(tmp_path / "results.csv", [other])
+        same = dict(zip(sweep.KEY, key)) | {"average_precision": 0.1}
+        sweep.write_rows(tmp_path / "results.csv", [other, same])
         return dict(zip(sweep.KEY, key)) | {"pointing_game": 1.0, "average_precision": 0.5, "mae_events": 1.0}
 
     monkeypatch.setattr(sweep.Runner, "row", row_of)
@@ -198,12 +205,13 @@ def test_weights_without_severity_say_the_months_of_the_softmin(tmp_path):
     torch.save(net.state_dict(), tmp_path / "model.pt")
     settings = {"objective": CenTime(variance=1.5).arguments, "network": net.arguments}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
+    save_checked({"best_objective": CenTime(variance=9.0).arguments}, tmp_path / "last.pt")
     assert (net(image)[0, 0] - before[0, 0]).abs().min() > 1
     model = sweep.without_severity(tmp_path, tmp_path / "test")
     net.load_state_dict(torch.load(model, weights_only=True))
     torch.testing.assert_close(net(image), before)
     found = json.loads((tmp_path / "test" / "settings.json").read_text())
-    assert found["objective"]["variance"] == 36.0 and found["weights_sha256"] == file_sha256(model)
+    assert found["objective"]["variance"] == 9.0 and found["weights_sha256"] == file_sha256(model)
 
 
 def test_another_size_is_another_run_and_rows_without_a_size_stay_valid(tmp_path, page, monkeypatch):
@@ -261,8 +269,11 @@ def test_seconds_of_a_training_that_was_stopped_are_not_those_of_its_end(tmp_pat
     with pytest.raises(RuntimeError, match="killed"):
         runner.train(2, 64, "default", 2, 1)
     for _ in range(2):  # trained, and read
-        assert runner.train(2, 64, "default", 2, 0)[1] == 60
-        assert runner.train(2, 64, "default", 2, 1)[1] is None
+        assert runner.train(2, 64, "default", 2, 0)[1]["train_seconds"] == 60
+        assert runner.train(2, 64, "default", 2, 1)[1]["train_seconds"] is None
+    monkeypatch.setitem(sweep.VARIANTS, "default", {"max_epochs": 3})
+    with pytest.raises(RuntimeError, match="2_default_2_0 was trained with other settings"):
+        runner.train(2, 64, "default", 2, 0)
 
 
 def test_the_page_of_objectives_names_the_best_and_those_not_told_apart(tmp_path, page, monkeypatch):
