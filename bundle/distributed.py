@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
@@ -31,7 +32,7 @@ from torch.utils.data import BatchSampler, Sampler
 from bundle.errors import InputError
 from bundle.workflow import prepare_batch
 
-__all__ = ["GatherInferer", "RankBatches", "begin", "device", "end", "on_all_scans", "parallel", "prepare_share", "share"]
+__all__ = ["GatherInferer", "RankBatches", "begin", "device", "end", "on_all_scans", "parallel", "share"]
 
 
 def begin() -> None:
@@ -77,7 +78,9 @@ def share(records: list[dict]) -> list[dict]:
 class RankBatches(Sampler[list[int]]):
     """Batches of which each process loads its share, in the order and with the random numbers of one process alone.
 
-    A process for which the last batch has no scan gets its first scan twice, which :func:`prepare_share` understands.
+    A process for which the last batch has no scan gets its first one, which doesn't count. How many scans of a share count
+    is kept for :meth:`prepare`, the `prepare_batch` of the engine: batches come to it in the order in which they were drawn
+    up, and names wouldn't tell, as those who died may come several times in one.
 
     Args:
         sampler: gives all processes the same order.
@@ -89,16 +92,19 @@ class RankBatches(Sampler[list[int]]):
     def __init__(self, sampler: Sampler[int], batch_size: int, transform: Compose) -> None:
         self.batches = BatchSampler(sampler, batch_size, drop_last=False)
         self.random = [t for t in transform.flatten().transforms if isinstance(t, RandomizableTrait)]
+        self.rows: deque[int] = deque()
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[int]]:
         rank, world = idist.get_rank(), idist.get_world_size()
+        self.rows.clear()
         for batch in self.batches:
             shares = [part.tolist() for part in np.array_split(batch, world)]
             self.draw(sum(map(len, shares[:rank])))
-            yield shares[rank] or [batch[0], batch[0]]
+            self.rows.append(len(shares[rank]))
+            yield shares[rank] or batch[:1]
             self.draw(sum(map(len, shares[rank + 1 :])))
 
     def draw(self, scans: int) -> None:
@@ -106,6 +112,15 @@ class RankBatches(Sampler[list[int]]):
         for _ in range(scans):
             for transform in self.random:
                 transform.randomize()
+
+    def prepare(self, batch: dict, device: torch.device | None = None, non_blocking: bool = False, **kwargs: Any) -> tuple:
+        """:func:`bundle.workflow.prepare_batch`, with the outcome of all processes' scans.
+
+        `rows`, for :class:`GatherInferer`, is the number of this process's scans that count.
+        """
+        image, outcome, args, extra = prepare_batch(batch, device, non_blocking, **kwargs)
+        rows = self.rows.popleft()
+        return image, gather(outcome[:rows]), args, {**extra, "rows": rows}
 
 
 def gather(part: Tensor) -> Tensor:
@@ -122,19 +137,8 @@ def gather(part: Tensor) -> Tensor:
     return torch.cat(list(parts))
 
 
-def prepare_share(batch: dict, device: torch.device | None = None, non_blocking: bool = False, **kwargs: Any) -> tuple:
-    """:func:`bundle.workflow.prepare_batch`, with the outcome of all processes' scans.
-
-    `rows`, for :class:`GatherInferer`, is the number of this process's scans that count: 0 if it has one twice.
-    """
-    image, outcome, args, extra = prepare_batch(batch, device, non_blocking, **kwargs)
-    names = batch["patient_id"]
-    rows = len(names) if len(set(names)) == len(names) else 0
-    return image, gather(outcome[:rows]), args, {**extra, "rows": rows}
-
-
 class GatherInferer(Inferer):
-    """The survival maps of all processes' scans, on the largest of their grids; see :func:`prepare_share`."""
+    """The survival maps of all processes' scans, on the largest of their grids; see :meth:`RankBatches.prepare`."""
 
     def __call__(self, inputs: Tensor, network: torch.nn.Module, *args: Any, rows: int, **kwargs: Any) -> Tensor:
         survival_map = network(inputs, *args, **kwargs)[:rows]

@@ -9,11 +9,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import ignite.distributed as idist
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
+from monai.transforms import Compose
+
+from bundle.data.datasets import EventSampler
+from bundle.distributed import RankBatches
 
 SMALL = ("--network_def#dim", "16", "--network_def#num_heads", "2", "--max_epochs", "3", "--val_interval", "1")
 
@@ -31,6 +37,23 @@ def launch(root: Path, processes: int, configs: list[str], *args: str, wait: boo
     if not wait:
         return subprocess.Popen(command, cwd=root, stderr=subprocess.DEVNULL)
     return subprocess.run(command, cwd=root, capture_output=True, text=True)
+
+
+def test_scans_that_come_several_times_in_a_batch_all_count(monkeypatch):
+    """Those who died, where few did. A process without a scan gets one that doesn't count."""
+    events = [{"event": int(i < 2)} for i in range(33)]
+    drawn, counted = [], []
+    for rank in range(2):
+        monkeypatch.setattr(idist, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(idist, "get_world_size", lambda: 2)
+        torch.manual_seed(0)
+        shares = RankBatches(EventSampler(SimpleNamespace(data=events), 0.25), 16, Compose([]))
+        for rows in shares:
+            count = shares.rows.popleft()
+            drawn += rows[:count]
+            counted.append((len(rows), count))
+    assert counted == [(8, 8), (8, 8), (1, 1), (8, 8), (8, 8), (1, 0)]
+    assert len(drawn) == 33 and sum(i < 2 for i in drawn) == 9
 
 
 def test_two_processes_train_and_evaluate_as_one(root, tiny_cohort, tmp_path):
