@@ -39,7 +39,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
         InputError: the disk is full, or the folder can't be written.
     """
     path = Path(path)
-    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{threading.get_ident()}-{path.name}")
+    # A thread writes one file at a time; the end of its name keeps the suffix, and the whole within what a name may have.
+    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{threading.get_ident()}-{path.name[-20:]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)

@@ -18,14 +18,13 @@ from pathlib import Path
 import torch
 from ignite.engine import Events
 from monai.data import DataLoader
-from monai.engines import SupervisedEvaluator
 from monai.inferers import Inferer
 from tqdm import tqdm
 
 from bundle.data.datasets import ScanStream
 from bundle.errors import InputError
 from bundle.handlers import PredictionWriter
-from bundle.workflow import prepare_batch
+from bundle.workflow import ScanEvaluator, prepare_batch
 
 __all__ = ["ScanWorker", "run_parallel"]
 
@@ -51,7 +50,8 @@ class ScanWorker:
         stream, writer = self.parts["stream"], self.parts["writer"]
         scan, fault = stream.prepare(stream.data[item["index"]])
         if scan is not None:
-            evaluator = SupervisedEvaluator(
+            evaluator = ScanEvaluator(
+                stream,
                 device=self.device,
                 val_data_loader=DataLoader([scan], batch_size=1),
                 network=self.parts["network"].to(self.device),
@@ -61,6 +61,7 @@ class ScanWorker:
             )
             evaluator.add_event_handler(Events.ITERATION_COMPLETED, writer.add)
             evaluator.run()
+            fault = stream.faults.pop()[1] if stream.faults else ""
         return {"index": item["index"], "fault": fault}
 
 

@@ -19,14 +19,16 @@ from typing import Any
 import ignite.distributed as idist
 import numpy as np
 import torch
+from ignite.engine import Engine
 from monai.data import DataLoader
+from monai.engines import SupervisedEvaluator
 from monai.transforms import Compose, RandomizableTrait
 from monai.utils import set_determinism
 from tqdm import tqdm
 
 from bundle.data.clinical import clinical_kinds, encode_clinical
 from bundle.data.cohort import patient_of, read_cohort, single_scan, split_cohort
-from bundle.data.datasets import ScanCache
+from bundle.data.datasets import ScanCache, ScanStream, unforeseen
 from bundle.errors import InputError, plain_errors
 from bundle.explain import GridShiftInferer
 from bundle.settings import patient_digest
@@ -180,6 +182,29 @@ def share_of_window(hu: list[float] | None, hu_window: list[float]) -> list[floa
     return [(bound - low) / (high - low) for bound in hu]
 
 
+class ScanEvaluator(SupervisedEvaluator):
+    """An evaluator of the scans of a stream that goes on when one can't be predicted, for lack of memory perhaps: the stream
+    notes what was wrong. What can't be written, an :class:`InputError`, ends the run.
+
+    Args:
+        stream: of the scans.
+        kwargs: of `SupervisedEvaluator`.
+    """
+
+    def __init__(self, stream: ScanStream, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.stream = stream
+
+    def _iteration(self, engine: Engine, batchdata: dict) -> list[dict]:
+        try:
+            return super()._iteration(engine, batchdata)
+        except InputError:
+            raise
+        except Exception as e:
+            self.stream.note(batchdata["patient_id"][0], unforeseen(batchdata["patient_id"][0], e, "predicting"))
+            return []
+
+
 def fill_caches(*datasets: ScanCache, jobs: int = 0) -> None:
     """Preprocess all scans that are not in the cache yet, with a progress bar; a bad scan shows before training.
 
@@ -192,7 +217,10 @@ def fill_caches(*datasets: ScanCache, jobs: int = 0) -> None:
     if not first:
         idist.barrier()
     for dataset in datasets:
+        given = len(dataset.data)
         dataset.fill(jobs, partial(tqdm, desc="preprocessing", unit="scan", disable=not first))
+        if not dataset.data:
+            raise InputError(f"none of the {given} scans of a part of the cohort can be used: train and val need some each.")
     if first:
         idist.barrier()
 

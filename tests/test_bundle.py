@@ -25,6 +25,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 
 from bundle.data.datasets import EventSampler
 from bundle.errors import InputError, input_error_of
+from bundle.explain import GridShiftInferer
 from bundle.networks import network_from
 from bundle.networks.heads import softmin_head
 from bundle.settings import file_sha256
@@ -336,6 +337,31 @@ def test_one_bad_scan_fails_its_row_alone(tiny_cohort, tmp_path, trained):
     assert "torn.nii.gz" in table.message["b"] and "gone.nii.gz" in table.message["c"]
     maps = sorted(p.name for p in (tmp_path / "out" / "maps").iterdir())
     assert maps == ["a_heat.nii.gz", "a_heat.png", "d_heat.nii.gz", "d_heat.png"]
+    for name in ("predictions.csv", "report.html"):  # which are shared
+        assert str(tmp_path) not in (tmp_path / "out" / name).read_text()
+
+
+def test_a_scan_that_cannot_be_predicted_fails_alone_and_leaves_no_map_of_before(tiny_cohort, tmp_path, trained, monkeypatch):
+    files = [tiny_cohort.parent / f"p{i}.nii.gz" for i in range(3)]
+    (tmp_path / "c.csv").write_text("patient_id,image\n" + "".join(f"{f.name[:2]},{f}\n" for f in files))
+    args = {"cohort": str(tmp_path / "c.csv"), "ckpt": str(trained), "output_dir": str(tmp_path / "out")}
+    run("configs/inference.json", **args)
+    predict, seen = GridShiftInferer.__call__, []
+
+    def fails_once(*inputs, **kwargs):
+        seen.append(1)
+        if len(seen) == 2:
+            raise MemoryError("no room for 9 GiB")
+        return predict(*inputs, **kwargs)
+
+    monkeypatch.setattr(GridShiftInferer, "__call__", fails_once)
+    with pytest.raises(InputError, match="1 of 3 scans failed, .* patient p1: MemoryError while predicting: no room"):
+        run("configs/inference.json", **args, shifts=1)
+    table = pd.read_csv(tmp_path / "out" / "predictions.csv")
+    assert list(table.status) == ["ok", "failed", "ok"] and len(seen) == 3
+    assert {p.name[:2] for folder in ("maps", "done") for p in (tmp_path / "out" / folder).iterdir()} == {"p0", "p2"}
+    run("configs/inference.json", **args, shifts=1)
+    assert len(seen) == 4 and (pd.read_csv(tmp_path / "out" / "predictions.csv").status == "ok").all()
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from bundle.data.datasets import CODE, ScanCache, content_digest
 from bundle.errors import InputError
 from bundle.files import load_checked
 from bundle.transforms import LoadCTd, LungMaskd, RandOrigind
+from bundle.workflow import fill_caches
 from scripts import preprocess
 
 from .conftest import write_scan
@@ -156,6 +157,19 @@ def test_only_scaled_images_and_binary_lungs_can_be_cached(record, tmp_path):
     assert not list((tmp_path / "cache").iterdir())
 
 
+def test_what_no_check_foresaw_is_the_fault_of_one_scan(record, tmp_path, monkeypatch):
+    def surprise(self, record):
+        raise ZeroDivisionError("of a new kind")
+
+    monkeypatch.setattr(ScanCache, "preprocess", surprise)
+    dataset = cache(record, tmp_path)
+    with pytest.raises(InputError, match="patient p: ZeroDivisionError while reading or preprocessing: of a new kind"):
+        dataset.fill()
+    dataset.on_fault = "skip"
+    with pytest.raises(InputError, match="none of the 1 scans of a part of the cohort can be used"):
+        fill_caches(dataset)
+
+
 def test_many_processes_make_the_same_files_as_one_and_tell_bad_scans(tiny_cohort, tmp_path):
     args = ["--cohort", str(tiny_cohort), "--config_file", *TRAIN]
     for name, jobs in (("one", "1"), ("two", "2")):
@@ -185,7 +199,7 @@ def test_training_does_no_work_that_preprocessing_has_done_and_ends_in_the_same_
     monkeypatch.setattr(ScanCache, "preprocess", never)
     model = train(tiny_cohort, tmp_path / "run", cache_dir=str(tmp_path / "cache"))
     assert model.read_bytes() == trained.read_bytes()
-    with pytest.raises(AssertionError, match="again"):
+    with pytest.raises(InputError, match="preprocessed again"):
         preprocess.main([*args, "--spacing", "[4, 4, 4]"])
     with pytest.raises(InputError, match="--spacin is no key"):
         preprocess.main([*args, "--spacin", "2"])

@@ -119,6 +119,12 @@ def test_threads_may_write_the_same_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["same.txt"]
 
 
+def test_a_name_may_be_as_long_as_names_can_be(tmp_path):
+    path = tmp_path / f"{'a' * 248}.nii.gz"
+    write_atomically(path, lambda p: p.write_text(p.name))
+    assert path.read_text().endswith(".nii.gz")
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(
     damage, tiny_cohort, tmp_path, trained, stopped, capsys  # noqa: F811

@@ -219,10 +219,7 @@ class _Filling(Dataset):
             new = not self.cache.file({"cache_key": key}).is_file()
             self.cache._cachecheck({**record, "cache_key": key})
         except Exception as e:
-            fault = input_error_of(e)
-            if fault is None:
-                raise
-            return "", False, str(fault)
+            return "", False, str(input_error_of(e) or unforeseen(record["patient_id"], e))
         return key, new, ""
 
 
@@ -267,11 +264,11 @@ class EventSampler(Sampler[int]):
         return iter([row for _, row in sorted(order)])
 
 
-def _unforeseen(patient: str, error: BaseException) -> str:
+def unforeseen(patient: str, error: BaseException, doing: str = "reading or preprocessing") -> str:
     """One sentence on an error that no check foresaw: the first, as MONAI's around it say no more than where."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"patient {patient}: {type(error).__name__} while reading or preprocessing: {' '.join(str(error).split())}"
+    return f"patient {patient}: {type(error).__name__} while {doing}: {' '.join(str(error).split())}"
 
 
 class ScanStream(IterableDataset):
@@ -321,9 +318,14 @@ class ScanStream(IterableDataset):
             return self.transform(record), ""
         except Exception as e:  # one scan's failure, of whatever kind, must not end the run
             fault = input_error_of(e)
-            sentence = str(fault) if fault else _unforeseen(record["patient_id"], e)
+            sentence = str(fault) if fault else unforeseen(record["patient_id"], e)
             logger.warning(sentence)
             return None, sentence
+
+    def note(self, patient_id: str, fault: str) -> None:
+        """A scan that failed after it was read."""
+        logger.warning(fault)
+        self.faults.append((patient_id, fault))
 
     def require_all(self, on_fault: str = "fail") -> None:
         """After a run: raise if a scan failed, unless ``on_fault`` is ``skip``.

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from pathlib import Path
 
 import nibabel as nib
@@ -16,6 +17,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 
+from bundle.data.cohort import MASK_COLUMNS
 from bundle.data.datasets import ScanStream, code_digest, describe, describe_scan
 from bundle.explain import mask_to_scan_space
 from bundle.files import remove_leftovers, write_atomically
@@ -99,7 +101,7 @@ class PredictionWriter:
         self.settings = settings
         self.horizon = horizon
         self.hu_window = hu_window
-        self.options = [settings, horizon, describe([hu_window, options]), code_digest("**/*.py")]
+        self.options = [settings, horizon, describe([hu_window, options, stream.transform]), code_digest("**/*.py")]
         self.scans = {r["patient_id"]: r for r in stream.data}
 
     def attach(self, engine: Engine) -> None:
@@ -109,6 +111,16 @@ class PredictionWriter:
 
     def record(self, patient_id: str) -> Path:
         return self.output_dir / "done" / f"{patient_id}.json"
+
+    def files(self, patient_id: str) -> list[Path]:
+        """The heat, its picture, and the lung mask that was used, which needn't be there."""
+        return [self.output_dir / "maps" / f"{patient_id}_{name}" for name in ("heat.nii.gz", "heat.png", "lung.nii.gz")]
+
+    def without_folders(self, patient_id: str, fault: str) -> str:
+        """A sentence that may be shared: folders can be named after patients, and those of this machine help nobody."""
+        for path in (self.scans[patient_id].get(key) for key in ("image", *MASK_COLUMNS)):
+            fault = fault.replace(path, os.path.basename(path)) if path else fault
+        return fault
 
     def key(self, patient_id: str) -> str:
         """What the map of a scan depends on, as SHA-256."""
@@ -135,14 +147,14 @@ class PredictionWriter:
     def add(self, engine: Engine) -> None:
         for scan, output in zip(engine.state.batch, engine.state.output):
             patient_id, pmf = scan["patient_id"], output["pmf"].cpu()
-            maps = self.output_dir / "maps"
-            files = [maps / f"{patient_id}_heat.nii.gz", maps / f"{patient_id}_heat.png"]
+            files = self.files(patient_id)
             message = "; ".join(filter(None, [self.scans[patient_id].get("imputed"), scan.get("notes")]))
             row = prediction_row(patient_id, pmf) | {"message": message}
             heat = output["scan_heat"].cpu()
-            if scan["lung_mask_source"] != "none":
-                files.append(maps / f"{patient_id}_lung.nii.gz")
-                write_lung(files[-1], scan["lung"], scan["image"])
+            if scan["lung_mask_source"] == "none":
+                files.pop()
+            else:
+                write_lung(files[2], scan["lung"], scan["image"])
             write_heat(files[0], heat, heat.affine)
             low, high = self.hu_window
             hu = np.asarray(scan["image"][0]) * (high - low) + low
@@ -157,19 +169,20 @@ class PredictionWriter:
             )
 
     def finish(self, engine: Engine) -> None:
-        faults = dict(self.stream.faults)
+        faults = {patient_id: self.without_folders(patient_id, fault) for patient_id, fault in self.stream.faults}
         rows, curves, sections = [], [], []
         for patient_id in (r["patient_id"] for r in self.stream.data):
             if patient_id in faults:
+                for old in [self.record(patient_id), *self.files(patient_id)]:  # of a run in which it didn't fail
+                    old.unlink(missing_ok=True)
                 rows.append(failed_row(patient_id, faults[patient_id]))
                 sections.append(failed_section(patient_id, faults[patient_id]))
                 continue
             done = json.loads(self.record(patient_id).read_text())
-            picture = self.output_dir / "maps" / f"{patient_id}_heat.png"
             pmf = torch.tensor(done["pmf"])
             rows.append(done["row"])
             curves.append([patient_id, *survival_curve(pmf).tolist()])
-            patient = {"patient_id": patient_id, "picture": picture.read_bytes(), "pmf": pmf.numpy()}
+            patient = {"patient_id": patient_id, "picture": self.files(patient_id)[1].read_bytes(), "pmf": pmf.numpy()}
             patient |= {"risk": done["risk"], "horizon": self.horizon, "row": done["row"]}
             sections.append(patient_section({**patient, "lung_mask_source": done["lung_mask_source"]}))
         table = pd.DataFrame(rows, columns=list(prediction_row("", torch.ones(2) / 2)))
