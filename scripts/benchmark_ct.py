@@ -111,7 +111,7 @@ def one_ct(cohort: Path, output_dir: Path, threads: int) -> dict:
             stack.enter_context(timed(type(part), "__call__", spent, STAGES[type(part).__name__]))
         stack.enter_context(timed(prediction_writer, "write_heat", spent, STAGES["write_heat"]))
         stack.enter_context(timed(prediction_writer, "heat_figure", spent, STAGES["add"]))
-        stack.enter_context(timed(prediction_writer, "png", spent, STAGES["add"]))
+        stack.enter_context(timed(prediction_writer, "write_png", spent, STAGES["add"]))
         stack.enter_context(timed(prediction_writer, "patient_section", spent, STAGES["add"]))
         evaluator.run()
     seconds = time.perf_counter() - start

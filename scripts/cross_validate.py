@@ -38,6 +38,7 @@ from monai.bundle import ConfigParser
 from tqdm import tqdm
 
 from bundle.data import cross_validation_parts, fit_clinical, patient_of, read_cohort
+from bundle.data.cohort import MASK_COLUMNS
 from bundle.errors import InputError
 from bundle.files import write_text
 from bundle.metrics import LocalisationMetric, SurvivalMetric
@@ -171,10 +172,11 @@ class CrossValidation:
                 fit_clinical(parts["train"], clinical, flag(setting("missing_mask")))
             except InputError as e:
                 raise InputError(f"fold {fold}: {e}") from e
-        files = ["configs/train.json", *configs]
+        files = ["configs/train.json", "configs/evaluate.json", *configs]
+        columns = ("patient_id", "image", *MASK_COLUMNS, "time", "event", "covariates")
         self.claim(
             {
-                "cohort": [[r["patient_id"], r["image"], r["time"], r["event"]] for r in records],
+                "cohort": [[r.get(column) for column in columns] for r in records],
                 "folds": {str(fold): [r["patient_id"] for r in parts["test"]] for fold, parts in self.parts.items()},
                 "seed": seed,
                 "configs": {name: file_sha256(name) for name in files},
@@ -210,24 +212,36 @@ class CrossValidation:
 
     def write_folds(self, clinical: dict) -> None:
         """The cohort as each fold sees it, with absolute paths and the columns that are used."""
-        masks = ("lung_mask", "gt_mask", "confounder_mask")
         for fold, parts in self.parts.items():
             rows = []
             for split, records in parts.items():
                 for r in records:
                     row = {"patient_id": patient_of(r), **{key: r[key] for key in ("image", "time", "event")}}
-                    rows.append(row | {key: r.get(key) for key in masks} | {"split": split} | r.get("covariates", {}))
-            columns = ["patient_id", "image", "time", "event", *masks, "split", *clinical]
+                    rows.append(row | {key: r.get(key) for key in MASK_COLUMNS} | {"split": split} | r.get("covariates", {}))
+            columns = ["patient_id", "image", "time", "event", *MASK_COLUMNS, "split", *clinical]
             write_text(self.table(fold), pd.DataFrame(rows, columns=columns).to_csv(index=False))
 
     def table(self, fold: int) -> Path:
         return self.out / "folds" / f"fold_{fold}.csv"
 
+    def owners(self, fold: int) -> dict[str, str]:
+        """Whose each scan is, by the names that the fold's own table gives, in which scans at fault are left out."""
+        return {r["patient_id"]: patient_of(r) for r in read_cohort(self.table(fold), check_files=False)}
+
     def folder(self, model: Model, fold: int) -> Path:
         return self.out / model.folder / f"fold_{fold}"
 
     def done(self, model: Model, fold: int) -> bool:
-        return (self.folder(model, fold) / "done.json").is_file()
+        """Whether a fold is measured, by the weights that are there and the model's configs as they are."""
+        folder = self.folder(model, fold)
+        if not (folder / "done.json").is_file() or not (folder / "model.pt").is_file():
+            return False
+        return json.loads((folder / "done.json").read_text()) == self.made(model, fold)
+
+    def made(self, model: Model, fold: int) -> dict:
+        """What a measured fold rests on."""
+        weights = file_sha256(self.folder(model, fold) / "model.pt")
+        return {"weights_sha256": weights, "configs": {name: file_sha256(name) for name in model.configs}}
 
     def run(self, model: Model, fold: int) -> None:
         """Train without a fold and measure on it, unless that is done."""
@@ -247,7 +261,7 @@ class CrossValidation:
                 *("--output_dir", str(folder / "test")),
                 *(word for key, value in self.evaluation.items() for word in (f"--{key}", value)),
             )
-            write_json(folder / "done.json", {"weights_sha256": file_sha256(folder / "model.pt")})
+            write_json(folder / "done.json", self.made(model, fold))
 
     @property
     def cache(self) -> Path:
@@ -269,7 +283,7 @@ class Scores:
         self.patients: list[list[str]] = []
         self.statistics: list[dict] = []
         rows = []
-        for fold, parts in cv.parts.items():
+        for fold in cv.parts:
             folder = cv.folder(model, fold) / "test"
             for group in json.loads((folder / "metrics.json").read_text()).values():
                 for name, entry in group.items():
@@ -286,7 +300,7 @@ class Scores:
             for name in LocalisationMetric.SCORES:
                 if name in scans and scans[name].notna().any():
                     self.statistics[-1][name] = partial(mean_of, scans[name].to_numpy())
-            owner = {r["patient_id"]: patient_of(r) for r in parts["test"]}
+            owner = cv.owners(fold)
             self.patients.append([owner[name] for name in scans.patient_id])
             rows.append(scans.assign(model=model.name, fold=fold))
         self.rows = pd.concat(rows)

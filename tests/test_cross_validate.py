@@ -9,6 +9,7 @@ import json
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -416,6 +417,34 @@ def test_a_killed_cross_validation_goes_on_and_its_table_is_that_of_its_folds(co
     # Its folds are an ensemble, which has nobody left to be evaluated on in its own cohort.
     with pytest.raises(InputError, match="trained on every one of the 16 scans"):
         run(EVALUATE, cohort=str(cohort), ckpt=str(out / "centime"), output_dir=str(tmp_path / "own"))
+
+
+def test_scans_left_out_and_what_else_a_table_says_are_part_of_a_cross_validation(cohort, tmp_path):
+    table = pd.read_csv(cohort)
+    table["image"] = [str(Path(cohort).parent / name) for name in table["image"]]
+    table = table[["patient_id", "image", "time", "event", "age"]]
+    patient = table.patient_id[0]
+    table = pd.concat([table.iloc[:1].assign(image="gone.nii.gz"), table], ignore_index=True)
+    table.to_csv(tmp_path / "c.csv", index=False)
+    overrides = {"on_fault": "skip", "clinical": "{'age': 'numeric'}"}
+
+    def cross_validation() -> cross_validate.CrossValidation:
+        return cross_validate.CrossValidation(tmp_path / "cv", str(tmp_path / "c.csv"), ["centime"], folds=2, overrides=overrides)
+
+    cv = cross_validation()
+    for fold, parts in cv.parts.items():
+        names = {name for name, owner in cv.owners(fold).items() if owner == patient}
+        assert names == {patient}  # not the second of two scans: the first isn't there
+    folder = cv.folder(cv.models[0], 0)
+    folder.mkdir(parents=True)
+    (folder / "model.pt").write_text("weights")
+    (folder / "done.json").write_text(json.dumps(cv.made(cv.models[0], 0)))
+    assert cross_validation().done(cv.models[0], 0)
+    (folder / "model.pt").write_text("others")
+    assert not cross_validation().done(cv.models[0], 0)
+    table.assign(age=table.age + 1).to_csv(tmp_path / "c.csv", index=False)
+    with pytest.raises(InputError, match="holds another cross-validation: cohort"):
+        cross_validation()
 
 
 def test_a_failed_fold_does_not_end_the_others(cohort, tmp_path, monkeypatch, capsys):
