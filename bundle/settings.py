@@ -37,7 +37,10 @@ def file_sha256(path: str | Path) -> str:
 
 
 def patient_digest(patient_id: str) -> str:
-    """Short digest under which `settings.json` remembers a training patient without naming them."""
+    """Short digest under which `settings.json` remembers a training patient without naming them.
+
+    It hides ids from a reader, not from somebody who tries all ids that there may be.
+    """
     return hashlib.sha256(patient_id.encode()).hexdigest()[:16]
 
 
@@ -56,7 +59,9 @@ def training_settings(
     clinical: dict,
     cohort: dict[str, list[dict]],
 ) -> dict:
-    """What a training run is, as plain JSON: equal for two runs exactly when the second may go on with the first.
+    """What a training run is, as plain JSON: the second of two runs goes on with the first if these are equal.
+
+    Of the cohort that is who is in it and what became of them; an image or a mask that has been replaced since isn't noticed.
 
     Args:
         network: constructor arguments and `name` of the class, for :func:`bundle.networks.network_from`.

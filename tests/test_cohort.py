@@ -76,6 +76,7 @@ def test_reads_the_contract(write, tmp_path):
         ("A\\B,a.nii.gz,5,1", "row 3, column patient_id: 'A\\\\B'"),
         ("A\x07,a.nii.gz,5,1", "row 3, column patient_id: 'A\\x07'"),
         ("A,,5,1", "row 3, column image: empty"),
+        ("A,~nobody_of_that_name/a.nii.gz,5,1", "row 3, column image: "),
         ("A,a.nii.gz,5", "row 3: 3 values (expected 4, as in the header)"),
         ("A,lost.nii.gz,5,1", "row 3, column image: "),
         ("A,cohort.csv,5,1", "has the suffix '.csv' (expected one of .nii .nii.gz"),
@@ -84,6 +85,13 @@ def test_reads_the_contract(write, tmp_path):
 def test_a_fault_names_row_column_and_what_was_expected(write, row, says):
     message = fault_of(write(HEADER, "first,a.nii.gz,5,1", row), tmax=60)
     assert says in message and "has a fault:" in message
+
+
+def test_an_image_is_in_one_part_whoever_it_is_said_to_be_of(write):
+    header = HEADER + ",split,fold"
+    message = fault_of(write(header, "A,a.nii.gz,5,1,train,0", "B,b.nii.gz,5,1,test,0", "C,a.nii.gz,5,1,test,1"))
+    assert "row 4, column split: test, but train for the same image in row 2 (expected an image in one part)" in message
+    assert "row 4, column fold: 1, but 0 for the same image in row 2" in message and "2 faults" in message
 
 
 def test_all_faults_of_all_rows_come_at_once(write):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from pydicom.encaps import encapsulate, generate_frames
 from pydicom.uid import JPEGLSLossless, RLELossless, generate_uid
 from scipy import ndimage
 
-from bundle.data.dicom import find_series, list_series, read_dicom, sharp_kernel, straighten
+from bundle.data.dicom import _without_name, find_series, list_series, read_dicom, sharp_kernel, straighten
 from bundle.errors import InputError
 from bundle.transforms import LoadCTd
 from bundle.workflow import scans_to_infer
@@ -390,6 +391,23 @@ def test_a_tilted_gantry_is_straightened(tmp_path):
     assert mask.shape[1:] == array.shape and set(np.unique(mask)) == {0, 1}
     overlap = 2 * (found & (mask[0].numpy() > 0)).sum() / (found.sum() + mask.sum().item())
     assert overlap > 0.95
+
+
+@pytest.mark.parametrize("degrees", [45.0, 80.0, 90.0])
+def test_no_gantry_tilts_that_far(tmp_path, degrees):
+    column = [0, np.cos(np.radians(degrees)), -np.sin(np.radians(degrees))]
+    add(tmp_path, "steep", np.full((16, 16, 40), -900), np.array([2.0, 2.0, 3.0]), spoil=lambda slices: [
+        setattr(ds, "ImagePositionPatient", [0.0, 0.0, 3.0 * n]) for n, ds in enumerate(slices)
+    ], ImageOrientationPatient=[1, 0, 0, *column])  # fmt: skip
+    with pytest.raises(InputError, match=rf"advances at {degrees:.0f} degrees .*\(expected at most 31, a tilted gantry\)"):
+        read_dicom(tmp_path, "here")
+
+
+@pytest.mark.parametrize("text", ["DOE_JOHN_CHEST", "Chest Doe2020", "john^DOE", "doe"])
+def test_words_of_the_name_are_hidden_whatever_stands_beside_them(text):
+    found = _without_name(text, "Doe^John")
+    assert "***" in found and not re.search("doe|john", found, re.IGNORECASE)
+    assert _without_name("Doebler, Johnson", "Doe^John") == "Doebler, Johnson"
 
 
 def test_a_real_series_reads_as_itk_reads_it(shared_data):

@@ -240,6 +240,11 @@ def test_regions_that_do_not_fit(lung1, caplog):
         ds.FrameOfReferenceUID = "1.2.3"
 
     assert "another frame of reference" in fault(elsewhere)
+    assert "row 2: patient LUNG1-001: the RTSTRUCT or SEG for" in fault(lambda ds: delattr(ds, "StructureSetROISequence"))
+    assert "is malformed" in fault(lambda ds: delattr(ds, "ROIContourSequence"))
+    assert "is malformed: cannot reshape" in fault(
+        lambda ds: setattr(ds.ROIContourSequence[1].ContourSequence[0], "ContourData", [1.0, 2.0, 3.0, 4.0])
+    )
     # A region of another name isn't the tumour.
     main(arguments(lung1, region="gtv 2"))
     assert "LUNG1-001: no region gtv 2 (found: GTV-1, Lung-Left)" in caplog.text

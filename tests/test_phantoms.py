@@ -259,6 +259,12 @@ def test_several_processes_write_the_same_cohort(tmp_path):
             assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
 
+@pytest.mark.parametrize("option", ["central_radius", "corner_radius", "sphere_radius", "small_radius", "lesion_radius", "bubble_layers"])
+def test_what_does_not_fit_into_the_cube_is_refused(option):
+    with pytest.raises(InputError, match=option):
+        PhantomParams(**{option: (10, 40)})
+
+
 def test_params_out_of_range():
     with pytest.raises(InputError, match="sphere_radius"):
         PhantomParams(sphere_radius=(20.0, 10.0))

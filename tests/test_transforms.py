@@ -78,6 +78,15 @@ def test_all_formats_give_the_same_volume_in_the_same_place(tmp_path, suffix):
     assert tuple(image.meta["spatial_shape"]) == SHAPE
 
 
+def test_a_nifti_that_does_not_say_how_it_lies_is_noted(tmp_path):
+    path = save(tmp_path / "scan.nii.gz", hu())
+    assert LoadCTd()({"patient_id": "P7", "image": path})["notes"] == ""
+    image = nib.load(path)
+    image.header["sform_code"] = image.header["qform_code"] = 0
+    nib.save(nib.Nifti1Image(hu(), None, image.header), path)
+    assert "left and right are a guess" in LoadCTd()({"patient_id": "P7", "image": path})["notes"]
+
+
 def test_padding_becomes_air_and_masks_become_zero_or_one(tmp_path):
     values = hu()
     values[0] = -3024

@@ -83,6 +83,7 @@ def read_cohort(
     scan_faults: list[str] = []
     scans_of: dict[str, list[tuple[int, dict]]] = {}
     spelling: dict[str, tuple[int, str]] = {}
+    part_of: dict[str, tuple[int, dict]] = {}
     for line, values in rows:
         if len(values) != len(header):
             faults.append(f"row {line}: {len(values)} values (expected {len(header)}, as in the header)")
@@ -97,7 +98,13 @@ def read_cohort(
             wrong.append(f"column patient_id: {alike} (expected one spelling)")
         for column in ("image", *MASK_COLUMNS):
             if row.get(column):
-                record[column] = os.path.abspath(path.parent / Path(row[column]).expanduser())
+                record[column] = os.path.abspath(path.parent / os.path.expanduser(row[column]))
+        if "image" in record:
+            first, other = part_of.setdefault(record["image"], (line, record))
+            for column in ("split", "fold"):
+                if record.get(column) != other.get(column) and patient != other.get("patient_id"):
+                    what = f"{record.get(column)}, but {other.get(column)} for the same image in row {first}"
+                    wrong.append(f"column {column}: {what} (expected an image in one part)")
         if record.get("patient_id"):
             others = scans_of.setdefault(record["patient_id"], [])
             wrong += _repetition_faults(record, others)
@@ -144,7 +151,7 @@ def single_scan(image: str | os.PathLike) -> list[dict]:
     Raises:
         InputError: the image is missing or has a suffix that can't be read.
     """
-    path = os.path.abspath(Path(image).expanduser())
+    path = os.path.abspath(os.path.expanduser(image))
     if fault := _file_fault(path, folder=True):
         raise InputError(f"image: {fault}")
     name = Path(path).name

@@ -43,6 +43,7 @@ _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _AIR_HU = -1024.0
 _OFF_STEP = 0.1  # of the slice spacing: what a position may be off
 _TILT_DEGREES = 0.5  # less moves the ends of a chest by 2 mm
+LARGEST_TILT = 31.0  # the gantry of a scanner tilts by up to 30
 _LARGEST_PIXELS = 4096  # a side; more than any CT has, and few enough to allocate
 _LUNGS_MM = 200.0  # a shorter stack doesn't hold the lungs of an adult
 _FINE_MM = 1.0  # thinner slices gain nothing
@@ -173,6 +174,11 @@ class Series:
             return "its slices are of different patients (expected one)"
         if len(self.places) < 3:
             return f"its {len(self.slices)} slices are at {_count(len(self.places), 'position')} (expected at least 3)"
+        if self.tilt > LARGEST_TILT:
+            return (
+                f"ImagePositionPatient advances at {self.tilt:.0f} degrees to the slices' normal by ImageOrientationPatient "
+                f"(expected at most {LARGEST_TILT:g}, a tilted gantry)"
+            )
         positions = np.array([place[0].position for place in self.places])
         along = positions @ self.normal
         gaps = np.diff(along)
@@ -549,7 +555,8 @@ def _text(header: pydicom.Dataset, keyword: str) -> str:
 def _without_name(text: str, name: str) -> str:
     """Free text, which is shown, without the words of the patient's name, which must not be."""
     words = [re.escape(word) for word in re.split(r"[\^=,\s]+", name) if len(word) > 1]
-    return re.sub(rf"\b({'|'.join(words)})\b", "***", text, flags=re.IGNORECASE) if words else text
+    letter = r"[^\W\d_]"  # a digit or an underscore ends a word, too
+    return re.sub(rf"(?<!{letter})({'|'.join(words)})(?!{letter})", "***", text, flags=re.IGNORECASE) if words else text
 
 
 def _numbers(header: pydicom.Dataset, keyword: str, count: int) -> tuple[float, ...] | None:

@@ -8,13 +8,15 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pydicom
+from pydicom.errors import InvalidDicomError
 
 from bundle.data.cohort import IMAGE_SUFFIXES, MASK_COLUMNS, read_table
 from bundle.data.contours import read_region, referenced_series, region_names, region_numbers
@@ -154,18 +156,34 @@ def scan_row(patient: str, images: Path, masks: Path, region: str | None) -> dic
     if not folder.is_dir():
         return _files(patient, images)
     stacks = list_series(folder)
-    drawn = _drawn(stacks, region) if region else None
+    with _malformed(patient, region):
+        drawn = _drawn(stacks, region) if region else None
     series = _drawn_on(drawn, stacks, patient) if drawn else choose_series(stacks, f"patient {patient}")
     row = {"image": str(_folder_of(series, stacks, patient))}
     if drawn:
         path = masks / f"{patient}_{tidy(region)}.nii.gz"
         if not _fits(path, series):
-            _write_mask(path, read_region(drawn, region, series))
+            with _malformed(patient, region):
+                mask = read_region(drawn, region, series)
+            _write_mask(path, mask)
         row["gt_mask"] = str(path)
     elif region:
-        found = sorted({name for s in _region_files(stacks) for name in region_names(s).values()})
+        with _malformed(patient, region):
+            found = sorted({name for s in _region_files(stacks) for name in region_names(s).values()})
         _log.warning("patient %s: no region %s (found: %s), so no gt_mask", patient, region, ", ".join(found) or "none")
     return row
+
+
+@contextmanager
+def _malformed(patient: str, region: str | None) -> Iterator[None]:
+    """An RTSTRUCT or SEG that lacks what it must have, or has something else, is the fault of one patient."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, InvalidDicomError) as error:
+        what = f"the RTSTRUCT or SEG for {region} is malformed: {error} (expected contours or segments of the region)"
+        raise InputError(f"patient {patient}: {what}") from error
 
 
 def tidy(name: str) -> str:

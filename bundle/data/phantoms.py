@@ -58,6 +58,13 @@ class PhantomParams:
         for name, value in vars(self).items():
             if isinstance(value, tuple) and not (0 < value[1] >= value[0] >= 0 and (value[0] > 0 or "count" in name)):
                 raise InputError(f"{name} is {value}; expected a range of two positive numbers, the smaller first.")
+        # Times must stay above 0, and spheres within the cube.
+        most = {"central_radius": 33, "corner_radius": 34, "sphere_radius": 31, "small_radius": 31, "lesion_radius": 31}
+        for name, radius in most.items():
+            if (value := getattr(self, name))[1] > radius:
+                raise InputError(f"{name} is {value}; expected at most {radius} voxels of a cube of 64.")
+        if self.bubble_layers[1] >= self.size / 2:
+            raise InputError(f"bubble_layers is {self.bubble_layers}; expected fewer than half the {self.size} voxels a side.")
 
     @property
     def scale(self) -> float:

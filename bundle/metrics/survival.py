@@ -286,7 +286,7 @@ def mean_time_censored(predicted: Tensor, event: Tensor) -> float | None:
 
 
 class SurvivalMetric(CumulativeIterationMetric):
-    """Survival metrics of a cohort with bootstrap intervals over patients.
+    """Survival metrics of a cohort with bootstrap intervals over scans, each taken for a patient of its own.
 
     `SurvivalMetric()(y_pred=pmf, y=outcome)` is all that MONAI's `IgniteMetricHandler` needs; `patient_id` adds names
     to the table, and patients that come twice (from a distributed sampler) are scored once.

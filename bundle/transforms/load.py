@@ -16,7 +16,7 @@ from monai.transforms import MapTransform
 from monai.utils import SpaceKeys, convert_to_tensor
 from torch import Tensor
 
-from bundle.data.dicom import read_dicom
+from bundle.data.dicom import LARGEST_TILT, read_dicom
 from bundle.data.scan_file import check_scan_file
 from bundle.errors import InputError
 
@@ -25,7 +25,6 @@ __all__ = ["LoadCTd", "check_hu"]
 _AIR_HU = -1024  # padding outside the field of view (-2048, -3024) becomes air
 _SPACING_MM = (0.1, 20.0)
 _LARGEST_M3 = 1.0  # a table's width, height and length; what a scan takes once resampled is bounded by it
-_SHEAR_DEGREES = 31.0  # the gantry of a scanner tilts by up to 30
 _HU_RANGE = (-4000.0, 32000.0)
 _SAMPLE = 1_000_000  # voxels that the histogram checks look at
 
@@ -151,6 +150,8 @@ def _read(path: str, where: str, series: str | None = None) -> MetaTensor:
             raise InputError(f"{where}: cannot be read, truncated or damaged (expected a whole scan)") from error
         # MONAI lets pixdim overrule an sform that contradicts it; the standard, and every viewer, goes by the sform.
         affine = nib.load(path).affine if is_nifti else meta["affine"]
+        if is_nifti and not any(nib.load(path).header[f"{form}_code"] for form in ("sform", "qform")):
+            notes.append("the NIfTI doesn't say how the scan lies (sform and qform code 0): left and right are a guess")
 
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
@@ -172,8 +173,8 @@ def _read(path: str, where: str, series: str | None = None) -> MetaTensor:
         expected = f"{_SPACING_MM[0]:g} to {_SPACING_MM[1]:g}"
         raise InputError(f"{where}: its spacing is {_by(spacing)} mm (expected {expected} mm)")
     shear = np.degrees(np.arccos(min(1.0, abs(np.linalg.det(affine[:3, :3] / spacing)))))
-    if shear > _SHEAR_DEGREES:
-        expected = f"expected at most {_SHEAR_DEGREES:g}, a tilted gantry"
+    if shear > LARGEST_TILT:
+        expected = f"expected at most {LARGEST_TILT:g}, a tilted gantry"
         raise InputError(f"{where}: its affine {_rows(affine)} is sheared by {shear:.0f} degrees ({expected})")
     extent = spacing * array.shape
     if extent.prod() > _LARGEST_M3 * 1e9:
