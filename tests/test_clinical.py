@@ -158,11 +158,11 @@ def test_encodings_from_settings_json_are_the_same_to_the_last_bit():
 
 def test_only_training_rows_are_fitted(tmp_path):
     rng = np.random.default_rng(0)
-    (tmp_path / "a.nii.gz").touch()
     rows = [["patient_id", "image", "time", "event", "split", "age", "sex"]]
     for i in range(20):
+        (tmp_path / f"p{i}.nii.gz").touch()
         age, sex = rng.normal(60, 9), rng.choice(["f", "m"])
-        rows.append([f"p{i}", "a.nii.gz", 10 + i, 1, ("train", "train", "val", "test")[i % 4], age, sex])
+        rows.append([f"p{i}", f"p{i}.nii.gz", 10 + i, 1, ("train", "train", "val", "test")[i % 4], age, sex])
 
     def encodings(rows) -> tuple[dict, list]:
         (tmp_path / "c.csv").write_text("\n".join(",".join(map(str, row)) for row in rows))
