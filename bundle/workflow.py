@@ -184,7 +184,7 @@ def share_of_window(hu: list[float] | None, hu_window: list[float]) -> list[floa
 
 class ScanEvaluator(SupervisedEvaluator):
     """An evaluator of the scans of a stream that goes on when one can't be predicted, for lack of memory perhaps: the stream
-    notes what was wrong. What can't be written, an :class:`InputError`, ends the run.
+    notes what was wrong. An :class:`InputError` is the run's fault rather than a scan's, and ends it.
 
     Args:
         stream: of the scans.
@@ -201,7 +201,8 @@ class ScanEvaluator(SupervisedEvaluator):
         except InputError:
             raise
         except Exception as e:
-            self.stream.note(batchdata["patient_id"][0], unforeseen(batchdata["patient_id"][0], e, "predicting"))
+            for patient in batchdata["patient_id"]:
+                self.stream.note(patient, unforeseen(patient, e, "predicting"))
             return []
 
 
@@ -217,10 +218,7 @@ def fill_caches(*datasets: ScanCache, jobs: int = 0) -> None:
     if not first:
         idist.barrier()
     for dataset in datasets:
-        given = len(dataset.data)
         dataset.fill(jobs, partial(tqdm, desc="preprocessing", unit="scan", disable=not first))
-        if not dataset.data:
-            raise InputError(f"none of the {given} scans of a part of the cohort can be used: train and val need some each.")
     if first:
         idist.barrier()
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import io
 import json
 import os
@@ -253,7 +252,7 @@ class Runner:
         overrides = dict(VARIANTS[variant])
         config = ["configs/train.json"] + ([] if complexity == 9 else ["configs/cohort/phantom.json"])
         config += overrides.pop("config", [])
-        settings = hashlib.sha256(json.dumps([*(Path(file).read_text() for file in config), VARIANTS[variant]]).encode()).hexdigest()
+        settings = {"configs": {name: file_sha256(name) for name in config}, "overrides": VARIANTS[variant]}
         phantoms = self.phantoms(complexity, size, train_scans, seed, overrides.pop("phantoms", {}))
         folder = self.work / "runs" / name_of_run(complexity, size, variant, train_scans, seed)
         done = folder / TRAINED

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -36,6 +37,14 @@ def _seed():
 def write_scan(path: Path, hu: np.ndarray, affine: np.ndarray | None = None) -> None:
     """Write an int16 NIfTI, by default with 3 mm voxels."""
     nib.save(nib.Nifti1Image(hu.astype(np.int16), np.diag([3.0, 3, 3, 1]) if affine is None else affine), path)
+
+
+def absolute_table(cohort: Path) -> pd.DataFrame:
+    """The table of a cohort for a CSV elsewhere: with absolute paths."""
+    table = pd.read_csv(cohort)
+    for column in ("image", "gt_mask", "confounder_mask"):
+        table[column] = [str(cohort.parent / name) for name in table[column]]
+    return table
 
 
 @pytest.fixture(scope="session")

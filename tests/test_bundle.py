@@ -32,7 +32,7 @@ from bundle.settings import file_sha256
 from bundle.survival import OBJECTIVES
 from bundle.workflow import location_range, share_of_window, softmin_beta
 
-from .conftest import write_scan
+from .conftest import absolute_table, write_scan
 
 TRAIN = ["configs/train.json", "configs/cohort/phantom.json"]
 SMALL = {"network_def#dim": 16, "network_def#num_heads": 2, "batch_size": 4, "max_epochs": 4, "val_interval": 1}
@@ -162,9 +162,7 @@ def test_every_objective_trains_infers_and_evaluates(name, tiny_cohort, tmp_path
 
 
 def test_training_scans_without_deaths_teach_cox_nothing(tiny_cohort, tmp_path):
-    table = pd.read_csv(tiny_cohort)
-    for column in ("image", "gt_mask", "confounder_mask"):
-        table[column] = [str(tiny_cohort.parent / name) for name in table[column]]
+    table = absolute_table(tiny_cohort)
     table["split"] = ["val" if event else "train" for event in table.event]
     table.to_csv(tmp_path / "c.csv", index=False)
     with pytest.raises(InputError, match="none of the 8 training scans has event 1"):
@@ -293,10 +291,8 @@ def test_patience_stops_early_and_stays_stopped(tiny_cohort, tmp_path):
 
 
 def test_folds_leave_their_own_scans_out(tiny_cohort, tmp_path):
-    table = pd.read_csv(tiny_cohort)
+    table = absolute_table(tiny_cohort)
     table["fold"] = [i // 2 % 4 for i in range(len(table))]
-    for column in ("image", "gt_mask", "confounder_mask"):
-        table[column] = [str(tiny_cohort.parent / name) for name in table[column]]
     table.to_csv(tmp_path / "folds.csv", index=False)
     model = train(tmp_path / "folds.csv", tmp_path / "run", fold=1, max_epochs=1)
     assert len(json.loads((model.parent / "settings.json").read_text())["trained_on"]) == 16
@@ -428,9 +424,7 @@ def test_evaluation_scores_unseen_scans_and_the_maps_of_other_tools(tiny_cohort,
     files = sorted(p.name for p in (tmp_path / "other").iterdir())
     assert files == ["metrics.json", "metrics_per_scan.csv", "report.html"]
     # A survivor without a mask counts, as it does where the maps are our own.
-    table = pd.read_csv(tiny_cohort)
-    for column in ("image", "gt_mask", "confounder_mask"):
-        table[column] = [str(tiny_cohort.parent / name) for name in table[column]]
+    table = absolute_table(tiny_cohort)
     table.loc[table.event == 0, "gt_mask"] = None
     table.to_csv(tmp_path / "sparse.csv", index=False)
     run("configs/evaluate.json", cohort=str(tmp_path / "sparse.csv"), maps_dir=str(maps), output_dir=str(tmp_path / "sparse"))
@@ -494,9 +488,7 @@ def test_missing_options_unwritable_folders_and_full_disks_are_one_sentence(tiny
 
 
 def test_a_bad_scan_stops_training_unless_skipped(tiny_cohort, tmp_path):
-    table = pd.read_csv(tiny_cohort)
-    for column in ("image", "gt_mask", "confounder_mask"):
-        table[column] = [str(tiny_cohort.parent / name) for name in table[column]]
+    table = absolute_table(tiny_cohort)
     write_scan(tmp_path / "picture.nii.gz", np.random.default_rng(0).integers(0, 255, (16, 16, 16)))
     table.loc[3, "image"] = str(tmp_path / "picture.nii.gz")
     table["split"] = ["val" if i % 4 == 0 else "train" for i in range(16)]

@@ -30,6 +30,8 @@ from bundle.networks.heads import HEADS
 from bundle.survival import CenTime, patient_numbers
 from bundle.workflow import training_cohort
 
+from .conftest import absolute_table
+
 COLUMNS = {"age": "numeric", "sex": "categorical", "fvc": "numeric", "smoking": "categorical"}
 
 
@@ -415,9 +417,7 @@ def fit(cohort, folder, config=TRAIN, **override) -> Path:
 def cohort(tiny_cohort, tmp_path_factory) -> Path:
     """The tiny cohort with the columns of a fibrosis study: FVC knows the outcome, DLCO is missing in some."""
     rng = np.random.default_rng(0)
-    table = pd.read_csv(tiny_cohort)
-    for column in ("image", "gt_mask", "confounder_mask"):
-        table[column] = [str(tiny_cohort.parent / name) for name in table[column]]
+    table = absolute_table(tiny_cohort)
     n = len(table)
     table["age"] = rng.normal(65, 8, n).round(1)
     table["fvc_percent"] = (60 + 30 * (1 - table.event) + table.time / 3 + rng.normal(0, 2, n)).round(1)

@@ -29,6 +29,7 @@ from bundle.settings import file_sha256, read_settings
 from bundle.survival import CenTime, Cox
 from scripts import cross_validate, jobs
 
+from .conftest import absolute_table
 from .test_bundle import run
 
 SMALL = "--network_def#dim 8 --network_def#num_heads 2 --network_def#depth 1 --max_epochs 1 --shifts 1 --refine false"
@@ -340,9 +341,7 @@ def test_members_take_their_own_part_of_the_clinical_vector(tmp_path):
 @pytest.fixture
 def cohort(tiny_cohort, tmp_path):
     """The tiny cohort, of whose patients two have two scans."""
-    table = pd.read_csv(tiny_cohort)
-    for column in ("image", "gt_mask", "confounder_mask"):
-        table[column] = [str(tiny_cohort.parent / name) for name in table[column]]
+    table = absolute_table(tiny_cohort)
     table.loc[5, "patient_id"], table.loc[8, "patient_id"] = "p3", "p2"
     table.to_csv(tmp_path / "cohort.csv", index=False)
     return tmp_path / "cohort.csv"

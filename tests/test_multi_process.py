@@ -21,6 +21,8 @@ from monai.transforms import Compose
 from bundle.data.datasets import EventSampler
 from bundle.distributed import RankBatches
 
+from .conftest import absolute_table
+
 SMALL = ("--network_def#dim", "16", "--network_def#num_heads", "2", "--max_epochs", "3", "--val_interval", "1")
 
 
@@ -58,9 +60,7 @@ def test_scans_that_come_several_times_in_a_batch_all_count(monkeypatch):
 
 def test_two_processes_train_and_evaluate_as_one(root, tiny_cohort, tmp_path):
     # 13 scans to train on: the last of the batches of 4 has one scan, and one process none. One scan is smaller.
-    table = pd.read_csv(tiny_cohort)
-    for column in ("image", "gt_mask", "confounder_mask"):
-        table[column] = [str(tiny_cohort.parent / name) for name in table[column]]
+    table = absolute_table(tiny_cohort)
     smaller = nib.load(table["image"][1])
     nib.save(smaller.slicer[:14, :13, :11], tmp_path / "smaller.nii.gz")
     table.loc[1, ["image", "gt_mask", "confounder_mask"]] = [str(tmp_path / "smaller.nii.gz"), None, None]

@@ -547,7 +547,7 @@ def test_a_patch_that_is_half_lung_counts_half_and_none_without(beta):
     moved, log_weight = softmin_head(location, lung, torch.tensor(beta), True)
     exact = location.double()
     expected = -math.log(float((lung * (-beta * exact).exp()).sum() / lung.sum())) / beta
-    assert float((moved * log_weight.exp()).sum()) == pytest.approx(expected, rel=1e-4)
+    assert float((moved * log_weight.exp()).sum()) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("head", HEADS)

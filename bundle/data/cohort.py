@@ -101,10 +101,8 @@ def read_cohort(
                 record[column] = os.path.abspath(path.parent / os.path.expanduser(row[column]))
         if "image" in record:
             first, other = part_of.setdefault(record["image"], (line, record))
-            for column in ("split", "fold"):
-                if record.get(column) != other.get(column) and patient != other.get("patient_id"):
-                    what = f"{record.get(column)}, but {other.get(column)} for the same image in row {first}"
-                    wrong.append(f"column {column}: {what} (expected an image in one part)")
+            if patient != other.get("patient_id"):
+                wrong += _part_faults(record, first, other, "image", "an image in one part")
         if record.get("patient_id"):
             others = scans_of.setdefault(record["patient_id"], [])
             wrong += _repetition_faults(record, others)
@@ -299,12 +297,18 @@ def _repetition_faults(record: dict, others: list[tuple[int, dict]]) -> list[str
             what = f"{record['patient_id']!r} is in row {line} too, with the same image (expected one row a scan)"
             wrong.append(f"column patient_id: {what}")
             break
-    for column in ("split", "fold"):
-        if others and record.get(column) != others[0][1].get(column):
-            line, other = others[0]
-            what = f"{record.get(column)}, but {other.get(column)} for the same patient in row {line}"
-            wrong.append(f"column {column}: {what} (expected all scans of a patient in one)")
+    if others:
+        wrong += _part_faults(record, *others[0], "patient", "all scans of a patient in one")
     return wrong
+
+
+def _part_faults(record: dict, line: int, other: dict, same: str, expected: str) -> list[str]:
+    """What is wrong if a row and the one of `line`, which have the same patient or image, are in other splits or folds."""
+    return [
+        f"column {column}: {record.get(column)}, but {other.get(column)} for the same {same} in row {line} (expected {expected})"
+        for column in ("split", "fold")
+        if record.get(column) != other.get(column)
+    ]
 
 
 def _name_scans(scans_of: dict[str, list[tuple[int, dict]]]) -> list[str]:

@@ -184,7 +184,7 @@ class ScanCache(PersistentDataset):
             how many scans were not in the cache.
 
         Raises:
-            InputError: the faults of all bad scans, unless they are skipped.
+            InputError: the faults of all bad scans, unless they are skipped; none is left.
         """
         remove_leftovers(self.cache_dir)
         loader = torch.utils.data.DataLoader(_Filling(self), batch_size=None, num_workers=jobs)
@@ -199,6 +199,10 @@ class ScanCache(PersistentDataset):
             raise InputError("; ".join(faults) + " (--on_fault skip trains without such scans).")
         for fault in faults:
             logger.warning(f"left out: {fault}")
+        if not good:
+            raise InputError(
+                f"none of the {len(faults)} scans of a part of the cohort can be used: train and val need some each."
+            )
         self.data = good
         return made
 
@@ -219,7 +223,7 @@ class _Filling(Dataset):
             new = not self.cache.file({"cache_key": key}).is_file()
             self.cache._cachecheck({**record, "cache_key": key})
         except Exception as e:
-            return "", False, str(input_error_of(e) or unforeseen(record["patient_id"], e))
+            return "", False, _sentence(record["patient_id"], e)
         return key, new, ""
 
 
@@ -264,7 +268,12 @@ class EventSampler(Sampler[int]):
         return iter([row for _, row in sorted(order)])
 
 
-def unforeseen(patient: str, error: BaseException, doing: str = "reading or preprocessing") -> str:
+def _sentence(patient: str, error: Exception) -> str:
+    """What is wrong with a scan that couldn't be read or preprocessed."""
+    return str(input_error_of(error) or unforeseen(patient, error, "reading or preprocessing"))
+
+
+def unforeseen(patient: str, error: BaseException, doing: str) -> str:
     """One sentence on an error that no check foresaw: the first, as MONAI's around it say no more than where."""
     while error.__cause__ is not None:
         error = error.__cause__
@@ -317,8 +326,7 @@ class ScanStream(IterableDataset):
         try:
             return self.transform(record), ""
         except Exception as e:  # one scan's failure, of whatever kind, must not end the run
-            fault = input_error_of(e)
-            sentence = str(fault) if fault else unforeseen(record["patient_id"], e)
+            sentence = _sentence(record["patient_id"], e)
             logger.warning(sentence)
             return None, sentence
 

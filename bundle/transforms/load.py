@@ -149,8 +149,9 @@ def _read(path: str, where: str, series: str | None = None) -> MetaTensor:
         except Exception as error:  # each reader has its own kinds
             raise InputError(f"{where}: cannot be read, truncated or damaged (expected a whole scan)") from error
         # MONAI lets pixdim overrule an sform that contradicts it; the standard, and every viewer, goes by the sform.
-        affine = nib.load(path).affine if is_nifti else meta["affine"]
-        if is_nifti and not any(nib.load(path).header[f"{form}_code"] for form in ("sform", "qform")):
+        nifti = nib.load(path) if is_nifti else None
+        affine = nifti.affine if nifti else meta["affine"]
+        if nifti and not (nifti.header["sform_code"] or nifti.header["qform_code"]):
             notes.append("the NIfTI doesn't say how the scan lies (sform and qform code 0): left and right are a guess")
 
     while array.ndim > 3 and array.shape[-1] == 1:
