@@ -2,4 +2,4 @@
 # SPDX-License-Identifier: Apache-2.0
 """Survival Map: survival times and where in the lung they come from, learnt from CT and censored times alone."""
 
-from . import fast_gzip  # noqa: F401
+from bundle import fast_gzip

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import os
 import socket
 import threading
@@ -18,7 +19,16 @@ import torch
 
 from bundle.errors import InputError
 
-__all__ = ["DamagedFile", "load_checked", "remove_leftovers", "save_checked", "write_atomically", "write_text"]
+__all__ = [
+    "DamagedFile",
+    "file_sha256",
+    "load_checked",
+    "remove_leftovers",
+    "save_checked",
+    "write_atomically",
+    "write_json",
+    "write_text",
+]
 
 _TEMPORARY = f".tmp-{socket.gethostname()}-"
 _MARK = b"sha256:"
@@ -115,3 +125,14 @@ def load_checked(path: str | Path) -> Any:
     if bytes(trailer) != _MARK + hashlib.sha256(body).hexdigest().encode():
         raise DamagedFile(f"{path} is damaged: its checksum is wrong or missing")
     return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2) + "\n")

@@ -40,14 +40,14 @@ from tqdm import tqdm
 from bundle.data import cross_validation_parts, fit_clinical, patient_of, read_cohort
 from bundle.data.cohort import MASK_COLUMNS
 from bundle.errors import InputError
-from bundle.files import write_text
+from bundle.files import file_sha256, write_json, write_text
 from bundle.metrics import LocalisationMetric, SurvivalMetric
 from bundle.metrics.bootstrap import draw_patients, paired_difference
-from bundle.settings import differences, file_sha256, write_json
+from bundle.run.settings import differences
+from bundle.run.start import exit_on_sigterm, flag, make_folder
 from bundle.survival import OBJECTIVES
-from bundle.workflow import exit_on_sigterm, flag, make_folder
 
-from .jobs import literal, locked, run_jobs, run_module, threads_of
+from scripts.jobs import literal, locked, run_jobs, run_module, threads_of
 
 BASELINES = ("clinical_only", "image_only")
 OWN = ("cohort", "fold", "split", "ckpt_dir", "output_dir", "resume", "seed", "objective", "ckpt", "maps_dir")

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from bundle.data.cohort import read_cohort
-from bundle.data.layouts import LAYOUTS, UNITS, Layout, read_clinical, scan_row
 from bundle.errors import InputError
 from bundle.files import write_atomically
+from bundle.reading.layouts import LAYOUTS, UNITS, Layout, read_clinical, scan_row
 
 _log = logging.getLogger(__name__)
 

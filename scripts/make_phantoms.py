@@ -18,18 +18,11 @@ import numpy as np
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from bundle.data.phantoms import (
-    COMPLEXITIES,
-    Chest,
-    Phantom,
-    PhantomCohort,
-    PhantomParams,
-    fibrosis_covariates,
-    make_phantom,
-)
 from bundle.errors import InputError
-from bundle.files import write_atomically, write_text
-from bundle.settings import write_json
+from bundle.files import write_atomically, write_json, write_text
+from bundle.phantoms.chest import Chest
+from bundle.phantoms.cohort import COMPLEXITIES, PhantomCohort, fibrosis_covariates, make_phantom
+from bundle.phantoms.cubes import Phantom, PhantomParams
 
 WHAT = """\
 complexity  what those who die have (survivors are censored at 99 months)

@@ -16,12 +16,12 @@ from typing import Any
 from monai.bundle import ConfigParser
 from tqdm import tqdm
 
+from bundle.data.cache import ScanCache
 from bundle.data.cohort import read_cohort
-from bundle.data.datasets import ScanCache
 from bundle.errors import InputError
-from bundle.workflow import begin, make_folder
+from bundle.run.start import begin, make_folder
 
-from .jobs import literal
+from scripts.jobs import literal
 
 SAMPLE = 3  # scans on which reading is timed
 

@@ -31,8 +31,8 @@ import torch
 from pydicom.dataset import Dataset
 
 from bundle.data import read_cohort
-from bundle.data.scan_file import MOST_VOXELS
 from bundle.errors import InputError
+from bundle.reading.scan_file import MOST_VOXELS
 from bundle.transforms import threshold_lung_mask
 
 from .dicom_files import write_series

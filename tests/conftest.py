@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+
+from .commands import train
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,3 +71,22 @@ def tiny_cohort(tmp_path_factory) -> Path:
         rows.append(f"p{i},p{i}.nii.gz,{time},{event},p{i}_gt.nii.gz,p{i}_confounder.nii.gz,{50 + i}")
     (folder / "cohort.csv").write_text("\n".join(rows) + "\n")
     return folder / "cohort.csv"
+
+
+@pytest.fixture(autouse=True)
+def _in_root(root, monkeypatch):
+    monkeypatch.chdir(root)
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_cohort, tmp_path_factory, root) -> Path:
+    """Weights of a short training run on the tiny cohort."""
+    with contextlib.chdir(root):
+        return train(tiny_cohort, tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="session")
+def localising(tiny_cohort, tmp_path_factory, root) -> Path:
+    """Weights of a run that is long enough to find the bright block."""
+    with contextlib.chdir(root):
+        return train(tiny_cohort, tmp_path_factory.mktemp("localising"), max_epochs=60)

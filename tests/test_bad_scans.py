@@ -12,9 +12,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from bundle.data import scan_file
-from bundle.data.scan_file import check_scan_file
 from bundle.errors import InputError
+from bundle.reading import scan_file
+from bundle.reading.scan_file import check_scan_file
 from bundle.transforms import LoadCTd
 
 from . import bad_scans

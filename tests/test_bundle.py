@@ -4,11 +4,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -23,60 +21,18 @@ import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from bundle.data.datasets import EventSampler
-from bundle.errors import InputError, input_error_of
-from bundle.explain import GridShiftInferer
+from bundle.data.sampler import EventSampler
+from bundle.errors import InputError
+from bundle.files import file_sha256
+from bundle.maps import GridShiftInferer
 from bundle.networks import network_from
 from bundle.networks.heads import softmin_head
-from bundle.settings import file_sha256
+from bundle.run.scans import share_of_window
 from bundle.survival import OBJECTIVES
-from bundle.workflow import location_range, share_of_window, softmin_beta
+from bundle.survival.priors import location_range, softmin_beta
 
+from .commands import TRAIN, command_line, run, train
 from .conftest import absolute_table, write_scan
-
-TRAIN = ["configs/train.json", "configs/cohort/phantom.json"]
-SMALL = {"network_def#dim": 16, "network_def#num_heads": 2, "batch_size": 4, "max_epochs": 4, "val_interval": 1}
-
-
-@pytest.fixture(autouse=True)
-def _in_root(root, monkeypatch):
-    monkeypatch.chdir(root)
-
-
-def run(config, **override) -> None:
-    """`monai.bundle run` in this process; an :class:`InputError` comes out unwrapped."""
-    hook = sys.excepthook
-    try:
-        monai.bundle.run(config_file=config, **override)
-    except Exception as e:
-        raise input_error_of(e) or e
-    finally:
-        sys.excepthook = hook
-
-
-def train(cohort, folder, config=TRAIN, **override) -> Path:
-    run(config, cohort=str(cohort), ckpt_dir=str(folder), output_dir=str(folder), **{**SMALL, **override})
-    return Path(folder) / "model.pt"
-
-
-def command_line(*args: str) -> subprocess.CompletedProcess:
-    """The same as a user types it, in a process of its own."""
-    command = [sys.executable, "-m", "monai.bundle", "run", *args]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
-
-
-@pytest.fixture(scope="session")
-def trained(tiny_cohort, tmp_path_factory, root) -> Path:
-    """Weights of a short training run on the tiny cohort."""
-    with contextlib.chdir(root):
-        return train(tiny_cohort, tmp_path_factory.mktemp("trained"))
-
-
-@pytest.fixture(scope="session")
-def localising(tiny_cohort, tmp_path_factory, root) -> Path:
-    """Weights of a run that is long enough to find the bright block."""
-    with contextlib.chdir(root):
-        return train(tiny_cohort, tmp_path_factory.mktemp("localising"), max_epochs=60)
 
 
 def test_train_leaves_weights_settings_and_what_resuming_needs(trained):
@@ -98,7 +54,7 @@ def test_train_leaves_weights_settings_and_what_resuming_needs(trained):
 
 
 def test_a_stopped_run_goes_on_to_the_very_same_weights(tiny_cohort, tmp_path, trained, monkeypatch):
-    from bundle.handlers import RunCheckpoint
+    from bundle.run import RunCheckpoint
 
     save = RunCheckpoint.save
 
@@ -124,7 +80,7 @@ def test_a_stopped_run_goes_on_to_the_very_same_weights(tiny_cohort, tmp_path, t
 def test_a_stopped_run_of_another_objective_goes_on_to_the_very_same_bits(
     name, override, tiny_cohort, tmp_path, monkeypatch
 ):
-    from bundle.handlers import RunCheckpoint
+    from bundle.run import RunCheckpoint
 
     config = [*TRAIN, f"configs/objective/{name}.json"]
     save = RunCheckpoint.save
@@ -173,7 +129,7 @@ def test_training_scans_without_deaths_teach_cox_nothing(tiny_cohort, tmp_path):
 
 
 def test_a_run_stopped_while_finishing_finishes_to_the_very_same_weights(tiny_cohort, tmp_path, trained, monkeypatch):
-    from bundle.handlers import RunCheckpoint
+    from bundle.run import RunCheckpoint
 
     with monkeypatch.context() as patch:
         patch.setattr(RunCheckpoint, "end", lambda self, engine: None)
@@ -187,7 +143,7 @@ def test_a_run_stopped_while_finishing_finishes_to_the_very_same_weights(tiny_co
 
 
 def test_weights_from_before_the_schedules_have_settled_are_not_the_best(tiny_cohort, tmp_path, trained, monkeypatch):
-    from bundle.handlers import RunCheckpoint
+    from bundle.run import RunCheckpoint
 
     save = RunCheckpoint.save
 
@@ -202,7 +158,7 @@ def test_weights_from_before_the_schedules_have_settled_are_not_the_best(tiny_co
 
 
 def test_an_epoch_that_undoes_what_was_learnt_is_taken_back(tiny_cohort, tmp_path, monkeypatch):
-    from bundle.handlers import RunCheckpoint
+    from bundle.run import RunCheckpoint
 
     save = RunCheckpoint.save
     losses, weights = [], []
@@ -547,7 +503,7 @@ def test_wandb_offline_by_one_override(tiny_cohort, tmp_path):
 def test_freed_memory_is_kept_for_the_next_array(root):
     code = """
 import resource, statistics, sys, torch
-from bundle.workflow import begin
+from bundle.run import begin
 if sys.argv[1] == "begin":
     begin()
 faults = []

@@ -14,16 +14,14 @@ import torch
 from monai.transforms import Compose, CropForegroundd, Flipd, Orientationd, ScaleIntensityRanged, SelectItemsd, Spacingd
 
 from bundle.data import read_cohort
-from bundle.data.datasets import CODE, ScanCache, content_digest
+from bundle.data.cache import CODE, ScanCache, content_digest, fill_caches
 from bundle.errors import InputError
 from bundle.files import load_checked
 from bundle.transforms import LoadCTd, LungMaskd, RandOrigind
-from bundle.workflow import fill_caches
 from scripts import preprocess
 
+from .commands import TRAIN, train
 from .conftest import write_scan
-from .test_bundle import TRAIN, train
-from .test_bundle import _in_root, trained  # noqa: F401  fixtures
 
 
 def transforms(spacing=3.0, low=-1000.0, method="none", weights=None, pad=0):

@@ -27,8 +27,8 @@ from bundle.data.clinical import clinical_kinds, em_step, fill_in, fit_gaussian
 from bundle.errors import InputError, input_error_of
 from bundle.networks import ClinicalNet, SurvivalMapNet, network_from
 from bundle.networks.heads import HEADS
+from bundle.run.scans import training_cohort
 from bundle.survival import CenTime, patient_numbers
-from bundle.workflow import training_cohort
 
 from .conftest import absolute_table
 
@@ -390,11 +390,6 @@ TRAIN = ["configs/train.json", "configs/cohort/phantom.json", "configs/clinical/
 CLINICAL_ONLY = [*TRAIN, "configs/network/clinical_only.json"]
 SHORT = {"batch_size": 4, "max_epochs": 3, "val_interval": 1}
 TINY = {"network_def#dim": 16, "network_def#num_heads": 2, **SHORT}
-
-
-@pytest.fixture(autouse=True)
-def _in_root(root, monkeypatch):
-    monkeypatch.chdir(root)
 
 
 def run(config, **override) -> None:

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from bundle.data.phantoms import PhantomParams, make_phantom
-from scripts.controls import first_slices, replaced
+from bundle.phantoms.cohort import make_phantom
+from bundle.phantoms.cubes import PhantomParams
+from scripts.research.controls import first_slices, replaced
 
 
 def test_a_share_of_the_lesion_grows_slice_by_slice_from_nothing_to_all():

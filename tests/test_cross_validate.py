@@ -19,28 +19,24 @@ import torch
 from monai.data import MetaTensor
 
 from bundle.data import cross_validation_parts, encode_clinical, patient_of, read_cohort, stratified_folds
-from bundle.ensemble import joint_settings, member_files, member_networks
 from bundle.errors import InputError
-from bundle.explain import EnsembleToHeatd, MapToHeatd
+from bundle.files import file_sha256
+from bundle.maps import EnsembleToHeatd, MapToHeatd
 from bundle.metrics.bootstrap import draw_patients, paired_difference
 from bundle.networks import SurvivalMapNet
-from bundle.parallel_inference import run_parallel
-from bundle.settings import file_sha256, read_settings
+from bundle.run.ensemble import joint_settings, member_files, member_networks
+from bundle.run.parallel import run_parallel
+from bundle.run.settings import read_settings
 from bundle.survival import CenTime, Cox
 from scripts import cross_validate, jobs
 
+from .commands import run
 from .conftest import absolute_table
-from .test_bundle import run
 
 SMALL = "--network_def#dim 8 --network_def#num_heads 2 --network_def#depth 1 --max_epochs 1 --shifts 1 --refine false"
 
 
 MODELS = {"centime": "centime", "clinical_only": "clinical_only_centime"}  # and their folders
-
-
-@pytest.fixture(autouse=True)
-def _in_root(root, monkeypatch):
-    monkeypatch.chdir(root)
 
 
 @pytest.fixture

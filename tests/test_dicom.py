@@ -17,10 +17,10 @@ from pydicom.encaps import encapsulate, generate_frames
 from pydicom.uid import JPEGLSLossless, RLELossless, generate_uid
 from scipy import ndimage
 
-from bundle.data.dicom import _without_name, find_series, list_series, read_dicom, sharp_kernel, straighten
 from bundle.errors import InputError
+from bundle.reading.dicom import _without_name, find_series, list_series, read_dicom, sharp_kernel, straighten
+from bundle.run.scans import scans_to_infer
 from bundle.transforms import LoadCTd
-from bundle.workflow import scans_to_infer
 
 from .dicom_files import ct_slices, set_pixels, write_series, write_slices
 

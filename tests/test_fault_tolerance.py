@@ -19,15 +19,16 @@ import pandas as pd
 import pytest
 import torch
 
-from bundle.data.datasets import ScanStream, describe
+from bundle.data.cache import describe
+from bundle.data.stream import ScanStream
 from bundle.errors import InputError
-from bundle.files import DamagedFile, load_checked, remove_leftovers, save_checked, write_atomically
-from bundle.handlers import GradientClip, PredictionWriter, RunCheckpoint
-from bundle.handlers.training import folder_lock
-from bundle.settings import file_sha256
+from bundle.files import DamagedFile, file_sha256, load_checked, remove_leftovers, save_checked, write_atomically
+from bundle.handlers import GradientClip
+from bundle.run import PredictionWriter, RunCheckpoint
+from bundle.run.checkpoint import folder_lock
 from bundle.survival import SurvivalMapLoss
 
-from .test_bundle import _in_root, run, train, trained  # noqa: F401  fixtures among them
+from .commands import run, train
 
 
 @pytest.fixture(autouse=True)
@@ -329,6 +330,6 @@ def test_stopped_inference_goes_on_and_does_again_only_what_has_changed(tiny_coh
 
 @pytest.mark.kill
 def test_killed_runs_end_as_if_they_had_been_left_alone(root):
-    command = [sys.executable, "-m", "scripts.kill_test", "--kills", "2", "--sweep_kills", "1", "--seed", "1"]
+    command = [sys.executable, "-m", "scripts.research.kill_test", "--kills", "2", "--sweep_kills", "1", "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
     assert done.returncode == 0 and done.stdout.endswith("\n11 of 11\n"), done.stdout + done.stderr[-3000:]

@@ -20,7 +20,6 @@ from monai.data import MetaTensor
 from bundle.handlers import HistoryWriter, draw_training, report_evaluation, save_figure
 from bundle.handlers.evaluation import mask_cells
 from bundle.metrics import MapDistribution, SurvivalMetric
-from bundle.metrics.kaplan_meier import kaplan_meier, kaplan_meier_censoring, restricted_mean
 from bundle.report.figures import (
     calibration,
     kaplan_meier_by_risk,
@@ -30,6 +29,7 @@ from bundle.report.figures import (
     training_curves,
 )
 from bundle.report.pictures import svg
+from bundle.survival.kaplan_meier import kaplan_meier, kaplan_meier_censoring, restricted_mean
 
 FIGURES = ("calibration", "kaplan_meier_by_risk", "map_distribution", "predicted_against_real")
 

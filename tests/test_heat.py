@@ -19,8 +19,8 @@ from scipy.stats import entropy
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from bundle.explain import GridShiftInferer, mask_to_scan_space, patch_heat, to_scan_space, to_voxels
-from bundle.explain.grid_shift import appearance_ratio, bin_of, likelihood_ratio
+from bundle.maps import GridShiftInferer, mask_to_scan_space, patch_heat, to_scan_space, to_voxels
+from bundle.maps.refinement import appearance_ratio, bin_of, likelihood_ratio
 from bundle.networks import SurvivalMapNet
 from bundle.survival import death_by, log_pmf
 
@@ -446,7 +446,7 @@ def test_refinement_adds_the_less_the_less_a_map_says(monkeypatch):
     weight = even * torch.where(image > 0.9, torch.tensor([1.5, 200.0]).view(2, 1, 1, 1), 1.0)
     inside = torch.ones_like(image) > 0
     ratio = appearance_ratio(image, inside, weight, even)
-    monkeypatch.setattr("bundle.explain.grid_shift.SAYS_ENOUGH", 1e-9)
+    monkeypatch.setattr("bundle.maps.grid_shift.SAYS_ENOUGH", 1e-9)
     looks = appearance_ratio(image, inside, weight, even)
     divergence = entropy(weight[0].flatten().numpy(), even[0].flatten().numpy())  # normalises both
     assert divergence < 0.05 and float(ratio[0].max()) < 1.2 < float(looks[0].max())

@@ -16,15 +16,15 @@ from lungmask.resunet import UNet
 from monai.data import MetaTensor
 from scipy import ndimage
 
-from bundle.data.phantoms import PhantomCohort
 from bundle.errors import InputError
-from bundle.explain import mask_to_scan_space
-from bundle.networks.survival_map_net import Attention
+from bundle.maps import mask_to_scan_space
+from bundle.networks.attention import Attention
+from bundle.phantoms.cohort import PhantomCohort
 from bundle.transforms import LungMaskd, fill_thorax, lungmask_digests, lungmask_network, threshold_lung_mask
 from bundle.transforms.lung import _lungmask
-from scripts.measure_lung_masks import CHESTS, read, with_mass
+from scripts.research.measure_lung_masks import CHESTS, read, with_mass
 
-from .test_bundle import run
+from .commands import run
 
 
 def ball(places: np.ndarray, centre, radii) -> np.ndarray:

@@ -18,7 +18,7 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage, generate_uid
 
 from bundle.data.cohort import read_cohort
-from bundle.data.layouts import tidy
+from bundle.reading.layouts import tidy
 from bundle.transforms import LoadCTd
 from scripts.make_cohort import main
 

@@ -18,8 +18,8 @@ import pandas as pd
 import torch
 from monai.transforms import Compose
 
-from bundle.data.datasets import EventSampler
-from bundle.distributed import RankBatches
+from bundle.data.sampler import EventSampler
+from bundle.run.distributed import RankBatches
 
 from .conftest import absolute_table
 

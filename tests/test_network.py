@@ -16,9 +16,10 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 from bundle.networks import SurvivalMapNet
+from bundle.networks.attention import Attention, group_in_windows
 from bundle.networks.heads import HEADS, attention_head, hazard_head, mean_head, softmin_head
-from bundle.networks.severity import Severity, minkowski_functionals
-from bundle.networks.survival_map_net import Attention, PatchEmbed, group_in_windows, neighbours_correlation, soft_histogram
+from bundle.networks.patches import PatchEmbed, neighbours_correlation, soft_histogram
+from bundle.survival.severity import Severity, minkowski_functionals
 
 SMALL = {"patch_size": 4, "dim": 16, "num_heads": 2}
 

@@ -25,11 +25,11 @@ from torchsurv.loss.momentum import Momentum
 from bundle.errors import InputError
 from bundle.networks import ClinicalNet, SurvivalMapNet
 from bundle.networks.heads import HEADS
+from bundle.run.finish import finish_training
 from bundle.survival import OBJECTIVES, CenTime, Cox, CoxMemory, objective_from, patient_numbers, seen_until
 from bundle.survival.cox import breslow_baseline, partial_log_likelihood
 from bundle.survival.discrete import DeepHit, Logistic, LogisticHazard, deephit_ranking
 from bundle.survival.objectives import Classical
-from bundle.workflow import finish_training
 
 TMAX = 100
 

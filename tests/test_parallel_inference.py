@@ -18,7 +18,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from bundle.errors import InputError, input_error_of
-from bundle.parallel_inference import run_parallel
+from bundle.run.parallel import run_parallel
 from scripts import make_phantoms
 
 CONFIG = "configs/inference.json"

@@ -16,8 +16,9 @@ import pytest
 from lifelines import KaplanMeierFitter
 from lifelines.utils import concordance_index
 
-from bundle.data.phantoms import COMPLEXITIES, PhantomCohort, PhantomParams, fibrosis_covariates, make_phantom
 from bundle.errors import InputError
+from bundle.phantoms.cohort import COMPLEXITIES, PhantomCohort, fibrosis_covariates, make_phantom
+from bundle.phantoms.cubes import PhantomParams
 from scripts.make_phantoms import main
 
 from .conftest import ROOT

@@ -10,8 +10,10 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import Compose
 
-from bundle.data.phantoms import Chest, PhantomParams, make_phantom
 from bundle.errors import InputError, input_error_of
+from bundle.phantoms.chest import Chest
+from bundle.phantoms.cohort import make_phantom
+from bundle.phantoms.cubes import PhantomParams
 from bundle.transforms import QualityGated, check_quality
 
 from .conftest import write_scan
@@ -121,11 +123,6 @@ def load(config: str, **record: str) -> dict:
         raise input_error_of(e) or e
 
 
-@pytest.fixture(autouse=True)
-def _in_root(root, monkeypatch):
-    monkeypatch.chdir(root)
-
-
 def test_real_chests_pass_and_an_abdomen_does_not(shared_data):
     ct = shared_data / "ct"
     notes = {
@@ -156,7 +153,7 @@ def test_the_demo_passes(root):
 
 
 def test_predictions_say_what_the_gate_saw(chest, tmp_path):
-    from .test_bundle import run
+    from .commands import run
 
     hu, lung = chest
     affine = np.diag([MM, MM, MM, 1])

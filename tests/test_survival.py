@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from bundle.networks.severity import Severity
 from bundle.survival import (
     CenTime,
     SurvivalMapLoss,
@@ -22,12 +21,8 @@ from bundle.survival import (
     quantile_months,
     survival_curve,
 )
-from bundle.survival.objectives import (
-    centime_log_likelihood,
-    neighbour_difference,
-    occlusion_inconsistency,
-    weight_entropy,
-)
+from bundle.survival.objectives import centime_log_likelihood, neighbour_difference, occlusion_inconsistency, weight_entropy
+from bundle.survival.severity import Severity
 
 TMAX = 30
 

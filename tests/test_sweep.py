@@ -16,12 +16,11 @@ import torch
 from lifelines import CoxPHFitter
 from monai.bundle import ConfigParser, update_kwargs
 
-from bundle.files import save_checked
+from bundle.files import file_sha256, save_checked
 from bundle.networks import SurvivalMapNet
-from bundle.settings import file_sha256
 from bundle.survival import CenTime
-from scripts import objectives, plots, sweep
 from scripts.jobs import literal
+from scripts.research import objectives, plots, sweep
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from monai.transforms import (
 from scipy.spatial.transform import Rotation
 
 from bundle.errors import InputError
-from bundle.explain import GridShiftInferer
+from bundle.maps import GridShiftInferer
 from bundle.transforms import LoadCTd, LungMaskd, RandOrigind, check_hu
 
 from .dicom_files import write_series

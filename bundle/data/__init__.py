@@ -2,16 +2,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cohort: which scans, whose, how long they lived, their covariates, and what each is used for."""
 
-from __future__ import annotations
-
+from .cache import ScanCache, fill_caches
 from .clinical import clinical_names, encode_clinical, fit_clinical
-from .cohort import patient_of, read_cohort, single_scan, split_cohort
-from .folds import cross_validation_parts, stratified_folds
+from .cohort import patient_of, read_cohort, single_scan
+from .sampler import EventSampler
+from .splits import cross_validation_parts, split_cohort, stratified_folds
+from .stream import ScanStream
 
 __all__ = [
+    "EventSampler",
+    "ScanCache",
+    "ScanStream",
     "clinical_names",
     "cross_validation_parts",
     "encode_clinical",
+    "fill_caches",
     "fit_clinical",
     "patient_of",
     "read_cohort",

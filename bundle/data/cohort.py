@@ -5,20 +5,19 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import logging
 import math
 import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-
-import numpy as np
 
 from bundle.errors import InputError
 
-__all__ = ["IMAGE_SUFFIXES", "patient_of", "read_cohort", "read_table", "single_scan", "split_cohort"]
+__all__ = ["IMAGE_SUFFIXES", "patient_digest", "patient_of", "read_cohort", "read_table", "single_scan"]
 
 IMAGE_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
 MASK_COLUMNS = ("lung_mask", "gt_mask", "confounder_mask")
@@ -30,6 +29,14 @@ _CONTRACT = ("patient_id", "image", "time", "event", *MASK_COLUMNS, "split", "fo
 _HEADER_LINE = 1
 _ID_BYTES = 200  # names of files may have 255, and more is added to an id
 _log = logging.getLogger(__name__)
+
+
+def patient_digest(patient_id: str) -> str:
+    """Short digest under which `settings.json` remembers a training patient without naming them.
+
+    It hides ids from a reader, not from somebody who tries all ids that there may be.
+    """
+    return hashlib.sha256(patient_id.encode()).hexdigest()[:16]
 
 
 def read_cohort(
@@ -157,64 +164,6 @@ def single_scan(image: str | os.PathLike) -> list[dict]:
     stem = name if os.path.isdir(path) or not suffix else name[: -len(suffix)]
     patient = re.sub(r"[^A-Za-z0-9_-]+", "_", stem).strip("_")
     return [{"patient_id": patient or "scan", "image": path}]
-
-
-def split_cohort(
-    records: Sequence[dict],
-    *,
-    fold: int | None = None,
-    seed: int = 0,
-    fractions: Sequence[float] = (0.7, 0.15, 0.15),
-) -> dict[str, list[dict]]:
-    """Divide a cohort into train, val and test.
-
-    By the `split` column if there is one; else, for a given `fold`, the rows of that fold are val and all others
-    train; else at random, the same for the same patients and seed whatever the order of the rows, with the same
-    share of deaths in each part (at least one, if three or more died). All scans of a patient are in one part.
-
-    Args:
-        records: from :func:`read_cohort`.
-        fold: which fold to validate on.
-        seed: of the random split.
-        fractions: of train, val and test in the random split; sum 1.
-
-    Returns:
-        {"train": [...], "val": [...], "test": [...]}; test may be empty.
-
-    Raises:
-        InputError: no such fold, a fold asked of a cohort with a `split` column, fractions that do not sum to 1,
-            or nothing left to train or to validate on.
-    """
-    parts: dict[str, list[dict]] = {name: [] for name in SPLITS}
-    if all("split" in record for record in records):
-        if fold is not None:
-            raise InputError(f"fold is {fold}, but the cohort's column split already says what each scan is for")
-        for record in records:
-            parts[record["split"]].append(record)
-    elif fold is not None:
-        folds = sorted({record["fold"] for record in records if "fold" in record})
-        if fold not in folds:
-            raise InputError(f"fold {fold} does not exist (expected one of column fold: {folds or 'there is none'})")
-        for record in records:
-            parts["val" if record["fold"] == fold else "train"].append(record)
-    else:
-        if len(fractions) != len(SPLITS) or min(fractions) < 0 or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
-            raise InputError(f"split fractions are {list(fractions)} (expected three numbers >= 0 with sum 1)")
-        rng = np.random.default_rng(seed)
-        patients: dict[str, list[dict]] = {}
-        for record in sorted(records, key=lambda record: record["patient_id"]):
-            patients.setdefault(patient_of(record), []).append(record)
-        for event in (1, 0):
-            stratum = [scans for scans in patients.values() if max(scan["event"] for scan in scans) == event]
-            ends = np.cumsum(_shares(len(stratum), fractions))
-            shuffled = [stratum[i] for i in rng.permutation(len(stratum))]
-            for name, start, end in zip(SPLITS, (0, *ends), ends):
-                parts[name] += [scan for scans in shuffled[start:end] for scan in scans]
-    for name in ("train", "val"):
-        if not parts[name]:
-            sizes = ", ".join(f"{key} {len(part)}" for key, part in parts.items())
-            raise InputError(f"{len(records)} scans leave none for {name}: {sizes} (expected at least 1)")
-    return parts
 
 
 def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
@@ -387,16 +336,3 @@ def _file_fault(path: str, folder: bool) -> str | None:
     if not path.lower().endswith(IMAGE_SUFFIXES):
         return f"{path} has the suffix '{Path(path).suffix}' (expected {expected})"
     return None
-
-
-def _shares(count: int, fractions: Sequence[float]) -> np.ndarray:
-    """Whole numbers with sum `count`, as near to the fractions as can be, none of them 0 where `count` allows."""
-    exact = count * np.asarray(fractions, dtype=float)
-    shares = np.floor(exact + 1e-9).astype(int)
-    for i in np.argsort(shares - exact, kind="stable")[: count - shares.sum()]:
-        shares[i] += 1
-    for i in range(len(shares)):
-        if shares[i] == 0 and fractions[i] > 0 and shares.max() > 1:
-            shares[shares.argmax()] -= 1
-            shares[i] += 1
-    return shares

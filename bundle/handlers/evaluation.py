@@ -14,8 +14,8 @@ from monai.transforms import SpatialResample
 from tqdm import tqdm
 
 from bundle.errors import InputError
-from bundle.explain.heat import to_voxels
-from bundle.explain.maps import to_scan_space
+from bundle.maps.heat import to_voxels
+from bundle.maps.scan_space import to_scan_space
 from bundle.metrics import LocalisationMetric, MapDistribution, SurvivalMetric
 from bundle.transforms import LoadCTd
 
@@ -53,7 +53,7 @@ def ceiling_map(cells: torch.Tensor, mask: MetaTensor, image: MetaTensor, lung: 
 class ScoreScans:
     """Handler that feeds a MONAI evaluator's predictions and maps into the metrics, scan by scan.
 
-    Expects the output of :class:`~bundle.explain.MapToHeatd` and :class:`~bundle.explain.HeatToScand`, and in the
+    Expects the output of :class:`~bundle.maps.MapToHeatd` and :class:`~bundle.maps.HeatToScand`, and in the
     batch what `LoadCTd` gives; a scan may have no `gt_mask` or no `confounder_mask`.
 
     Args:

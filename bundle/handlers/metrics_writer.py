@@ -16,7 +16,7 @@ import ignite.distributed as idist
 from ignite.engine import Engine, Events
 from monai.metrics.metric import CumulativeIterationMetric
 
-from ..files import write_text
+from bundle.files import write_text
 
 __all__ = ["MetricsWriter", "format_metrics_table", "merge_rows"]
 

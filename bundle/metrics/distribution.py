@@ -11,7 +11,7 @@ import torch
 from monai.metrics.metric import Cumulative
 from torch import Tensor
 
-from .patient_ids import encode_ids, unique_scans
+from bundle.metrics.patient_ids import encode_ids, unique_scans
 
 __all__ = ["MapDistribution"]
 

@@ -24,9 +24,9 @@ from skimage.filters import threshold_otsu
 from skimage.morphology import local_maxima
 from torch import Tensor
 
-from ..errors import InputError
-from .bootstrap import with_interval
-from .patient_ids import decode_ids, encode_ids, unique_scans
+from bundle.errors import InputError
+from bundle.metrics.bootstrap import with_interval
+from bundle.metrics.patient_ids import decode_ids, encode_ids, unique_scans
 
 __all__ = [
     "LocalisationMetric",

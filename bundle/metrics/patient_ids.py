@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from bundle.errors import InputError
 
 __all__ = ["decode_ids", "encode_ids", "unique_scans"]
 

@@ -26,11 +26,11 @@ from torchsurv.metrics.auc import Auc
 from torchsurv.metrics.brier_score import BrierScore
 from torchsurv.metrics.cindex import ConcordanceIndex
 
-from ..errors import InputError
-from ..survival import death_by, mean_months, quantile_months, restricted_mean_months, survival_curve
-from .bootstrap import with_interval
-from .kaplan_meier import kaplan_meier, kaplan_meier_censoring, restricted_mean
-from .patient_ids import decode_ids, encode_ids, unique_scans
+from bundle.errors import InputError
+from bundle.metrics.bootstrap import with_interval
+from bundle.metrics.patient_ids import decode_ids, encode_ids, unique_scans
+from bundle.survival import death_by, mean_months, quantile_months, restricted_mean_months, survival_curve
+from bundle.survival.kaplan_meier import kaplan_meier, kaplan_meier_censoring, restricted_mean
 
 __all__ = [
     "SurvivalMetric",

@@ -7,9 +7,8 @@ from __future__ import annotations
 import torch.nn as nn
 
 from bundle.errors import InputError
-
-from .clinical_net import ClinicalNet
-from .survival_map_net import SurvivalMapNet
+from bundle.networks.clinical_net import ClinicalNet
+from bundle.networks.survival_map_net import SurvivalMapNet
 
 __all__ = ["ClinicalNet", "SurvivalMapNet", "network_from"]
 

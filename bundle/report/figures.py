@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 from scipy.stats import logrank
 
-from ..metrics.kaplan_meier import censored_data, kaplan_meier
+from bundle.survival.kaplan_meier import censored_data, kaplan_meier
 
 __all__ = [
     "calibration",

@@ -10,8 +10,7 @@ from html import escape
 from pathlib import Path
 
 from bundle.files import write_text
-
-from .pictures import png, survival_figure
+from bundle.report.pictures import png, survival_figure
 
 __all__ = ["failed_section", "patient_section", "write_evaluation_report", "write_report"]
 

@@ -2,11 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Readouts of a survival map and the objectives it is trained for."""
 
-from ..errors import InputError
-from .cox import Cox, CoxMemory
-from .discrete import DeepHit, Logistic, LogisticHazard, seen_until
-from .objectives import CenTime, Classical, Objective, SurvivalMapLoss
-from .readout import (
+from bundle.errors import InputError
+from bundle.survival.cox import Cox, CoxMemory
+from bundle.survival.discrete import DeepHit, Logistic, LogisticHazard, seen_until
+from bundle.survival.objectives import CenTime, Classical, Objective, SurvivalMapLoss
+from bundle.survival.priors import location_range, softmin_beta
+from bundle.survival.readout import (
     death_by,
     log_pmf,
     mean_months,
@@ -15,7 +16,7 @@ from .readout import (
     restricted_mean_months,
     survival_curve,
 )
-from .severity_fit import fit_severity
+from bundle.survival.severity import fit_severity
 
 __all__ = [
     "OBJECTIVES",
@@ -30,6 +31,7 @@ __all__ = [
     "SurvivalMapLoss",
     "death_by",
     "fit_severity",
+    "location_range",
     "log_pmf",
     "mean_months",
     "objective_from",
@@ -37,6 +39,7 @@ __all__ = [
     "quantile_months",
     "restricted_mean_months",
     "seen_until",
+    "softmin_beta",
     "survival_curve",
 ]
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..errors import InputError
-from .objectives import Objective, learnt_factor, whole_months
-from .readout import months, patient_numbers
+from bundle.errors import InputError
+from bundle.survival.objectives import Objective, learnt_factor, whole_months
+from bundle.survival.readout import months, patient_numbers
 
 __all__ = ["Cox", "CoxMemory", "breslow_baseline", "cox_regression", "partial_log_likelihood"]
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import InputError
-from .objectives import MonthsObjective, Objective, classical_log_likelihood, whole_months
-from .readout import months, patient_numbers
+from bundle.errors import InputError
+from bundle.survival.objectives import MonthsObjective, Objective, classical_log_likelihood, whole_months
+from bundle.survival.readout import months, patient_numbers
 
 __all__ = ["DeepHit", "Logistic", "LogisticHazard", "deephit_ranking", "seen_until"]
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..errors import InputError
-from .readout import log_pmf, months, patient_numbers
+from bundle.errors import InputError
+from bundle.survival.readout import log_pmf, months, patient_numbers
 
 __all__ = [
     "CenTime",

@@ -4,11 +4,11 @@
 
 from __future__ import annotations
 
-from .augment import RandOrigind
-from .load import LoadCTd, check_hu
-from .lung import LUNG_METHODS, LungMaskd, lungmask_digests, lungmask_network
-from .lung_threshold import fill_thorax, threshold_lung_mask
-from .quality import QualityGated, check_quality
+from bundle.transforms.augment import RandOrigind
+from bundle.transforms.load import LoadCTd, check_hu
+from bundle.transforms.lung import LUNG_METHODS, LungMaskd, lungmask_digests, lungmask_network
+from bundle.transforms.lung_threshold import fill_thorax, threshold_lung_mask
+from bundle.transforms.quality import QualityGated, check_quality
 
 __all__ = [
     "LUNG_METHODS",

@@ -19,7 +19,7 @@ class RandOrigind(RandomizableTransform, MapTransform):
     """Pad each axis in front by a random whole number of voxels, the same for all keys.
 
     Patches and windows of attention then begin elsewhere in the scan, and nothing of it is lost, as it would be if the
-    scan were moved within its box. In inference :class:`~bundle.explain.GridShiftInferer` pads in the same way.
+    scan were moved within its box. In inference :class:`~bundle.maps.GridShiftInferer` pads in the same way.
 
     The affine is left as it is: this is for training only, where nothing goes back to the scan's own grid.
 

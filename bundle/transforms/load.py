@@ -16,9 +16,9 @@ from monai.transforms import MapTransform
 from monai.utils import SpaceKeys, convert_to_tensor
 from torch import Tensor
 
-from bundle.data.dicom import LARGEST_TILT, read_dicom
-from bundle.data.scan_file import check_scan_file
 from bundle.errors import InputError
+from bundle.reading.dicom import LARGEST_TILT, read_dicom
+from bundle.reading.scan_file import check_scan_file
 
 __all__ = ["LoadCTd", "check_hu"]
 

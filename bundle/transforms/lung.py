@@ -18,9 +18,8 @@ from monai.transforms import MapTransform
 from torch import Tensor
 
 from bundle.errors import InputError
-from bundle.settings import file_sha256
-
-from .lung_threshold import fill_thorax, threshold_lung_mask
+from bundle.files import file_sha256
+from bundle.transforms.lung_threshold import fill_thorax, threshold_lung_mask
 
 __all__ = ["LUNG_METHODS", "LungMaskd", "lungmask_digests", "lungmask_network"]
 

@@ -1,0 +1,57 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The order in which training scans are shown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+from bundle.data.cache import ScanCache
+from bundle.errors import InputError
+
+__all__ = ["EventSampler"]
+
+
+class EventSampler(Sampler[int]):
+    """A random order in which those who died are spread evenly, so that every batch has the cohort's share of events.
+
+    With batches of a few scans, the ups and downs of that share would be most of the gradient's noise: they move the
+    locations of all patches alike, and nothing is learnt of where the danger is.
+
+    Where fewer than `min_event_share` died, their scans come several times an epoch to make up that share, and some of the
+    others wait for another epoch: with one death in ten, all is censored in most batches, and what is learnt is that
+    nobody dies. An epoch has as many places as there are scans. What is learnt of how many die must then be mended
+    afterwards, as severity and Cox's baseline hazard do, which are fitted to all scans once each.
+
+    Args:
+        dataset: whose records have `event`.
+        min_event_share: smallest share of an epoch that died, in [0, 1).
+    """
+
+    def __init__(self, dataset: ScanCache, min_event_share: float) -> None:
+        if not 0 <= min_event_share < 1:
+            raise InputError(f"min_event_share must be in [0, 1), got {min_event_share}.")
+        self.dataset = dataset
+        self.min_event_share = min_event_share
+
+    def __len__(self) -> int:
+        return len(self.dataset.data)
+
+    def __iter__(self) -> Iterator[int]:
+        event = torch.tensor([int(record["event"]) for record in self.dataset.data])
+        deaths = int(event.sum())
+        if deaths > 0:
+            deaths = max(deaths, math.ceil(self.min_event_share * len(event)))
+        order: list[tuple[float, int]] = []
+        for value, places in ((0, len(event) - deaths), (1, deaths)):
+            (rows,) = torch.nonzero(event == value, as_tuple=True)
+            drawn: list[int] = []
+            while len(drawn) < places:
+                # The inverse of a permutation is as random; by it a seed's order stays what it was before shares were made up.
+                drawn += rows[torch.randperm(len(rows)).argsort()].tolist()
+            order += [((i + 0.5) / places, row) for i, row in enumerate(drawn[:places])]
+        return iter([row for _, row in sorted(order)])

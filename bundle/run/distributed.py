@@ -1,0 +1,160 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes, one result: batches are shared out, maps are gathered, and the loss sees them all.
+
+A loss that each process takes of its own scans and averages is another loss: smoothness is a mean over pairs of patches,
+a partial likelihood needs everybody at risk, and the last batch is uneven. Survival maps are small, so every process
+gathers those of the whole batch, and computes the loss that one process would.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
+from typing import Any
+
+import ignite.distributed as idist
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from ignite.metrics import EpochMetric, Metric
+from monai.inferers import Inferer
+from monai.transforms import Compose, RandomizableTrait
+from monai.utils import evenly_divisible_all_gather
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import BatchSampler, Sampler
+
+from bundle.errors import InputError
+from bundle.run.engine import prepare_batch
+
+__all__ = ["GatherInferer", "RankBatches", "begin", "device", "end", "on_all_scans", "parallel", "share"]
+
+
+def begin() -> None:
+    """Join the other processes that torchrun started: by NCCL where there are GPUs, else by gloo.
+
+    Raises:
+        InputError: torchrun did not start this process.
+    """
+    if "RANK" not in os.environ:
+        raise InputError("the multi_gpu configs need `torchrun --nproc_per_node=N -m monai.bundle run ...`.")
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(device())
+    # The first process may preprocess a whole cohort while the others wait.
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))
+    if dist.get_rank() > 0:
+        logging.disable(logging.INFO)
+
+
+def end() -> None:
+    """Leave the other processes."""
+    dist.destroy_process_group()
+
+
+def device() -> torch.device:
+    """The GPU of this process, or the CPU."""
+    return torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu")
+
+
+def parallel(network: torch.nn.Module) -> DistributedDataParallel:
+    """The network with gradients averaged over processes; buffers are the same anyhow."""
+    return DistributedDataParallel(network, broadcast_buffers=False, find_unused_parameters=True)
+
+
+def share(records: list[dict]) -> list[dict]:
+    """This process's share of the scans to evaluate; where there are fewer than processes, one that another has, too.
+
+    Metrics score a patient once, whoever sends them, but need something from every process.
+    """
+    return records[idist.get_rank() :: idist.get_world_size()] or records[:1]
+
+
+class RankBatches(Sampler[list[int]]):
+    """Batches of which each process loads its share, in the order and with the random numbers of one process alone.
+
+    A process for which the last batch has no scan gets its first one, which doesn't count. How many scans of a share count
+    is kept for :meth:`prepare`, the `prepare_batch` of the engine: batches come to it in the order in which they were drawn
+    up, and names wouldn't tell, as those who died may come several times in one.
+
+    Args:
+        sampler: gives all processes the same order.
+        batch_size: of the batch of all processes.
+        transform: of the dataset; its random transforms draw for the scans of other processes, too. (Workers of a
+            DataLoader have random numbers of their own.)
+    """
+
+    def __init__(self, sampler: Sampler[int], batch_size: int, transform: Compose) -> None:
+        self.batches = BatchSampler(sampler, batch_size, drop_last=False)
+        self.random = [t for t in transform.flatten().transforms if isinstance(t, RandomizableTrait)]
+        self.rows: deque[int] = deque()
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rank, world = idist.get_rank(), idist.get_world_size()
+        self.rows.clear()
+        for batch in self.batches:
+            shares = [part.tolist() for part in np.array_split(batch, world)]
+            self.draw(sum(map(len, shares[:rank])))
+            self.rows.append(len(shares[rank]))
+            yield shares[rank] or batch[:1]
+            self.draw(sum(map(len, shares[rank + 1 :])))
+
+    def draw(self, scans: int) -> None:
+        """The random numbers of scans that another process loads."""
+        for _ in range(scans):
+            for transform in self.random:
+                transform.randomize()
+
+    def prepare(self, batch: dict, device: torch.device | None = None, non_blocking: bool = False, **kwargs: Any) -> tuple:
+        """:func:`bundle.run.prepare_batch`, with the outcome of all processes' scans.
+
+        `rows`, for :class:`GatherInferer`, is the number of this process's scans that count.
+        """
+        image, outcome, args, extra = prepare_batch(batch, device, non_blocking, **kwargs)
+        rows = self.rows.popleft()
+        return image, gather(outcome[:rows]), args, {**extra, "rows": rows}
+
+
+def gather(part: Tensor) -> Tensor:
+    """Concatenate the rows of all processes; the gradient reaches this one's rows, times the number of processes.
+
+    DistributedDataParallel divides the sum of all processes' gradients by their number.
+    """
+    world = idist.get_world_size()
+    if world == 1:
+        return part
+    parts = evenly_divisible_all_gather(part.detach(), concat=False)
+    if part.requires_grad:
+        parts[idist.get_rank()] = part.detach() + world * (part - part.detach())
+    return torch.cat(list(parts))
+
+
+class GatherInferer(Inferer):
+    """The survival maps of all processes' scans, on the largest of their grids; see :meth:`RankBatches.prepare`."""
+
+    def __call__(self, inputs: Tensor, network: torch.nn.Module, *args: Any, rows: int, **kwargs: Any) -> Tensor:
+        survival_map = network(inputs, *args, **kwargs)[:rows]
+        grid = torch.tensor(survival_map.shape[2:], device=inputs.device)
+        grid = idist.all_reduce(grid, op="MAX").tolist()
+        pad = [n for largest, own in zip(reversed(grid), reversed(survival_map.shape[2:])) for n in (0, largest - own)]
+        return gather(F.pad(survival_map, pad))
+
+
+def on_all_scans(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    """Let metrics of an epoch look at one process's scans, which are all there are, rather than everybody's of them."""
+
+    def first(compute: Callable) -> Callable:
+        return lambda y_pred, y: compute(*(t[: len(t) // idist.get_world_size()] for t in (y_pred, y)))
+
+    for metric in metrics.values():
+        if isinstance(metric, EpochMetric):
+            metric.compute_fn = first(metric.compute_fn)
+    return dict(metrics)

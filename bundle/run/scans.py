@@ -1,0 +1,106 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Which scans a job is about."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from bundle.data.clinical import clinical_kinds, encode_clinical
+from bundle.data.cohort import patient_digest, patient_of, read_cohort, single_scan
+from bundle.data.splits import split_cohort
+from bundle.errors import InputError
+from bundle.run.start import logger
+
+__all__ = ["margin_voxels", "outcomes", "scans_to_evaluate", "scans_to_infer", "training_cohort"]
+
+
+def margin_voxels(preprocessing: dict) -> list[int]:
+    """Voxels an axis around the lung that cropping keeps, from ``margin`` (mm) and ``spacing`` (mm)."""
+    return [round(preprocessing["margin"] / mm) for mm in preprocessing["spacing"]]
+
+
+def training_cohort(
+    cohort: str | None, *, fold: int | None, seed: int, clinical: dict[str, str], tmax: int, on_fault: str
+) -> dict[str, list[dict]]:
+    """Records by part (train, val, test) of a checked cohort; all empty while no cohort is named."""
+    if cohort is None:
+        return {"train": [], "val": [], "test": []}
+    records = read_cohort(cohort, clinical=clinical, tmax=tmax, on_fault=on_fault)
+    parts = split_cohort(records, fold=fold, seed=seed)
+    logger.info("cohort: " + ", ".join(f"{len(rows)} {part}" for part, rows in parts.items()) + " scans.")
+    return parts
+
+
+def outcomes(records: list[dict]) -> torch.Tensor:
+    """(time in months, event) of each record, (N, 2)."""
+    return torch.tensor([[r["time"], r["event"]] for r in records]).view(-1, 2)
+
+
+def scans_to_evaluate(cohort: str | None, settings: dict | None, split: str | None, on_fault: str) -> list[dict]:
+    """The scans of a cohort to evaluate: those of `split`, without any that the weights were trained on.
+
+    Args:
+        cohort: CSV file; None gives an empty list.
+        settings: of the weights; None (maps of another tool) leaves no scan out.
+        split: value of the column ``split`` to keep; None for ``test`` where the cohort has it, else all.
+        on_fault: ``fail`` or ``skip``.
+    """
+    if cohort is None:
+        return []
+    encoding = settings["clinical"] if settings else {}
+    tmax = settings["objective"]["tmax"] if settings else None
+    kinds = clinical_kinds(encoding)
+    records = read_cohort(cohort, clinical=kinds, need_clinical=False, tmax=tmax, on_fault=on_fault)
+    splits = {r.get("split") for r in records}
+    if split is None and "test" in splits:
+        split = "test"
+    if split is not None:
+        if split not in splits:
+            raise InputError(f'{cohort} has no scan with split "{split}".')
+        records = [r for r in records if r.get("split") == split]
+    seen = set(settings["trained_on"]) if settings else set()
+    unseen = [r for r in records if patient_digest(patient_of(r)) not in seen]
+    if len(unseen) < len(records):
+        logger.info(f"evaluating {len(unseen)} of {len(records)} scans; the weights were trained on the others.")
+    if not unseen:
+        raise InputError(f"the weights were trained on every one of the {len(records)} scans to evaluate in {cohort}.")
+    return encode_clinical(unseen, encoding)
+
+
+def scans_to_infer(image: str | None, cohort: str | None, encoding: dict, series: str | None = None) -> list[dict]:
+    """The scans to predict: one image (file or DICOM folder) or the rows of a cohort; empty while none is named.
+
+    Args:
+        image: its covariates are all missing.
+        cohort: CSV file.
+        encoding: of covariates, from the settings of the weights.
+        series: SeriesInstanceUID to take from a DICOM folder; None lets the folder's chest CT be chosen.
+    """
+    if image is not None and cohort is not None:
+        raise InputError("give --image or --cohort, not both.")
+    if series is not None and not (image is not None and os.path.isdir(image)):
+        raise InputError("--series names one of the DICOM series of a folder: give the folder as --image.")
+    if image is not None:
+        return encode_clinical([record | {"series": series} for record in single_scan(image)], encoding)
+    if cohort is not None:
+        kinds = clinical_kinds(encoding)
+        records = read_cohort(cohort, need_outcome=False, clinical=kinds, need_clinical=False, on_fault="row")
+        return encode_clinical(records, encoding)
+    return []
+
+
+def share_of_window(hu: list[float] | None, hu_window: list[float]) -> list[float] | None:
+    """Where the bounds `hu` of a narrower window lie in `hu_window`, from 0 to 1; None for none.
+
+    Raises:
+        InputError: it doesn't lie within.
+    """
+    if hu is None:
+        return None
+    low, high = hu_window
+    if not (len(hu) == 2 and low <= hu[0] < hu[1] <= high):
+        raise InputError(f"narrow_hu_window is {hu}; expected two ascending HU within hu_window, {low:g} to {high:g}, or null.")
+    return [(bound - low) / (high - low) for bound in hu]

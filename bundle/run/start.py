@@ -1,0 +1,91 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""How a job starts."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.utils import set_determinism
+
+from bundle.errors import InputError, plain_errors
+
+__all__ = ["begin", "exit_on_sigterm", "flag", "make_folder", "require"]
+
+
+logger = logging.getLogger(__name__)
+
+
+_MALLOPT = {-4: 0, -1: 2**31 - 1}  # malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD in bytes
+
+
+def begin(seed: int = 0) -> None:
+    """First step of every config: plain error messages, an end by SIGTERM, memory and arithmetic that are fast, a seed."""
+    plain_errors()
+    exit_on_sigterm()
+    keep_memory()
+    torch.set_flush_denormal(True)  # the tails of a softmin are denormal, and denormals are slow
+    set_determinism(seed)
+
+
+def keep_memory() -> None:
+    """Let glibc keep the memory of freed arrays for the next ones; nothing is done under other C libraries.
+
+    It hands large arrays back to the kernel one by one, which clears every page of the next one: a sixth of the time of
+    inference on a CT, half of that of a train step at 512 voxels a side. It is the main thread's memory that is kept; the
+    arenas of other threads can't hold large arrays.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        for option, value in _MALLOPT.items():
+            mallopt(option, value)
+
+
+def exit_on_sigterm() -> None:
+    """Let SIGTERM, by which a cluster announces that it takes the machine away, end the process with exit code 143.
+
+    Nothing is left to save by then: what is done is on disk whole, and what is not is done again by the same command.
+    """
+
+    def end(number: int, frame: Any) -> None:
+        logger.warning("stopped by SIGTERM; the same command goes on.")
+        sys.exit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():  # only there can handlers be set
+        signal.signal(signal.SIGTERM, end)
+
+
+def flag(value: Any) -> bool:
+    """A switch as people write it on a command line: true/false, yes/no, 1/0."""
+    text = str(value).strip().lower()
+    if text in ("true", "yes", "1"):
+        return True
+    if text in ("false", "no", "0"):
+        return False
+    raise InputError(f"expected true or false, got {value}.")
+
+
+def require(value: Any, option: str, what: str) -> None:
+    """Raise an :class:`InputError` if an option that has no default was not given."""
+    if value is None:
+        raise InputError(f"{option} is missing: give {what}.")
+
+
+def make_folder(path: str) -> str:
+    """Create an output folder now, so that a fault in it shows before any work is done; returns the path."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        probe = Path(path) / f".write_test.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise InputError(f"can't write to the folder {path}: {e.strerror}.") from e
+    return path

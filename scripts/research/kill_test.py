@@ -1,0 +1,249 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Kill training, preprocessing, inference and a sweep at random moments, start them again, compare with a run left alone.
+
+Each job first runs uninterrupted (as a user starts it, but for the sweep). Then it runs as a fork of this process, which
+has the imports done, and is killed by SIGKILL: after a random time, or as it flushes or renames its n-th file; it alone,
+or with its children. It is started again, and killed again, until it is left to end. A kill counts as passed when the
+files that the job leaves have the same SHA-256 as those of the uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import random
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # the same everywhere, before torch looks
+
+import monai.bundle  # noqa: E402, F401  what the jobs import, so that their forks needn't
+import pandas as pd  # noqa: E402
+
+import bundle.run  # noqa: E402, F401
+from bundle.data.cache import describe
+from bundle.files import file_sha256, load_checked
+from scripts import make_phantoms, preprocess
+from scripts.research import sweep  # noqa: E402, F401
+
+TRAIN = ["configs/train.json", "configs/cohort/phantom.json"]
+TINY = {"network_def#dim": 16, "network_def#num_heads": 2, "max_epochs": 4, "val_interval": 1}
+KILLS_A_RUN = 3
+
+
+@dataclass
+class Job:
+    """What is killed: arguments of `python -m` that write into a folder, and the files to compare."""
+
+    name: str
+    arguments: Callable[[Path], list[str]]
+    files: tuple[str, ...]
+
+    def found(self, folder: Path) -> dict[str, str]:
+        """SHA-256 of each file that the job left, what `last.pt` holds; temporary files that are left count as well."""
+        paths = {p for pattern in (*self.files, "**/.tmp-*") for p in folder.glob(pattern)}
+        return {str(p.relative_to(folder)): digest(p) for p in sorted(paths)}
+
+    def run(self, folder: Path) -> None:
+        module, *arguments = self.arguments(folder)
+        sys.argv = [module, *arguments]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+    def run_alone(self, folder: Path, log: Path) -> None:
+        with open(log, "w") as f:
+            subprocess.run([sys.executable, "-m", *self.arguments(folder)], check=True, stdout=f, stderr=f)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file; of `last.pt` what it holds, to the last bit, as pickle writes equal content in more than one way."""
+    return str(describe(load_checked(path))) if path.name == "last.pt" else file_sha256(path)
+
+
+class Sweep(Job):
+    """A sweep of a variant so small that it ends; the seconds of a training aren't compared."""
+
+    def run(self, folder: Path) -> None:
+        sweep.VARIANTS["tiny"] = {**TINY, "phantoms": {"size": 16}}
+        page = folder / "page.md"
+        if not page.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            page.write_text("<!-- table -->\n<!-- end of table -->\n")
+        sys.argv = ["sweep", *self.arguments(folder)]
+        sweep.main()
+
+    def run_alone(self, folder: Path, log: Path) -> None:
+        if Attempt(self, folder, log).end() != 0:
+            raise RuntimeError(log.read_text())
+
+    def found(self, folder: Path) -> dict[str, str]:
+        rows = pd.read_csv(folder / "results.csv").drop(columns="train_seconds")
+        return {"results.csv": rows.to_csv()}
+
+
+class Attempt:
+    """A fork that does a job.
+
+    Args:
+        step: flush or rename of a file (1, 2, ...) before which it kills itself and its children; 0 for none.
+    """
+
+    def __init__(self, job: Job, folder: Path, log: Path, step: int = 0) -> None:
+        self.pid = os.fork()
+        if self.pid:
+            return
+        code = 1
+        try:
+            os.setsid()
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            if step:
+                self.die_at(step)
+            job.run(folder)
+            code = 0
+        except SystemExit as e:
+            code = e.code if isinstance(e.code, int) else int(e.code is not None)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    @staticmethod
+    def die_at(step: int) -> None:
+        steps = itertools.count(1)
+
+        def counted(function: Callable) -> Callable:
+            def call(*args, **kwargs):
+                if next(steps) == step:
+                    os.killpg(0, signal.SIGKILL)
+                return function(*args, **kwargs)
+
+            return call
+
+        os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+
+    def kill(self, after: float, children: bool) -> None:
+        """Kill it in so many seconds, unless it has ended by then."""
+        end = time.monotonic() + after
+        while time.monotonic() < end:
+            if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                return
+            time.sleep(0.005)
+        (os.killpg if children else os.kill)(self.pid, signal.SIGKILL)
+
+    def end(self) -> int:
+        """Its exit code when it has ended; negative for a signal."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def jobs(work: Path) -> list[Job]:
+    """The jobs, and what they need: a cohort, and weights that the first one makes."""
+    cohort, first = str(work / "phantoms" / "cohort.csv"), work / "alone" / "training"
+    small = [text for key, value in TINY.items() for text in (f"--{key}", str(value))]
+
+    def train(folder: Path, *objective: str) -> list[str]:
+        where = ["--cohort", cohort, "--ckpt_dir", str(folder), "--output_dir", str(folder)]
+        return ["monai.bundle", "run", "--config_file", str([*TRAIN, *objective]), *where, *small]
+
+    def prepare(folder: Path) -> list[str]:
+        return ["scripts.preprocess", "--cohort", cohort, "--cache_dir", str(folder), "--config_file", *TRAIN, "--jobs", "2"]
+
+    def infer(folder: Path) -> list[str]:
+        options = ["--cohort", cohort, "--ckpt", str(first / "model.pt"), "--output_dir", str(folder)]
+        return ["monai.bundle", "run", "--config_file", "configs/inference.json", *options]
+
+    def swept(folder: Path) -> list[str]:
+        where = ["--work", str(folder / "work"), "--results", str(folder / "results.csv"), "--page", str(folder / "page.md")]
+        what = ["--complexities", "2", "--variants", "tiny", "--seeds", "0", "--train_scans", "20", "--test_scans", "4", "--jobs", "2"]
+        return [*where, *what]
+
+    weights = ("model.pt", "settings.json", "history.csv", "last.pt")
+    predictions = ("predictions.csv", "survival_curves.csv", "report.html", "maps/*", "done/*")
+    memory, workers = ["configs/objective/cox_memory.json"], ["--num_workers", "1", "--patience", "2"]
+    return [
+        Job("training", train, weights),
+        Job("training, Cox with memory, a loading process, early stopping", lambda f: train(f, *memory) + workers, weights),
+        Job("preprocessing, two processes", prepare, ("*.pt",)),
+        Job("inference", infer, predictions),
+        Job("inference, two processes", lambda f: infer(f) + ["--engine", "processes", "--jobs", "2"], predictions),
+        Sweep("sweep", swept, ()),
+    ]
+
+
+def kill_and_compare(job: Job, kills: int, alone: dict[str, str], seconds: float, work: Path, rng: random.Random) -> int:
+    """How many of so many kills passed."""
+    done = passed = 0
+    (work / "killed").mkdir()
+    while done < kills:
+        folder, log, here = work / "killed" / str(done), work / "killed" / f"{done}.txt", 0
+        while True:
+            step = rng.choice((0, rng.randint(1, 12))) if here < min(KILLS_A_RUN, kills - done) else 0
+            attempt = Attempt(job, folder, log, step)
+            if here < min(KILLS_A_RUN, kills - done) and not step:
+                attempt.kill(rng.uniform(0, seconds), children=rng.random() < 0.5)
+            code = attempt.end()
+            if code == 0:
+                break
+            if code != -signal.SIGKILL:
+                raise SystemExit(f"error: {job.name} ended with {code}:\n{log.read_text()[-3000:]}")
+            here += 1
+        found = job.found(folder)
+        print(f"{job.name}: {here} kills", file=sys.stderr, flush=True)
+        wrong = sorted(name for name in alone.keys() | found.keys() if alone.get(name) != found.get(name))
+        if wrong:
+            print(f"{job.name}: {', '.join(wrong)} differ after {here} kills in {folder}", flush=True)
+        done += here
+        passed += 0 if wrong else here
+        if not wrong:
+            shutil.rmtree(folder)
+    shutil.rmtree(work / "killed", ignore_errors=passed < kills)
+    return passed
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = argparse.ArgumentParser(prog="python -m scripts.research.kill_test", description=__doc__)
+    p.add_argument("--kills", type=int, default=6, help="of each job but the sweep (default 6)")
+    p.add_argument("--sweep_kills", type=int, default=3, help="of the sweep, whose parts start as anew (default 3)")
+    p.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
+    p.add_argument("--work", type=Path, help="folder to work in (default: a temporary one)")
+    args = p.parse_args(argv)
+    rng = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = (args.work or Path(temporary)).resolve()
+        make_phantoms.main(["--complexity", "2", "--num", "10", "--size", "16", "--out", str(work / "phantoms")])
+        passed = total = 0
+        print("| job | kills | same as uninterrupted |\n|---|---|---|", flush=True)
+        for job in jobs(work):
+            kills = args.sweep_kills if isinstance(job, Sweep) else args.kills
+            if not kills:
+                continue
+            folder = work / "alone" / job.name.partition(",")[0]
+            folder = folder if not folder.exists() else folder.with_name(f"{folder.name}_2")
+            log = work / f"{folder.name}.txt"
+            job.run_alone(folder, log)
+            start = time.monotonic()
+            if Attempt(job, work / "forked", log).end() != 0 or job.found(work / "forked") != job.found(folder):
+                raise SystemExit(f"error: {job.name} can't be repeated even without a kill, see {log}")
+            seconds = time.monotonic() - start
+            shutil.rmtree(work / "forked")
+            good = kill_and_compare(job, kills, job.found(folder), seconds, work, rng)
+            print(f"| {job.name} | {kills} | {good} |", flush=True)
+            passed, total = passed + good, total + kills
+    print(f"{passed} of {total}")
+    sys.exit(passed < total)
+
+
+if __name__ == "__main__":
+    main()
