@@ -1,17 +1,45 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
-"""One kind of error for everything a user can mend, and a way to show it as one sentence."""
+"""One kind of error for everything a user can put right, and one sentence for every other."""
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
-__all__ = ["InputError", "input_error_of", "plain_errors"]
+__all__ = ["InputError", "checked_numbers", "input_error_of", "plain_errors", "scan_fault", "unforeseen"]
 
 
 class InputError(ValueError):
     """Something the user gave is wrong. The message says what, where (row, file, key) and what was expected."""
+
+
+def checked_numbers(
+    key: str, value: Any, count: int, expected: str, valid: Callable[..., bool] = lambda *numbers: True
+) -> list[float]:
+    """So many finite numbers, as a config or a command line gave them.
+
+    Args:
+        key: what the user calls the value.
+        value: a number, or a sequence of numbers.
+        count: how many there must be.
+        expected: what there should be, for the message.
+        valid: of the numbers, whether they may be used.
+
+    Raises:
+        InputError: the value is something else.
+
+    >>> checked_numbers("hu_window", (-1000, 200), 2, "two ascending HU", lambda low, high: low < high)
+    [-1000.0, 200.0]
+    """
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    real = all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+    if len(values) != count or not real or not valid(*values):
+        raise InputError(f"{key} is {value!r} (expected {expected})")
+    return [float(v) for v in values]
 
 
 def input_error_of(error: BaseException | None) -> InputError | None:
@@ -26,6 +54,24 @@ def input_error_of(error: BaseException | None) -> InputError | None:
         seen.add(id(error))
         error = error.__cause__ or error.__context__
     return None
+
+
+def unforeseen(patient: str, error: BaseException, doing: str) -> str:
+    """One sentence about an error that no check expected.
+
+    The cause at the bottom of the chain is shown: the errors that MONAI wraps around it only say where.
+
+    >>> unforeseen("P7", ZeroDivisionError("division by zero"), "predicting")
+    'patient P7: ZeroDivisionError while predicting: division by zero'
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"patient {patient}: {type(error).__name__} while {doing}: {' '.join(str(error).split())}"
+
+
+def scan_fault(patient: str, error: Exception) -> str:
+    """One sentence about a scan that could not be read or preprocessed."""
+    return str(input_error_of(error) or unforeseen(patient, error, "reading or preprocessing"))
 
 
 def plain_errors() -> None:

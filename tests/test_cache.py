@@ -14,7 +14,8 @@ import torch
 from monai.transforms import Compose, CropForegroundd, Flipd, Orientationd, ScaleIntensityRanged, SelectItemsd, Spacingd
 
 from bundle.data import read_cohort
-from bundle.data.cache import CODE, ScanCache, content_digest, fill_caches
+from bundle.data.cache import CODE, ScanCache, fill_caches
+from bundle.data.fingerprint import content_digest
 from bundle.errors import InputError
 from bundle.files import load_checked
 from bundle.transforms import LoadCTd, LungMaskd, RandOrigind
@@ -113,7 +114,7 @@ def test_the_key_knows_weights_by_content_and_other_transforms_but_not_random_on
 
 def test_the_code_of_all_that_is_cached_is_part_of_the_key(root):
     named = {f for pattern in CODE for f in (root / "bundle").glob(pattern)}
-    imported = [re.findall(r"^from bundle\.(data)\.(\w+) import", f.read_text(), re.MULTILINE) for f in named]
+    imported = [re.findall(r"^from bundle\.(data|reading)\.(\w+) import", f.read_text(), re.MULTILINE) for f in named]
     assert {root / "bundle" / package / f"{name}.py" for found in imported for package, name in found} <= named
     assert root / "bundle" / "transforms" / "load.py" in named
 

@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 import torch
 
-from bundle.data.cache import describe
+from bundle.data.fingerprint import describe
 from bundle.data.stream import ScanStream
 from bundle.errors import InputError
 from bundle.files import DamagedFile, file_sha256, load_checked, remove_leftovers, save_checked, write_atomically

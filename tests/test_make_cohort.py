@@ -186,8 +186,8 @@ def test_every_fault_is_told_at_once(lung1):
     table.write_text(good.replace(",155,1", ",-5,maybe").replace("LUNG1-003", "LUNG1-009"))
     message = refusal(arguments(lung1))
     assert "has 3 faults" in message
-    assert "row 3, column Survival.time: -5 (expected days as a number > 0)" in message
-    assert "row 3, column deadstatus.event: maybe (expected 1 died or 0 censored)" in message
+    assert "row 3, column Survival.time: '-5' (expected days as a number > 0)" in message
+    assert "row 3, column deadstatus.event: 'maybe' (expected 1 died or 0 censored)" in message
     assert "row 4: patient LUNG1-009: no scan in" in message
     assert not (lung1 / "out" / "cohort.csv").exists()
 
@@ -304,7 +304,7 @@ def test_osic(tmp_path, capsys):
     records = read_cohort(tmp_path / "out" / "cohort.csv")
     assert [(r["time"], r["event"]) for r in records] == [(14.5, 1), (60.0, 0)]
     table.write_text(table.read_text().replace(",-4,", ",soon,"))
-    assert "row 2, column Weeks: soon (expected a number)" in refusal(arguments(tmp_path, "osic", "train"))
+    assert "row 2, column Weeks: 'soon' (expected a number)" in refusal(arguments(tmp_path, "osic", "train"))
 
 
 def test_flat(tmp_path):

@@ -4,16 +4,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from torch.utils.data import IterableDataset
 
-from bundle.data.cache import _sentence, logger
-from bundle.errors import InputError
+from bundle.errors import InputError, scan_fault
 
 __all__ = ["ScanStream"]
+
+logger = logging.getLogger(__name__)
 
 
 class ScanStream(IterableDataset):
@@ -37,7 +39,7 @@ class ScanStream(IterableDataset):
 
     def __iter__(self) -> Iterator[dict]:
         todo = [record for record in self.data if record["patient_id"] not in self.done]
-        for record, (item, fault) in zip(todo, self._prepared(todo)):
+        for record, (item, fault) in zip(todo, self._prepared(todo), strict=True):
             if fault:
                 self.faults.append((record["patient_id"], fault))
             else:
@@ -62,7 +64,7 @@ class ScanStream(IterableDataset):
         try:
             return self.transform(record), ""
         except Exception as e:  # one scan's failure, of whatever kind, must not end the run
-            sentence = _sentence(record["patient_id"], e)
+            sentence = scan_fault(record["patient_id"], e)
             logger.warning(sentence)
             return None, sentence
 

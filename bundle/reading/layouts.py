@@ -8,7 +8,8 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,19 +19,19 @@ import numpy as np
 import pydicom
 from pydicom.errors import InvalidDicomError
 
-from bundle.data.cohort import IMAGE_SUFFIXES, MASK_COLUMNS, read_table
 from bundle.errors import InputError
 from bundle.files import write_atomically
 from bundle.reading.contours import read_region, referenced_series, region_names, region_numbers
 from bundle.reading.dicom import Series, choose_series, list_series
+from bundle.reading.scan_file import scan_stem
+from bundle.reading.tables import MASK_COLUMNS, MISSING, VALID_ID, Row, finite, positive, read_table, valid_id
 
 __all__ = ["LAYOUTS", "UNITS", "Layout", "read_clinical", "scan_row"]
 
 _log = logging.getLogger(__name__)
 
 UNITS = {"days": 12 / 365.25, "weeks": 7 * 12 / 365.25, "months": 1.0, "years": 12.0}  # in months
-_MISSING = ("", "na", "n/a", "nan", "none", "null", "not collected", "unknown")
-_EVENT = {"1": 1, "0": 0, "dead": 1, "deceased": 1, "died": 1, "alive": 0, "censored": 0, "true": 1, "false": 0}
+_EVENT = {"dead": 1, "deceased": 1, "died": 1, "alive": 0, "censored": 0, "true": 1, "false": 0}
 
 
 @dataclass(frozen=True)
@@ -77,63 +78,65 @@ def read_clinical(path: str | os.PathLike, layout: Layout) -> tuple[dict[int, di
         rows by line of the file, each with `patient_id`, `time` (months) and `event` if the table has them, and its
         other columns under tidy names, empty where missing; faults, each ``row N, column X: what (expected ...)``.
     """
-    header, lines = read_table(Path(path))
-    needed = [layout.patient, *filter(None, [layout.visit])]
-    if layout.outcome or layout.time in header or layout.event in header:
-        needed += [layout.time, layout.event]
+    header, table = read_table(path)
+    with_outcome = layout.outcome or layout.time in header or layout.event in header
+    names, faults = _new_names(header, layout, with_outcome)
+    if faults:
+        return {}, faults
+    patients: dict[str, list[tuple[Row, dict[str, str]]]] = defaultdict(list)
+    for row in table:
+        if row.cells:
+            found = _cohort_row(row, layout, names, with_outcome)
+            if found["patient_id"]:
+                patients[found["patient_id"]].append((row, found))
+    rows = {}
+    for patient, visits in patients.items():
+        row, found = visits[0]
+        if layout.visit:
+            row, found = min(visits, key=lambda visit: _from_ct(visit[0].cells[layout.visit]))
+        else:
+            for again, _ in visits[1:]:
+                again.fault(layout.patient, f"{patient} is in row {row.line} too (expected one row each)")
+        rows[row.line] = found
+    faults = [fault for row in table for fault in row.faults]
+    if not table:
+        faults.append("row 2: the table has no rows (expected one row a patient)")
+    return dict(sorted(rows.items())), faults
+
+
+def _new_names(header: Sequence[str], layout: Layout, with_outcome: bool) -> tuple[dict[str, str], list[str]]:
+    """What the other columns are called in the cohort, and what is wrong with the header."""
+    needed = [layout.patient, *filter(None, [layout.visit]), *([layout.time, layout.event] if with_outcome else [])]
     faults = [f"row 1, column {c}: missing (found: {', '.join(header)})" for c in needed if c not in header]
     taken = {layout.patient, layout.time, layout.event}
     names = {c: layout.names.get(c, tidy(c)) for c in header if c not in taken}
+    counts = Counter([*names.values(), "", "patient_id", "image", "time", "event", *MASK_COLUMNS])
     for column, name in names.items():
-        if name in ("patient_id", "image", "time", "event", *MASK_COLUMNS, "") or list(names.values()).count(name) > 1:
+        if counts[name] > 1:
             faults.append(f"row 1, column {column}: would be named {name!r} (expected a name of its own)")
-    if faults:
-        return {}, faults
+    return names, faults
 
-    rows: dict[int, dict[str, str]] = {}
-    first: dict[str, int] = {}
-    visits: dict[int, float] = {}
-    for line, values in lines:
-        if len(values) != len(header):
-            faults.append(f"row {line}: {len(values)} values (expected {len(header)}, as in the header)")
-            continue
-        given = {c: "" if v.strip().lower() in _MISSING else v.strip() for c, v in zip(header, values)}
-        row = {"patient_id": given[layout.patient]}
-        checks: list[tuple[str, str, Callable[[str], str], str]] = []
-        if layout.time in needed:
-            checks.append(
-                ("time", layout.time, lambda text: _months(text, layout.unit), f"{layout.unit} as a number > 0")
-            )
-            checks.append(("event", layout.event, _event, "1 died or 0 censored"))
-        if layout.visit:
-            checks.append(("visit", layout.visit, lambda text: f"{_finite(text):g}", "a number"))
-        for name, column, convert, expected in checks:
-            try:
-                row[name] = convert(given[column])
-            except ValueError:
-                faults.append(f"row {line}, column {column}: {given[column] or 'empty'} (expected {expected})")
-        if layout.visit and "visit" in row:
-            visits[line] = abs(float(row.pop("visit")))
-        row |= {names[c]: v for c, v in given.items() if c in names}
 
-        patient = row["patient_id"]
-        if not re.fullmatch(r"[^/\\\x00-\x1f]+", patient) or ".." in patient:
-            faults.append(f"row {line}, column {layout.patient}: {patient!r} (expected a name without / \\ ..)")
-            continue
-        if (earlier := first.get(patient)) is None:
-            first[patient] = line
-            rows[line] = row
-        elif not layout.visit:
-            faults.append(
-                f"row {line}, column {layout.patient}: {patient} is in row {earlier} too (expected one row each)"
-            )
-        elif visits.get(line, math.inf) < visits.get(earlier, math.inf):
-            del rows[earlier]
-            first[patient] = line
-            rows[line] = row
-    if not rows and not faults:
-        faults.append("row 2: the table has no rows (expected one row a patient)")
-    return rows, faults
+def _cohort_row(row: Row, layout: Layout, names: Mapping[str, str], with_outcome: bool) -> dict[str, str]:
+    """A row as the cohort has it; what is wrong in it is noted in the row."""
+    row.cells = {c: "" if text.lower() in MISSING else text for c, text in row.cells.items()}
+    found = {"patient_id": row.parse(layout.patient, valid_id, VALID_ID)}
+    if with_outcome:
+        months = UNITS[layout.unit]
+        expected = f"{layout.unit} as a number > 0"
+        found["time"] = row.parse(layout.time, lambda text: f"{positive(text) * months:.6g}", expected)
+        found["event"] = row.parse(layout.event, _event, "1 died or 0 censored")
+    if layout.visit:
+        row.parse(layout.visit, finite, "a number")
+    return found | {names[c]: text for c, text in row.cells.items() if c in names}
+
+
+def _from_ct(visit: str) -> float:
+    """How far a visit is from the CT; infinite if its time is not valid."""
+    try:
+        return abs(finite(visit))
+    except ValueError:
+        return math.inf
 
 
 def scan_row(patient: str, images: Path, masks: Path, region: str | None) -> dict[str, str]:
@@ -199,9 +202,7 @@ def _files(patient: str, images: Path) -> dict[str, str]:
         wanted |= {f"{patient}_{column}".lower(): column, f"{patient}_{column.removesuffix('_mask')}".lower(): column}
     for root, _, names in os.walk(images):
         for name in names:
-            suffix = next((s for s in (".nii.gz", *IMAGE_SUFFIXES) if name.lower().endswith(s)), None)
-            column = wanted.get(name[: -len(suffix)].lower()) if suffix else None
-            if column:
+            if column := wanted.get((scan_stem(name) or "").lower()):
                 found.setdefault(column, []).append(os.path.join(root, name))
     for column, paths in found.items():
         if len(paths) > 1:
@@ -257,26 +258,11 @@ def _write_mask(path: Path, mask: nib.Nifti1Image) -> None:
     write_atomically(path, lambda temporary: nib.save(mask, temporary))
 
 
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError
-    return value
-
-
-def _months(text: str, unit: str) -> str:
-    value = _finite(text) * UNITS[unit]
-    if value <= 0:
-        raise ValueError
-    return f"{value:.6g}"
-
-
 def _event(text: str) -> str:
+    """ "1" or "0", from a number or a word."""
     try:
-        return str({1.0: 1, 0.0: 0}[float(text)])
-    except (ValueError, KeyError):
-        pass
-    try:
+        return str((0, 1).index(float(text)))
+    except ValueError:
+        if text.lower() not in _EVENT:
+            raise
         return str(_EVENT[text.lower()])
-    except KeyError as error:
-        raise ValueError from error

@@ -19,7 +19,9 @@ from isal import isal_zlib
 
 from bundle.errors import InputError
 
-__all__ = ["MOST_VOXELS", "check_scan_file", "check_size"]
+__all__ = ["IMAGE_SUFFIXES", "MOST_VOXELS", "check_scan_file", "check_size", "scan_stem"]
+
+IMAGE_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
 
 # 1024 x 1024 x 1024: four times a CT of 1000 slices of 512 x 512. As float32 that is 4 GiB, what one scan may take.
 MOST_VOXELS = 2**30
@@ -54,6 +56,16 @@ class _Claim(NamedTuple):
     compressed: bool
 
 
+def scan_stem(name: str) -> str | None:
+    """The name of a scan's file without its suffix; None if the suffix is not a scan's.
+
+    >>> scan_stem("P7.NII.gz"), scan_stem("P7.jpg")
+    ('P7', None)
+    """
+    suffix = next((s for s in IMAGE_SUFFIXES if name.lower().endswith(s)), None)
+    return name[: -len(suffix)] if suffix else None
+
+
 def check_scan_file(path: str | os.PathLike) -> None:
     """Refuse a file that isn't a whole NIfTI, NRRD or MetaImage of at most :data:`MOST_VOXELS` real numbers.
 
@@ -62,7 +74,7 @@ def check_scan_file(path: str | os.PathLike) -> None:
     many gigabytes nor a header that claims them costs memory.
 
     Args:
-        path: a file with one of :data:`bundle.data.cohort.IMAGE_SUFFIXES`.
+        path: a file with one of :data:`IMAGE_SUFFIXES`.
 
     Raises:
         InputError: what is wrong with the file and what was expected, without its name: not a regular file, empty,

@@ -1,6 +1,6 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Batches and the evaluator of scans that may fail."""
+"""How batches go into a network, and how scans are predicted or scored, one at a time or several."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import torch
 from ignite.engine import Engine
 from monai.engines import SupervisedEvaluator
 
-from bundle.data.cache import unforeseen
 from bundle.data.stream import ScanStream
-from bundle.errors import InputError
+from bundle.errors import InputError, unforeseen
 
-__all__ = ["prepare_batch"]
+__all__ = ["ScanEvaluator", "cores", "evaluate", "predict", "prepare_batch"]
 
 
 class ScanEvaluator(SupervisedEvaluator):
@@ -59,3 +58,38 @@ def prepare_batch(
     if "time" in batch:
         outcome = torch.stack([move(batch["time"]), move(batch["event"])], 1).float()
     return move(batch["image"]), outcome, (), extra
+
+
+def cores() -> int:
+    """The processors of this machine."""
+    return os.cpu_count() or 1
+
+
+def predict(engine: str, evaluator: ScanEvaluator, writer: PredictionWriter, jobs: int) -> None:
+    """Predict the scans of an evaluator's stream.
+
+    Args:
+        engine: ``local``, one scan after the other; ``processes`` or ``ray``, see :func:`~bundle.run.run_parallel`.
+        evaluator: of `configs/inference.json`.
+        writer: among the evaluator's handlers.
+        jobs: scans at a time, for ``processes``.
+    """
+    if engine == "local":
+        evaluator.run()
+    else:
+        run_parallel(engine, evaluator, writer, jobs)
+
+
+def evaluate(evaluator: ScanEvaluator, stream: ScanStream, maps_dir: str | None, localisation: LocalisationMetric) -> None:
+    """Score a model's maps of the scans of a stream, or those of any other tool in a folder.
+
+    Args:
+        evaluator: of `configs/evaluate.json`.
+        stream: of the scans.
+        maps_dir: folder of `<patient_id>_heat.nii.gz`; None to predict.
+        localisation: the metric of the maps.
+    """
+    if maps_dir is None:
+        evaluator.run()
+    else:
+        score_maps(stream.data, maps_dir, localisation)

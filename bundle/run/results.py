@@ -17,7 +17,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 
-from bundle.data.cache import code_digest, describe, describe_scan
+from bundle.data.fingerprint import code_digest, describe, describe_scan
 from bundle.data.cohort import MASK_COLUMNS
 from bundle.data.stream import ScanStream
 from bundle.files import file_sha256, remove_leftovers, write_atomically, write_json

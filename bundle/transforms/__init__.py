@@ -8,6 +8,7 @@ from bundle.transforms.augment import RandOrigind
 from bundle.transforms.load import LoadCTd, check_hu
 from bundle.transforms.lung import LUNG_METHODS, LungMaskd, lungmask_digests, lungmask_network
 from bundle.transforms.lung_threshold import fill_thorax, threshold_lung_mask
+from bundle.transforms.preprocessing import check_preprocessing
 from bundle.transforms.quality import QualityGated, check_quality
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "QualityGated",
     "RandOrigind",
     "check_hu",
+    "check_preprocessing",
     "check_quality",
     "fill_thorax",
     "lungmask_digests",

@@ -23,7 +23,7 @@ from bundle.reading.scan_file import check_scan_file
 __all__ = ["LoadCTd", "check_hu"]
 
 _AIR_HU = -1024  # padding outside the field of view (-2048, -3024) becomes air
-_SPACING_MM = (0.1, 20.0)
+SPACING_MM = (0.1, 20.0)
 _LARGEST_M3 = 1.0  # a table's width, height and length; what a scan takes once resampled is bounded by it
 _HU_RANGE = (-4000.0, 32000.0)
 _SAMPLE = 1_000_000  # voxels that the histogram checks look at
@@ -170,8 +170,8 @@ def _read(path: str, where: str, series: str | None = None) -> MetaTensor:
     if affine.shape != (4, 4) or not np.isfinite(affine).all():
         raise InputError(f"{where}: its affine is {_rows(affine)} (expected 4 x 4 finite numbers)")
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    if not (spacing.min() >= _SPACING_MM[0] and spacing.max() <= _SPACING_MM[1]):
-        expected = f"{_SPACING_MM[0]:g} to {_SPACING_MM[1]:g}"
+    if not (spacing.min() >= SPACING_MM[0] and spacing.max() <= SPACING_MM[1]):
+        expected = f"{SPACING_MM[0]:g} to {SPACING_MM[1]:g}"
         raise InputError(f"{where}: its spacing is {_by(spacing)} mm (expected {expected} mm)")
     shear = np.degrees(np.arccos(min(1.0, abs(np.linalg.det(affine[:3, :3] / spacing)))))
     if shear > LARGEST_TILT:

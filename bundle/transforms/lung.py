@@ -58,8 +58,7 @@ class LungMaskd(MapTransform):
         fill: bool = False,
     ) -> None:
         super().__init__(keys)
-        if method not in LUNG_METHODS:
-            raise InputError(f"lung_mask is '{method}' (expected one of {', '.join(LUNG_METHODS)})")
+        check_method(method)
         if method == "lungmask" and not weights:
             raise InputError("lung_mask is 'lungmask' without weights (expected a local file, lungmask's state dict)")
         self.weights = _files(weights) if method in ("auto", "lungmask") else ()
@@ -99,6 +98,17 @@ class LungMaskd(MapTransform):
         data[self.lung_key] = lung
         data["lung_mask_source"] = source
         return data
+
+
+def check_method(method: str) -> str:
+    """The method of lung masking, if it is one of :data:`LUNG_METHODS`.
+
+    Raises:
+        InputError: it is none of them.
+    """
+    if method not in LUNG_METHODS:
+        raise InputError(f"lung_mask is {method!r} (expected one of {', '.join(LUNG_METHODS)})")
+    return method
 
 
 def lungmask_digests(weights: str | Sequence[str] | None) -> list[str]:

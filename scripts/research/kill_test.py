@@ -31,7 +31,7 @@ import monai.bundle  # noqa: E402, F401  what the jobs import, so that their for
 import pandas as pd  # noqa: E402
 
 import bundle.run  # noqa: E402, F401
-from bundle.data.cache import describe
+from bundle.data.fingerprint import describe
 from bundle.files import file_sha256, load_checked
 from scripts import make_phantoms, preprocess
 from scripts.research import sweep  # noqa: E402, F401

@@ -1,0 +1,109 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What a cached file or a finished map depends on, as plain JSON and SHA-256: scans, transforms and code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import monai
+import numpy as np
+import torch
+
+from bundle.files import file_sha256
+
+__all__ = ["code_digest", "content_digest", "describe", "describe_scan"]
+
+# Keys of a record that no transform reads: they may change without the scan being preprocessed again.
+_NOT_READ = {"patient_id", "time", "event", "clinical", "patient", "gt_mask", "confounder_mask", "split", "fold"}
+_NOT_READ |= {"covariates", "imputed"}
+_DATA_FILE = re.compile(rb"^(?:ElementDataFile\s*=|data ?file:)\s*(.+?)\s*$", re.MULTILINE | re.IGNORECASE)
+
+
+def content_digest(path: str) -> str:
+    """SHA-256 of the content of a scan, wherever it lies and whenever it was written.
+
+    The data files that a detached header (.mhd, .nrrd) names count too. A file that has not been touched since this
+    process last read it is not read again.
+
+    Args:
+        path: a file, or a folder with slices in it.
+    """
+    p = Path(path)
+    files = p.rglob("*") if p.is_dir() else _parts(p)
+    digests = [_file_digest(str(file), *_stamp(file)) for file in files if file.is_file()]
+    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
+
+
+def _parts(header: Path) -> list[Path]:
+    """A file, and the data files that it names if it is a header."""
+    if header.suffix.lower() not in (".mhd", ".nrrd"):
+        return [header]
+    with open(header, "rb") as file:
+        found = _DATA_FILE.search(file.read(1 << 16))
+    if not found or found[1].upper() == b"LOCAL":
+        return [header]
+    data = header.parent / os.fsdecode(found[1])
+    return [header, data] if data.is_file() else list(header.parent.iterdir())  # a list or a pattern of files
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev
+
+
+@lru_cache(maxsize=None)
+def _file_digest(path: str, *stamp: int) -> str:
+    return file_sha256(path)
+
+
+def describe(thing: Any) -> Any:
+    """Everything that shapes what a transform does, as plain JSON.
+
+    An object becomes its class and attributes, and so do the objects that it holds. A string that is the name of a
+    file (weights of a network) becomes the SHA-256 of its content.
+
+    >>> from monai.transforms import Flip
+    >>> describe(Flip(spatial_axis=0))["spatial_axis"]
+    0
+    """
+    if thing is None or isinstance(thing, (bool, int, float)):
+        return thing
+    if isinstance(thing, str):
+        return f"sha256:{content_digest(thing)}" if os.path.isfile(thing) else str(thing)
+    if isinstance(thing, Mapping):
+        return {str(key): describe(value) for key, value in thing.items()}
+    if isinstance(thing, (set, frozenset)):
+        return describe(sorted(thing))
+    if isinstance(thing, (list, tuple)):
+        return [describe(value) for value in thing]
+    if isinstance(thing, (torch.Tensor, np.ndarray, np.generic)):
+        return thing.tolist()
+    if callable(thing) and hasattr(thing, "__qualname__"):  # a function or a class
+        return f"{thing.__module__}.{thing.__qualname__}"
+    name = f"{type(thing).__module__}.{type(thing).__qualname__}"
+    return {"class": name, **{key: describe(value) for key, value in sorted(getattr(thing, "__dict__", {}).items())}}
+
+
+def describe_scan(record: dict) -> dict:
+    """What transforms may read of a record, as plain JSON: image and lung mask by content, all else by value."""
+    scan = {key: describe(value) for key, value in record.items() if key not in _NOT_READ}
+    return scan | {key: content_digest(record[key]) for key in ("image", "lung_mask") if record.get(key)}
+
+
+def code_digest(*patterns: str) -> str:
+    """SHA-256 of MONAI's version and of this package's files.
+
+    Args:
+        patterns: of the files, as `Path.glob` takes them.
+    """
+    package = Path(__file__).parents[1]
+    digests = [file_sha256(file) for pattern in patterns for file in sorted(package.glob(pattern))]
+    return hashlib.sha256(json.dumps([monai.__version__, digests]).encode()).hexdigest()

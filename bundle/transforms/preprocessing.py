@@ -1,0 +1,51 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The numbers and words that say how scans are prepared, checked before anything is built with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bundle.errors import checked_numbers
+from bundle.transforms.load import SPACING_MM
+from bundle.transforms.lung import check_method
+
+__all__ = ["check_preprocessing"]
+
+
+def check_preprocessing(
+    spacing: float | Sequence[float], hu_window: Sequence[float], lung_mask: str, margin: float
+) -> dict[str, Any]:
+    """Check what a config or a command line says of preprocessing, and bring it into one form.
+
+    Args:
+        spacing: of the voxels that the network sees, mm: one number, or one for each axis.
+        hu_window: HU that become 0 and 1.
+        lung_mask: how the lung is found, one of :data:`~bundle.transforms.LUNG_METHODS`.
+        margin: around the lung, mm.
+
+    Returns:
+        The same keys: three floats, two floats, the word, and a float.
+
+    Raises:
+        InputError: what was given, and what was expected.
+
+    >>> check_preprocessing(3, [-1000, 200], "auto", 6)
+    {'spacing': [3.0, 3.0, 3.0], 'hu_window': [-1000.0, 200.0], 'lung_mask': 'auto', 'margin': 6.0}
+    """
+    least, most = SPACING_MM
+    return {
+        "spacing": checked_numbers(
+            "spacing",
+            [spacing] * 3 if isinstance(spacing, (int, float)) else spacing,
+            3,
+            f"one number or three, {least:g} to {most:g} mm, such as 3 or [3, 3, 3]",
+            lambda *sides: least <= min(sides) <= max(sides) <= most,
+        ),
+        "hu_window": checked_numbers(
+            "hu_window", hu_window, 2, "two ascending HU, such as [-1000, 200]", lambda low, high: low < high
+        ),
+        "lung_mask": check_method(lung_mask),
+        "margin": checked_numbers("margin", margin, 1, "a number of mm, at least 0", lambda mm: mm >= 0)[0],
+    }
