@@ -2,11 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import ignite.distributed as idist
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from ignite.engine import Engine
+from ignite.exceptions import NotComputableError
 from lifelines import KaplanMeierFitter
 from lifelines.utils import concordance_index, restricted_mean_survival_time
 from monai.handlers import IgniteMetricHandler, from_engine
@@ -15,7 +19,7 @@ from sksurv import metrics as sksurv
 from sksurv.util import Surv
 
 from bundle.errors import InputError
-from bundle.metrics import SurvivalMetric
+from bundle.metrics import ConcordanceIndex, MeanLogLikelihood, PartialLogLikelihood, SurvivalMetric
 from bundle.metrics.survival import (
     c_index,
     c_index_ipcw,
@@ -30,7 +34,8 @@ from bundle.metrics.survival import (
     rae_events,
     rmst_bias,
 )
-from bundle.survival import mean_months, restricted_mean_months
+from bundle.run.distributed import on_all_scans
+from bundle.survival import CenTime, Cox, mean_months, restricted_mean_months
 
 TMAX = 120
 DAY = 1 / 30.4375  # months
@@ -409,3 +414,63 @@ def test_monais_ignite_handler_drives_it():
         assert engine.state.metrics["survival"]["num_scans"] == 24
     mean = (pmf * torch.arange(1, TMAX + 1)).sum(1)
     assert engine.state.metrics["survival"]["c_index"]["value"] == c_index(-mean, time, event)
+
+
+def validation(num: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
+    """Survival maps of one patch, and outcomes, of `num` scans that were in different batches of a validation."""
+    _, time, event, _ = cohort(2, num)
+    location = torch.linspace(5, 90, num)[torch.randperm(num, generator=torch.Generator().manual_seed(0))]
+    survival_map = torch.stack([location, torch.ones(num)], 1).view(num, 2, 1, 1, 1)
+    return survival_map, torch.stack([time, event], 1).float()
+
+
+def validated(batches: list[list[int]], on_all: Callable = dict, names: str = "mean partial c_index") -> dict[str, float]:
+    """The metrics of a validation, those of train.json and of cox.json, of scans that came in these batches."""
+    survival_map, outcome = validation()
+    cox, centime = Cox(), CenTime(TMAX)
+    engine = Engine(lambda engine, rows: {"pred": survival_map[rows], "label": outcome[rows]})
+    metrics = {"mean": MeanLogLikelihood(centime), "partial": PartialLogLikelihood(cox), "c_index": ConcordanceIndex(centime)}
+    metrics = on_all({name: metrics[name] for name in names.split()})
+    for name, metric in metrics.items():
+        metric.attach(engine, name)
+    return engine.run(batches).metrics
+
+
+def test_a_validation_counts_every_scan_once_whatever_batches_they_came_in():
+    survival_map, outcome = validation()
+    rows = list(range(9))
+    uneven = validated([rows[:4], rows[4:8], rows[8:]])
+    with torch.no_grad():
+        alone = [-CenTime(TMAX)(survival_map[i : i + 1], outcome[i : i + 1]).item() for i in rows]
+        partial = -Cox()(survival_map, outcome).item()
+    assert uneven["mean"] == pytest.approx(np.mean(alone), rel=1e-5)
+    assert uneven["partial"] == pytest.approx(partial, rel=1e-5)
+    risk = -mean_months(CenTime(TMAX).pmf(survival_map))
+    assert uneven["c_index"] == pytest.approx(c_index(risk, *outcome.unbind(1)))
+    batch_means = np.mean([np.mean(alone[k : k + 4]) for k in (0, 4, 8)])
+    assert abs(batch_means - uneven["mean"]) > 0.1  # what the mean over batches would say
+    for batches in ([rows], [[i] for i in rows]):
+        assert validated(batches) == pytest.approx(uneven, rel=1e-5)
+
+
+def test_a_validation_of_survivors_has_no_concordance():
+    metric = ConcordanceIndex(CenTime(TMAX))
+    survival_map, outcome = validation()
+    metric.update((survival_map, outcome * torch.tensor([1.0, 0.0])))
+    assert np.isnan(metric.compute())
+    with pytest.raises(NotComputableError, match="at least one scan"):
+        MeanLogLikelihood(CenTime(TMAX)).compute()
+
+
+def _validate(rank: int, expected: dict) -> None:
+    rows = list(range(9))
+    # All scans to every process, as GatherInferer gives them. Then a share to each.
+    assert validated([rows[:4], rows[4:8], rows[8:]], on_all_scans) == pytest.approx(expected, rel=1e-5)
+    shared = validated([rows[:4], rows[4:8]] if rank == 0 else [rows[8:]], names="mean")
+    assert shared["mean"] == pytest.approx(expected["mean"], rel=1e-5)
+
+
+def test_a_validation_of_two_processes_is_that_of_one():
+    expected = validated([list(range(9))])
+    with idist.Parallel(backend="gloo", nproc_per_node=2, start_method="spawn") as parallel:
+        parallel.run(_validate, expected)

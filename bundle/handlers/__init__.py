@@ -6,7 +6,7 @@ from bundle.handlers.evaluation import ScoreScans, score_maps
 from bundle.handlers.figures import draw_training, report_evaluation, save_figure
 from bundle.handlers.metrics_writer import MetricsWriter, format_metrics_table
 from bundle.handlers.schedules import geometric, step
-from bundle.handlers.tracking import HistoryWriter, Progress, WandbHandler
+from bundle.handlers.tracking import HistoryWriter, Progress, WandbHandler, loss_of
 from bundle.handlers.training import EpochSeed, GradientClip
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "draw_training",
     "format_metrics_table",
     "geometric",
+    "loss_of",
     "report_evaluation",
     "save_figure",
     "score_maps",

@@ -10,13 +10,25 @@ from pathlib import Path
 
 import ignite.distributed as idist
 import pandas as pd
+import torch
 import wandb
 from ignite.engine import Engine, Events
 from tqdm import tqdm
 
 from bundle.files import write_atomically
 
-__all__ = ["HistoryWriter", "Progress", "WandbHandler"]
+__all__ = ["HistoryWriter", "Progress", "WandbHandler", "loss_of"]
+
+
+def loss_of(output: dict) -> float:
+    """The loss in a trainer's output, for handlers that log it.
+
+    MONAI's `from_engine("loss")` makes a tuple of it, which its handlers leave out with a warning.
+
+    >>> loss_of({"loss": torch.tensor(2.5)})
+    2.5
+    """
+    return output["loss"].item()
 
 
 class Progress:

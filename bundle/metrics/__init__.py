@@ -6,5 +6,15 @@ from bundle.metrics.bootstrap import bootstrap, with_interval
 from bundle.metrics.distribution import MapDistribution
 from bundle.metrics.localisation import LocalisationMetric
 from bundle.metrics.survival import SurvivalMetric
+from bundle.metrics.validation import ConcordanceIndex, MeanLogLikelihood, PartialLogLikelihood
 
-__all__ = ["LocalisationMetric", "MapDistribution", "SurvivalMetric", "bootstrap", "with_interval"]
+__all__ = [
+    "ConcordanceIndex",
+    "LocalisationMetric",
+    "MapDistribution",
+    "MeanLogLikelihood",
+    "PartialLogLikelihood",
+    "SurvivalMetric",
+    "bootstrap",
+    "with_interval",
+]

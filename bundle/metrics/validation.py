@@ -1,0 +1,110 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""What a validation measures while a network trains: one number for all its scans, whatever batches they came in.
+
+The metrics take what MONAI's evaluators leave without decollating: `pred`, survival maps (B, C, d, h, w), and `label`,
+outcomes (B, 2) = (time in months, event). :class:`~bundle.metrics.SurvivalMetric` is for the evaluation afterwards.
+"""
+
+from __future__ import annotations
+
+import torch
+from ignite.exceptions import NotComputableError
+from ignite.metrics import EpochMetric, Metric
+from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
+from torch import Tensor
+
+from bundle.metrics.survival import c_index
+from bundle.survival import Cox, Objective, mean_months, patient_numbers
+
+__all__ = ["ConcordanceIndex", "MeanLogLikelihood", "PartialLogLikelihood"]
+
+
+class MeanLogLikelihood(Metric):
+    """Log-likelihood that an objective gives a scan, on average over the scans; larger is better.
+
+    A batch counts as often as it has scans, so the scans of a short last batch don't count more than others.
+
+    Args:
+        objective: its loss is minus the mean log-likelihood of the batch.
+
+    Example:
+        >>> from bundle.survival import CenTime
+        >>> survival_map, outcome = torch.ones(5, 2, 1, 1, 1), torch.tensor([[10.0, 1.0]] * 5)
+        >>> objective, metric = CenTime(), MeanLogLikelihood(CenTime())
+        >>> for batch in (slice(0, 4), slice(4, 5)):
+        ...     metric.update((survival_map[batch], outcome[batch]))
+        >>> abs(metric.compute() + objective(survival_map, outcome).item()) < 1e-5
+        True
+    """
+
+    required_output_keys = ("pred", "label")
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        super().__init__()
+
+    @reinit__is_reduced
+    def reset(self) -> None:
+        self.total = 0.0
+        self.scans = 0
+
+    @torch.no_grad()
+    @reinit__is_reduced
+    def update(self, output: tuple[Tensor, Tensor]) -> None:
+        survival_map, outcome = output
+        self.total -= float(self.objective(survival_map, outcome)) * len(outcome)
+        self.scans += len(outcome)
+
+    @sync_all_reduce("total", "scans")
+    def compute(self) -> float:
+        if self.scans == 0:
+            raise NotComputableError("a validation needs at least one scan.")
+        return self.total / self.scans
+
+
+class PartialLogLikelihood(EpochMetric):
+    """Cox's log partial likelihood of all scans together, over their number; larger is better.
+
+    The risk set of a death is everybody who lived as long, so the batches of a validation can't be averaged.
+
+    Args:
+        objective: gives the log hazard at a location.
+    """
+
+    required_output_keys = ("pred", "label")
+
+    def __init__(self, objective: Cox) -> None:
+        self.objective = objective
+        super().__init__(self.of_scans, check_compute_fn=False)
+
+    def update(self, output: tuple[Tensor, Tensor]) -> None:
+        survival_map, outcome = output
+        super().update((patient_numbers(survival_map)[0], outcome))
+
+    @torch.no_grad()
+    def of_scans(self, location: Tensor, outcome: Tensor) -> float:
+        location, outcome = (values.to(self.objective.log_factor) for values in (location, outcome))
+        return float(self.objective.likelihood(location, *outcome.unbind(1))) / len(outcome)
+
+
+class ConcordanceIndex(EpochMetric):
+    """:func:`~bundle.metrics.survival.c_index` of the mean predicted times of all scans; NaN where it has no value.
+
+    Args:
+        objective: reads the distribution of times off a map.
+    """
+
+    required_output_keys = ("pred", "label")
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        super().__init__(self.of_scans, check_compute_fn=False)
+
+    def update(self, output: tuple[Tensor, Tensor]) -> None:
+        survival_map, outcome = output
+        super().update((mean_months(self.objective.pmf(survival_map)), outcome))
+
+    def of_scans(self, mean: Tensor, outcome: Tensor) -> float:
+        value = c_index(-mean, *outcome.unbind(1))
+        return float("nan") if value is None else value
