@@ -4,9 +4,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import subprocess
-import sys
 from itertools import product
 
 import nibabel as nib
@@ -15,34 +14,66 @@ import pandas as pd
 import pytest
 from lifelines import KaplanMeierFitter
 from lifelines.utils import concordance_index
+from scipy import ndimage
 
 from bundle.errors import InputError
-from bundle.phantoms.cohort import COMPLEXITIES, PhantomCohort, fibrosis_covariates, make_phantom
-from bundle.phantoms.cubes import PhantomParams
+from bundle.phantoms import PHANTOMS, PhantomCohort, PhantomParams, make_phantom
 from scripts.make_phantoms import main
 
 from .conftest import ROOT
 
 SMALL = PhantomParams(size=32)
+DIGESTS = {  # of four scans of 32 voxels a side, seed 3
+    "central-sphere": "66b7a953f2ed22e6",
+    "spheres": "acad2b1bc25040da",
+    "honeycomb": "cbb6a02eb3829c6f",
+    "corner-sphere": "d442f3a291453703",
+    "spheres-honeycomb": "2bf3a715397b3f80",
+    "spheres-honeycomb-corner": "126fb1f8ad4f9fbe",
+    "counted-spheres": "bde0cd8e378fd165",
+    "texture": "4db2a6fd8f77b0af",
+    "chest": "ea33cdabbbb4a906",
+    "harmless-honeycomb": "38f11a508cacabab",
+    "mild-severe": "df75cf4b20fc7cb3",
+    "faint-spheres": "28b0fabbf4b9ac9f",
+    "protective-honeycomb": "7120986c0c814b17",
+}
 
 
-def draw(complexity: int, dies: bool, index: int = 0, params: PhantomParams = SMALL):
-    return make_phantom(complexity, np.random.default_rng([7, complexity, index]), dies, params)
+def draw(number: int, dies: bool, index: int = 0, params: PhantomParams = SMALL):
+    return make_phantom(number, np.random.default_rng([7, number, index]), dies, params)
 
 
-@pytest.mark.parametrize("complexity", range(1, 10))
-def test_masks_time_and_event(complexity):
+@pytest.mark.parametrize("name", PHANTOMS)
+def test_a_seed_fixes_every_voxel_by_name_and_number_whatever_the_number_of_scans(name):
+    scans, digest = dict(PhantomCohort(name, 4, 3, params=SMALL)), hashlib.sha256()
+    for patient_id, p in scans.items():
+        risk = "" if p.true_risk is None else f"{p.true_risk:.4g}"
+        digest.update(f"{patient_id} {p.time:.4g} {p.event} {risk}".encode())
+        digest.update(p.image.tobytes())
+        for mask in (p.gt_mask, p.confounder_mask, p.gt_filled_mask, p.lung_mask, p.gt_severe_mask):
+            digest.update(b"-" if mask is None else np.packbits(mask).tobytes())
+    assert digest.hexdigest()[:16] == DIGESTS[name]
+    number = PHANTOMS[name].number
+    for patient_id, p in PhantomCohort(number, 2, 3, params=SMALL):
+        assert (p.image == scans[patient_id].image).all() and (p.gt_mask == scans[patient_id].gt_mask).all()
+    other = next(iter(PhantomCohort(str(number), 1, 4, params=SMALL)))[1]
+    assert (other.image != scans[f"phantom{number}_seed3_0000"].image).any()
+
+
+@pytest.mark.parametrize("number", range(1, 10))
+def test_masks_time_and_event(number):
     for index in range(3):
-        dead, alive = (draw(complexity, dies, index) for dies in (True, False))
+        dead, alive = (draw(number, dies, index) for dies in (True, False))
         assert dead.image.dtype == np.int16 and dead.image.shape == (32, 32, 32)
         assert dead.event == 1 and 1 <= dead.time <= 60 and dead.gt_mask.any()
         assert alive.event == 0 and alive.time == 99 and not alive.gt_mask.any()
         for p in (dead, alive):
-            assert (p.confounder_mask is not None) == (complexity in (5, 6, 9))
+            assert (p.confounder_mask is not None) == (number in (5, 6, 9))
             if p.confounder_mask is not None:
                 assert not (p.gt_mask & p.confounder_mask).any()
-            assert (p.lung_mask is not None) == (complexity == 9)
-        assert (dead.gt_filled_mask is not None) or complexity != 3
+            assert (p.lung_mask is not None) == (number == 9)
+        assert (dead.gt_filled_mask is not None) or number != 3
 
 
 def test_spheres_are_drawn_where_the_mask_says_and_set_the_time():
@@ -76,7 +107,7 @@ def test_what_the_corner_sphere_hides_is_no_cause():
     found = 0
     for index in range(12):
         p = draw(6, True, index)
-        x, y, z = (np.arange(32) - 32.0) ** 2 @ np.eye(32), None, None
+        x = (np.arange(32) - 32.0) ** 2
         corner = x[:, None, None] + x[None, :, None] + x[None, None, :] < 12.5**2
         assert p.confounder_mask[corner].all() and not p.gt_mask[corner].any()
         found += p.gt_mask.any()
@@ -97,8 +128,6 @@ def test_texture_differs_only_in_its_correlation():
 
 
 def test_more_spheres_mean_a_shorter_life():
-    from scipy import ndimage
-
     rows = []
     for index in range(40):
         p = draw(7, True, index, PhantomParams(size=32, small_radius=(8.0, 9.0)))
@@ -121,23 +150,14 @@ def test_chest_is_a_chest():
     assert spine[0] > spine[1]  # at the back
 
 
-@pytest.mark.parametrize("complexity", COMPLEXITIES)
-def test_a_seed_fixes_every_voxel_whatever_the_number_of_scans(complexity):
-    few, many = (dict(PhantomCohort(complexity, num, 3, params=SMALL)) for num in (2, 5))
-    for name, p in few.items():
-        assert (p.image == many[name].image).all() and (p.gt_mask == many[name].gt_mask).all()
-    other = next(iter(PhantomCohort(complexity, 1, 4, params=SMALL)))[1]
-    assert (other.image != few[f"phantom{complexity}_seed3_0000"].image).any()
-
-
 @pytest.mark.parametrize("fraction, deaths", [(0.0, 0), (0.1, 1), (0.5, 5), (0.9, 9), (1.0, 10)])
 def test_feature_fraction_is_the_share_of_deaths(fraction, deaths):
     assert sum(p.event for _, p in PhantomCohort(2, 10, 0, fraction, SMALL)) == deaths
 
 
-@pytest.mark.parametrize("complexity", (10, 11, 12, 13))
-def test_drawn_outcomes_follow_the_true_risk_but_not_exactly(complexity):
-    cohort = [p for _, p in PhantomCohort(complexity, 400, 0, params=PhantomParams(size=16))]
+@pytest.mark.parametrize("number", (10, 11, 12, 13))
+def test_drawn_outcomes_follow_the_true_risk_but_not_exactly(number):
+    cohort = [p for _, p in PhantomCohort(number, 400, 0, params=PhantomParams(size=16))]
     risk, time, event = np.array([(p.true_risk, p.time, p.event) for p in cohort]).T
     assert 0.6 < event.mean() < 0.85 and time.min() >= 1 and time.max() <= 98
     assert 0.68 < concordance_index(time, -risk, event) < 0.85
@@ -189,6 +209,7 @@ def test_lengths_grow_with_the_size():
 def test_command_line_writes_a_cohort_once(tmp_path, capsys):
     args = ["--complexity", "5", "--num", "4", "--size", "32", "--out", str(tmp_path / "c")]
     main(args)
+    args[:2] = ["--phantom", "spheres-honeycomb"]
     table = pd.read_csv(tmp_path / "c" / "cohort.csv")
     assert list(table) == ["patient_id", "image", "time", "event", "gt_mask", "confounder_mask"]
     assert table.event.sum() == 2
@@ -205,7 +226,7 @@ def test_command_line_writes_a_cohort_once(tmp_path, capsys):
 
 
 def test_clinical_columns_know_the_outcome_and_leave_the_scans_alone(tmp_path):
-    args = ["--complexity", "2", "--num", "4", "--size", "16"]
+    args = ["--phantom", "spheres", "--num", "4", "--size", "16"]
     main([*args, "--out", str(tmp_path / "plain")])
     main([*args, "--out", str(tmp_path / "c"), "--clinical"])
     plain, table = (pd.read_csv(tmp_path / name / "cohort.csv") for name in ("plain", "c"))
@@ -215,12 +236,12 @@ def test_clinical_columns_know_the_outcome_and_leave_the_scans_alone(tmp_path):
         assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
     with pytest.raises(SystemExit, match="clinical differ"):
         main([*args, "--out", str(tmp_path / "c")])
-    for complexity in (2, 10):
-        rows = []
-        for i, (_, phantom) in enumerate(PhantomCohort(complexity, 300, 0, params=PhantomParams(size=16))):
+    for number in (2, 10):
+        rows, cohort = [], PhantomCohort(number, 300, 0, params=PhantomParams(size=16))
+        for i, (_, phantom) in enumerate(cohort):
             risk = -phantom.time if phantom.true_risk is None else phantom.true_risk
-            rows.append({**fibrosis_covariates(phantom, 0, complexity, i), "risk": risk})
-        assert fibrosis_covariates(phantom, 0, complexity, i) == {k: v for k, v in rows[-1].items() if k != "risk"}
+            rows.append({**cohort.covariates(i, phantom), "risk": risk})
+        assert cohort.covariates(i, phantom) == {k: v for k, v in rows[-1].items() if k != "risk"}
         drawn = pd.DataFrame(rows).replace("", np.nan)
         missing = drawn.isna().mean()
         assert 0.1 < missing.dlco_percent < 0.35 and 0 < missing.fvc_percent < missing.smoking < 0.2
@@ -232,24 +253,25 @@ def test_clinical_columns_know_the_outcome_and_leave_the_scans_alone(tmp_path):
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["--complexity", "14"], "complexity is 14"),
-        (["--complexity", "2", "--num", "0"], "num is 0"),
-        (["--complexity", "2", "--feature_fraction", "1.5"], "feature_fraction is 1.5"),
-        (["--complexity", "2", "--size", "8"], "size is 8"),
-        (["--complexity", "2", "--noise", "-1"], "noise is -1"),
-        (["--num", "4"], "--complexity"),
+        (["--complexity", "14"], "no phantom 14; expected 1 to 13 or one of central-sphere, spheres, honeycomb,"),
+        (["--phantom", "cheest"], "no phantom cheest"),
+        (["--phantom", "2", "--num", "0"], "num is 0"),
+        (["--phantom", "2", "--feature_fraction", "1.5"], "feature_fraction is 1.5"),
+        (["--phantom", "2", "--size", "8"], "size is 8"),
+        (["--phantom", "2", "--noise", "-1"], "noise is -1"),
+        (["--phantom", "2", "--spacing", "0"], "--spacing is 0"),
+        (["--num", "4"], "--phantom and --out are needed"),
     ],
 )
 def test_bad_arguments_are_one_sentence(tmp_path, args, message):
-    command = [sys.executable, "-m", "scripts.make_phantoms", *args, "--out", str(tmp_path / "c")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and "error: " in done.stderr and message in done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "c" / "cohort.csv").exists()
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        main([*args, "--out", str(tmp_path / "c")])
+    assert not (tmp_path / "c" / "cohort.csv").exists()
 
 
 def test_several_processes_write_the_same_cohort(tmp_path):
-    for jobs in (1, 2):
-        main(["--complexity", "3", "--num", "3", "--size", "16", "--jobs", str(jobs), "--out", str(tmp_path / str(jobs))])
+    for jobs in "12":
+        main(["--phantom", "honeycomb", "--num", "3", "--size", "16", "--jobs", jobs, "--out", str(tmp_path / jobs)])
     files = sorted(path.relative_to(tmp_path / "1") for path in (tmp_path / "1").rglob("*") if path.is_file())
     assert len(files) == 3 + 3 + 3 + 2  # images, two kinds of mask, cohort.csv, phantoms.json
     for name in files:
@@ -260,12 +282,9 @@ def test_several_processes_write_the_same_cohort(tmp_path):
             assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
 
-@pytest.mark.parametrize("option", ["central_radius", "corner_radius", "sphere_radius", "small_radius", "lesion_radius", "bubble_layers"])
-def test_what_does_not_fit_into_the_cube_is_refused(option):
-    with pytest.raises(InputError, match=option):
-        PhantomParams(**{option: (10, 40)})
-
-
-def test_params_out_of_range():
+def test_what_does_not_fit_into_the_cube_is_refused():
+    for name in ("central_radius", "corner_radius", "sphere_radius", "small_radius", "lesion_radius", "bubble_layers"):
+        with pytest.raises(InputError, match=name):
+            PhantomParams(**{name: (10, 40)})
     with pytest.raises(InputError, match="sphere_radius"):
         PhantomParams(sphere_radius=(20.0, 10.0))

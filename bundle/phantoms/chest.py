@@ -7,42 +7,42 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-from bundle.phantoms.cubes import CENSORED_AT, Phantom, PhantomParams, ball, months, smooth_noise
+from bundle.phantoms.phantom import CENSORED_AT, Phantom, PhantomParams, ball, clipped, smooth_noise
 
 
 class Chest:
-    """Body, lungs, vessels, trachea, ribs and spine of a random person, in HU on a 321 mm cube (RAS axes)."""
+    """Body, lungs, vessels, trachea, ribs and spine of a random person, on a cube of 321 mm a side (RAS axes).
+
+    Args:
+        rng: fixes every voxel.
+        params: of which the size and the noise matter.
+
+    Attributes:
+        image: HU, float, (D, H, W).
+        lung, vessel, airway: masks, bool, of the same shape; vessels are in the lung, airways are not.
+        depth: mm from the pleura, 0 outside the lung.
+        mm: edge of a voxel.
+    """
 
     FIELD = 321.0  # mm: 107 voxels of 3 mm, the spacing of the shipped configuration
 
-    def __init__(self, rng: np.random.Generator, p: PhantomParams) -> None:
-        self.rng, self.mm = rng, self.FIELD / p.size
-        axis = (np.arange(p.size) + 0.5) * self.mm - self.FIELD / 2
+    def __init__(self, rng: np.random.Generator, params: PhantomParams) -> None:
+        size = params.size
+        self.rng, self.params, self.mm, shape = rng, params, self.FIELD / size, (size,) * 3
+        axis = (np.arange(size) + 0.5) * self.mm - self.FIELD / 2
         x, y, z = axis[:, None, None], axis[None, :, None], axis[None, None, :]  # right, front, top
-        shape = (p.size,) * 3
         width, depth = rng.uniform(140, 150), rng.uniform(100, 110)
         body = (x / width) ** 2 + (y / depth) ** 2 + 0 * z < 1
         muscle = (x / (width - 14)) ** 2 + (y / (depth - 14)) ** 2 + 0 * z < 1
         image = np.full(shape, -1000.0)
         image[body], image[muscle] = -100.0, 40.0
 
-        # Lungs: half ellipsoids on a dome-shaped diaphragm, flattened towards the mediastinum; the heart is left out.
-        self.lung = np.zeros(shape, bool)
-        bottom = rng.uniform(-130, -115)
-        for side in (-1, 1):
-            a, b, c = rng.uniform(52, 58), rng.uniform(76, 84), rng.uniform(215, 235)
-            u = (x - side * 64) / a
-            w = (y + 2) / b
-            h = (z - bottom) / c
-            dome = bottom + 38 * np.clip(1 - u**2 - w**2, 0, None)
-            self.lung |= (np.abs(u) ** 2.5 + np.abs(w) ** 2.5 + np.abs(h) ** 2.5 < 1) & (z > dome)
-        heart = ((x + 18) / 52) ** 2 + ((y - 34) / 46) ** 2 + ((z + 62) / 56) ** 2 < 1
-        self.lung &= ~heart & (np.abs(x) > 12)
-        self.depth = ndimage.distance_transform_edt(self.lung) * self.mm  # mm from the pleura
+        self.lung = self.draw_lungs(x, y, z)
+        self.depth = ndimage.distance_transform_edt(self.lung) * self.mm
         image[self.lung] = -860 + 14 * (y + 0 * x + 0 * z)[self.lung] / 80 * -1
         image[self.lung] += 12 * smooth_noise(rng, shape, 24 / self.mm)[self.lung]
 
-        # Spine, ribs, trachea with the main bronchi.
+        # Spine and ribs, trachea with the main bronchi.
         image[((x / 16) ** 2 + ((y + 84) / 16) ** 2 + 0 * z < 1) & muscle] = 350
         ring = (x / (width - 17)) ** 2 + (y / (depth - 17)) ** 2
         rib = (np.abs(ring - 1) < 0.06) & (np.mod(z + 0.35 * y + rng.uniform(0, 30), 30) < 9)
@@ -58,42 +58,57 @@ class Chest:
         self.vessel = np.zeros(shape, bool)
         for side in (-1, 1):
             for _ in range(11):
-                self.branch(np.array([side * 26.0, -14.0, -20.0]), side, rng.uniform(4.0, 6.0))
+                self.draw_branch(np.array([side * 26.0, -14.0, -20.0]), side, rng.uniform(4.0, 6.0))
         self.vessel &= self.lung
         image[self.vessel] = rng.uniform(10, 40)
         self.image = image
 
-    def branch(self, start: np.ndarray, side: int, radius: float, depth: int = 0) -> None:
+    def draw_lungs(self, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+        """Half ellipsoids on a dome-shaped diaphragm, flattened towards the mediastinum; the heart is left out."""
+        rng, lung = self.rng, np.zeros(np.broadcast_shapes(x.shape, y.shape, z.shape), bool)
+        bottom = rng.uniform(-130, -115)
+        for side in (-1, 1):
+            a, b, c = rng.uniform(52, 58), rng.uniform(76, 84), rng.uniform(215, 235)
+            u = (x - side * 64) / a
+            w = (y + 2) / b
+            h = (z - bottom) / c
+            dome = bottom + 38 * np.clip(1 - u**2 - w**2, 0, None)
+            lung |= (np.abs(u) ** 2.5 + np.abs(w) ** 2.5 + np.abs(h) ** 2.5 < 1) & (z > dome)
+        heart = ((x + 18) / 52) ** 2 + ((y - 34) / 46) ** 2 + ((z + 62) / 56) ** 2 < 1
+        return lung & ~heart & (np.abs(x) > 12)
+
+    def draw_branch(self, start: np.ndarray, side: int, radius: float, generation: int = 0) -> None:
+        """Add a vessel and the two that leave it, up to the third generation; lengths in mm."""
         rng = self.rng
-        direction = rng.normal(size=3) + [side * 0.9, 0, 0] if depth == 0 else rng.normal(size=3)
+        direction = rng.normal(size=3) + ([side * 0.9, 0, 0] if generation == 0 else 0)
         direction = direction / np.linalg.norm(direction)
-        length = rng.uniform(45, 75) / (1 + 0.5 * depth)
+        length = rng.uniform(45, 75) / (1 + 0.5 * generation)
         for t in np.arange(0, length, self.mm / 2):
-            self.tube(start + t * direction, radius * (1 - 0.5 * t / length))
-        if depth < 2:
+            self.draw_blob(start + t * direction, radius * (1 - 0.5 * t / length))
+        if generation < 2:
             for _ in range(2):
                 turn = start + rng.uniform(0.5, 1) * length * direction
-                self.branch(turn, side, radius * 0.55, depth + 1)
+                self.draw_branch(turn, side, radius * 0.55, generation + 1)
 
-    def tube(self, point: np.ndarray, radius: float) -> None:
-        """Mark the voxels within `radius` mm (at least the nearest voxel) of a point in mm."""
+    def draw_blob(self, point: np.ndarray, radius: float) -> None:
+        """Add to the vessels what is within `radius` mm of a point in mm, at least its nearest voxel."""
         centre = (point + self.FIELD / 2) / self.mm - 0.5
         reach = radius / self.mm
         low = np.maximum(np.floor(centre - reach), 0).astype(int)
         high = np.minimum(np.ceil(centre + reach) + 1, self.vessel.shape).astype(int)
         if (low >= high).any():
             return
-        x, y, z = ((np.arange(a, b) - c) ** 2 for a, b, c in zip(low, high, centre))
+        x, y, z = ((np.arange(a, b) - c) ** 2 for a, b, c in zip(low, high, centre, strict=True))
         near = x[:, None, None] + y[None, :, None] + z[None, None, :] < max(reach, 0.6) ** 2
-        self.vessel[tuple(slice(a, b) for a, b in zip(low, high))] |= near
+        self.vessel[tuple(slice(a, b) for a, b in zip(low, high, strict=True))] |= near
 
     def subpleural_patch(self, free: np.ndarray) -> np.ndarray:
-        """A patch along the pleura, 15-35 mm thick, more often at the bases, within `free` voxels."""
+        """A patch along the pleura, 16-34 mm thick, more often at the bases and the back, within `free` voxels."""
         rng = self.rng
         rim = np.argwhere(free & (self.depth < 2 * self.mm) & (self.depth > 0))
         if not len(rim):
             return np.zeros_like(free)
-        # bases and back are where fibrosis starts
+        # Fibrosis begins there.
         preference = np.exp(-(rim[:, 2] * self.mm) / 70.0 - (rim[:, 1] * self.mm) / 130.0)
         centre = rim[rng.choice(len(rim), p=preference / preference.sum())]
         radius = rng.uniform(30, 52) / self.mm
@@ -101,23 +116,20 @@ class Chest:
         return patch & free & ~self.vessel
 
 
-def chest(rng, dies, p):
-    """9: fibrosis-like reticulation near the pleura sets the time by its volume; ground glass and nodules don't."""
-    body = Chest(rng, p)
-    image, lung, shape = body.image, body.lung, body.lung.shape
-    gt = np.zeros(shape, bool)
+def chest(body: Chest, dies: bool) -> Phantom:
+    """A chest: fibrosis-like patches near the pleura; ground glass and nodules are harmless."""
+    rng, image, lung, shape = body.rng, body.image, body.lung, body.lung.shape
+    gt, glass, nodules = np.zeros((3, *shape), bool)
     time = CENSORED_AT
     if dies:
         for _ in range(int(rng.integers(1, 5))):
             gt |= body.subpleural_patch(lung)
-        time = months(62 - 600 * gt.sum() / lung.sum(), 2, 60)
-    glass = np.zeros(shape, bool)
+        time = clipped(62 - 600 * gt.sum() / lung.sum(), 2, 60)
     for _ in range(int(rng.integers(0, 4))):
         glass |= body.subpleural_patch(lung & ~gt)
-    nodules = np.zeros(shape, bool)
     inner = np.argwhere(lung & ~gt & (body.depth > 12))
     for _ in range(int(rng.integers(0, 4))):
-        nodules |= ball(p.size, inner[rng.integers(len(inner))], rng.uniform(5, 9) / body.mm)
+        nodules |= ball(len(lung), inner[rng.integers(len(inner))], rng.uniform(5, 9) / body.mm)
     nodules &= lung & ~gt
     glass &= ~nodules
     image[glass] = -600 + 15 * smooth_noise(rng, shape, 12 / body.mm)[glass]
@@ -126,6 +138,6 @@ def chest(rng, dies, p):
     band = smooth_noise(rng, shape, 3.6 / body.mm)
     image[gt] = np.where(np.abs(band) < 0.55, -280.0, -890.0)[gt]
     image = ndimage.gaussian_filter(image, 1.2 / body.mm / 2.355)
-    image += rng.normal(0, 20 * p.noise / 0.2, shape)
+    image += rng.normal(0, 20 * body.params.noise / 0.2, shape)
     hu = np.clip(np.round(image), -1024, 3071).astype(np.int16)
-    return Phantom(hu, gt, glass | nodules, time, int(dies), lung_mask=lung)
+    return Phantom(hu, gt, time, int(dies), glass | nodules, lung_mask=lung)
