@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Clinical covariates as the vector that the network takes: scaled, one-hot, without gaps.
 
-Everything is fitted on the training scans alone and is plain JSON, kept in `settings.json`, so that inference needs
-nothing else.
+Everything is fitted on the training scans alone and kept in `settings.json`. So gaps are filled by a normal distribution,
+whose mean and covariance are plain JSON, and not by scikit-learn's `IterativeImputer`, which would have to be pickled.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ def fill_in(x: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> tuple[np
         covariance: (d, d).
 
     Returns:
-        the rows without gaps, and the sum over rows of the covariance (d, d) that what is missing has left.
+        the rows without gaps, and the covariance (d, d) that the missing values still have, summed over rows.
+
+    >>> rows, left = fill_in(np.array([[2.0, np.nan]]), np.zeros(2), np.array([[1.0, 0.5], [0.5, 1.0]]))
+    >>> rows.tolist(), left[1, 1].item()
+    ([[2.0, 1.0]], 0.75)
     """
     filled, left = x.copy(), np.zeros_like(covariance)
     gaps = np.isnan(x)
@@ -42,12 +46,16 @@ def fill_in(x: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> tuple[np
     return filled, left
 
 
-def em_step(
-    x: np.ndarray, mean: np.ndarray, covariance: np.ndarray, ridge: float = 0.0
-) -> tuple[np.ndarray, np.ndarray]:
+def em_step(x: np.ndarray, mean: np.ndarray, covariance: np.ndarray, ridge: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """One step of expectation-maximisation for a normal distribution with gaps: the next mean and covariance.
 
-    The log-likelihood of what is there never falls; with a ridge, that less ``n ridge trace(covariance^-1) / 2``.
+    The log-likelihood of the known values never falls; with a ridge, that less ``n ridge trace(covariance^-1) / 2``.
+
+    Args:
+        x: rows, (n, d), NaN where missing.
+        mean: (d,).
+        covariance: (d, d).
+        ridge: added to the variances.
 
     Source: Little & Rubin, Statistical Analysis with Missing Data, 3rd ed. 2019, section 11.2.
     """
@@ -60,11 +68,11 @@ def em_step(
 def fit_gaussian(
     x: np.ndarray, ridge: float = 1e-3, tolerance: float = 1e-6, max_steps: int = 1000
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance of rows (n, d) with gaps, by EM from the mean and the variance of each column.
+    """Mean and covariance of rows with gaps, by EM from the mean and the variance of each column.
 
     Args:
-        x: NaN where missing; every column has values, of about unit scale.
-        ridge: added to the variances, so that few scans or columns that go together don't make it singular.
+        x: rows, (n, d), NaN where missing; every column has values, of about unit scale.
+        ridge: added to the variances, so that few scans or correlated columns don't make the covariance singular.
         tolerance: stop when nothing changes by more.
         max_steps: stop at the latest.
     """
@@ -77,7 +85,7 @@ def fit_gaussian(
     return mean, covariance
 
 
-def numbers(covariates: Mapping, columns: Mapping) -> list[float]:
+def _numbers(covariates: Mapping, columns: Mapping) -> list[float]:
     """The covariates of a scan as numbers, NaN where missing: scaled, or 0 and 1 for all categories but the first."""
     row: list[float] = []
     for name, fitted in columns.items():
@@ -90,19 +98,14 @@ def numbers(covariates: Mapping, columns: Mapping) -> list[float]:
     return row
 
 
-def covariate_names(columns: Mapping) -> list[str]:
-    """The column of the cohort that each of :func:`numbers` comes from."""
-    return [name for name, fitted in columns.items() for _ in fitted.get("categories", [0, 1])[1:]]
-
-
-def collinear_fault(x: np.ndarray, names: Sequence[str]) -> str | None:
-    """Which column (n, d) says nothing that those before it don't say (R² above 0.9999)."""
+def _collinear_fault(x: np.ndarray, names: Sequence[str]) -> str | None:
+    """Which column of x (n, d) follows from those before it (R² above 0.9999); `names` has the cohort's column of each."""
     x = x - x.mean(0)
     for j in range(1, len(names)):
         slope = np.linalg.lstsq(x[:, :j], x[:, j])[0]
         if np.square(x[:, j] - x[:, :j] @ slope).sum() < 1e-4 * np.square(x[:, j]).sum():
             share = np.abs(slope) * x[:, :j].std(0) > 0.01 * x[:, j].std()
-            others = dict.fromkeys(name for name, counts in zip(names, share) if counts and name != names[j])
+            others = dict.fromkeys(name for name, counts in zip(names, share, strict=False) if counts and name != names[j])
             return (
                 f"column {names[j]}: in the {len(x)} training scans a linear combination of {', '.join(others)} "
                 "(expected columns of which none follows from the others)"
@@ -113,8 +116,8 @@ def collinear_fault(x: np.ndarray, names: Sequence[str]) -> str | None:
 def fit_clinical(records: Sequence[dict], columns: Mapping[str, str], missing_mask: bool = False) -> dict:
     """Learn from the training scans how covariates become the network's clinical vector.
 
-    Numeric columns are scaled to mean 0 and standard deviation 1, categorical ones become 0 and 1 for each category but
-    the first. Gaps are filled with their expectation given the patient's other covariates, under the normal
+    Numeric columns are scaled to mean 0 and standard deviation 1. Categorical ones become 0 and 1 for each category but
+    the first. A gap is filled with the value that is expected given the patient's other covariates, under the normal
     distribution that EM fits to the numbers of all columns.
 
     Args:
@@ -145,9 +148,10 @@ def fit_clinical(records: Sequence[dict], columns: Mapping[str, str], missing_ma
         else:
             fitted[name] = {"mean": float(np.mean(values)), "std": float(np.std(values))}
     if not faults:
-        x = np.array([numbers(record["covariates"], fitted) for record in records])
+        x = np.array([_numbers(record["covariates"], fitted) for record in records])
         mean, covariance = fit_gaussian(x)
-        fault = collinear_fault(fill_in(x, mean, covariance)[0], covariate_names(fitted))
+        names = [name for name, each in fitted.items() for _ in each.get("categories", [0, 1])[1:]]
+        fault = _collinear_fault(fill_in(x, mean, covariance)[0], names)
         faults += [fault] if fault else []
     if faults:
         raise InputError("clinical " + "; ".join(faults) + ": leave it out of the key clinical.")
@@ -167,14 +171,13 @@ def clinical_kinds(encoding: Mapping | list[Mapping]) -> dict[str, str]:
     Raises:
         InputError: a column is of one kind for one member, and of another for another.
     """
-    if isinstance(encoding, list):
-        kinds: dict[str, str] = {}
-        for name, kind in (item for each in encoding for item in clinical_kinds(each).items()):
+    kinds: dict[str, str] = {}
+    for each in encoding if isinstance(encoding, list) else [encoding]:
+        for name, fitted in (each["columns"] if each else {}).items():
+            kind = "categorical" if "categories" in fitted else "numeric"
             if kinds.setdefault(name, kind) != kind:
                 raise InputError(f"column {name} is numeric for one member of the ensemble, categorical for another.")
-        return kinds
-    columns = encoding["columns"] if encoding else {}
-    return {name: "categorical" if "categories" in fitted else "numeric" for name, fitted in columns.items()}
+    return kinds
 
 
 def clinical_names(encoding: Mapping) -> list[str]:
@@ -190,18 +193,23 @@ def clinical_names(encoding: Mapping) -> list[str]:
 def encode_clinical(records: Sequence[dict], encoding: Mapping | list[Mapping]) -> list[dict]:
     """The records with `clinical`, the vector that the network takes, as floats.
 
-    A gap, a column that the table lacks and a category that training had not seen are all missing values: they are
-    filled in. The last two are logged, once a column; `imputed` says in a sentence what was filled in for a scan.
+    Three things are missing values, and are filled in: a gap, a column that the table lacks, and a category that
+    training had not seen. The last two are logged, once a column. `imputed` says in a sentence what was filled in for a
+    scan.
 
     Args:
         records: scans, with `covariates` where the table has any.
-        encoding: from :func:`fit_clinical`; with an empty one the records stay as they are. Those of the members of an
-            ensemble put their vectors one after the other.
+        encoding: from :func:`fit_clinical`; with an empty one the records stay as they are. Of an ensemble, those of
+            its members, whose vectors are put one after the other.
+
+    >>> patients = [{"patient_id": name, "covariates": {"age": age}} for name, age in (("A", 50.0), ("B", 70.0))]
+    >>> [record["clinical"] for record in encode_clinical(patients, fit_clinical(patients, {"age": "numeric"}))]
+    [[-1.0], [1.0]]
     """
     if isinstance(encoding, list):
         joint = [{**record, "clinical": []} for record in records]
         for each in encoding:
-            for record, one in zip(joint, encode_clinical(records, each)):
+            for record, one in zip(joint, encode_clinical(records, each), strict=True):
                 record["clinical"] = record["clinical"] + one.get("clinical", [])
                 record.update({key: one[key] for key in ("imputed",) if key in one})
         return joint
@@ -209,26 +217,36 @@ def encode_clinical(records: Sequence[dict], encoding: Mapping | list[Mapping]) 
         return list(records)
     columns = encoding["columns"]
     mean, covariance = (np.array(encoding["imputation"][key]) for key in ("mean", "covariance"))
-    encoded, unseen = [], {name: Counter() for name in columns}
+    encoded = []
     for record in records:
         covariates = record.get("covariates", {})
-        filled = fill_in(np.array([numbers(covariates, columns)]), mean, covariance)[0][0]
+        filled = fill_in(np.array([_numbers(covariates, columns)]), mean, covariance)[0][0]
         absent: dict[str, str] = {}
         for name, fitted in columns.items():
             value = covariates.get(name)
             if value is None:
                 absent[name] = name
-            elif value not in fitted.get("categories", [value]):
+            elif _unseen(value, fitted):
                 absent[name] = f"{name} ({value} was not seen in training)"
-                unseen[name][value] += 1
         record = {**record, "clinical": filled.tolist() + [float(name in absent) for name in encoding["missing_mask"]]}
         if absent:
             record["imputed"] = f"taken as missing: {', '.join(absent.values())}"
         encoded.append(record)
-    for name in columns:
-        if records and all(record.get("covariates", {}).get(name) is None for record in records):
-            logger.warning(f"column {name}: no scan has a value; each gets the one expected of its other covariates.")
-        for value, count in unseen[name].items():
-            known = ", ".join(columns[name]["categories"])
-            logger.warning(f"column {name}: {value} was not seen in training ({known}); missing in {count} scan(s).")
+    _log_absent(records, columns)
     return encoded
+
+
+def _unseen(value: object, fitted: Mapping) -> bool:
+    return value not in fitted.get("categories", [value])
+
+
+def _log_absent(records: Sequence[dict], columns: Mapping) -> None:
+    """Warn of columns without any value, and of categories that training had not seen."""
+    for name, fitted in columns.items():
+        values = [record.get("covariates", {}).get(name) for record in records]
+        known = [value for value in values if value is not None]
+        if values and not known:
+            logger.warning(f"column {name}: no scan has a value; each gets the one expected of its other covariates.")
+        for value, count in Counter(value for value in known if _unseen(value, fitted)).items():
+            categories = ", ".join(fitted["categories"])
+            logger.warning(f"column {name}: {value} was not seen in training ({categories}); missing in {count} scan(s).")

@@ -204,7 +204,8 @@ def _compare_scans_of_patients(scans: Sequence[Scan]) -> None:
             before = group[: number - 1]
             same = [other.line for other, its in before if its.get("image") == record.get("image")]
             if same:
-                row.fault("patient_id", f"{patient!r} is in row {same[0]} too, with the same image (expected one row a scan)")
+                twice = f"{patient!r} is in row {same[0]} too, with the same image"
+                row.fault("patient_id", f"{twice} (expected one row a scan)")
             _compare_parts((row, record), group[0], "patient", "all scans of a patient in one")
             name = f"{patient}_{number}"
             if name in scans_of:

@@ -11,21 +11,21 @@ import torch
 from torch.utils.data import Sampler
 
 from bundle.data.cache import ScanCache
-from bundle.errors import InputError
+from bundle.errors import checked_numbers
 
 __all__ = ["EventSampler"]
 
 
 class EventSampler(Sampler[int]):
-    """A random order in which those who died are spread evenly, so that every batch has the cohort's share of events.
+    """A random order with the deaths spread evenly, so that every batch has the same share of them.
 
-    With batches of a few scans, the ups and downs of that share would be most of the gradient's noise: they move the
+    In batches of a few scans the ups and downs of that share would be most of the gradient's noise: they move the
     locations of all patches alike, and nothing is learnt of where the danger is.
 
-    Where fewer than `min_event_share` died, their scans come several times an epoch to make up that share, and some of the
-    others wait for another epoch: with one death in ten, all is censored in most batches, and what is learnt is that
-    nobody dies. An epoch has as many places as there are scans. What is learnt of how many die must then be mended
-    afterwards, as severity and Cox's baseline hazard do, which are fitted to all scans once each.
+    Where fewer than `min_event_share` died, their scans come several times an epoch to make up that share, and some
+    others wait for another epoch: with one death in ten, most batches have none, and the network learns that nobody
+    dies. An epoch has as many places as there are scans. How many die is then learnt too high, and is corrected after
+    training: severity and Cox's baseline hazard are fitted to all scans, each once.
 
     Args:
         dataset: whose records have `event`.
@@ -33,8 +33,8 @@ class EventSampler(Sampler[int]):
     """
 
     def __init__(self, dataset: ScanCache, min_event_share: float) -> None:
-        if not 0 <= min_event_share < 1:
-            raise InputError(f"min_event_share must be in [0, 1), got {min_event_share}.")
+        expected = "a share in [0, 1)"
+        checked_numbers("min_event_share", min_event_share, 1, expected, lambda share: 0 <= share < 1)
         self.dataset = dataset
         self.min_event_share = min_event_share
 
@@ -51,7 +51,7 @@ class EventSampler(Sampler[int]):
             (rows,) = torch.nonzero(event == value, as_tuple=True)
             drawn: list[int] = []
             while len(drawn) < places:
-                # The inverse of a permutation is as random; by it a seed's order stays what it was before shares were made up.
+                # The inverse of a permutation is as random. With it, a seed gives the order that it always gave.
                 drawn += rows[torch.randperm(len(rows)).argsort()].tolist()
             order += [((i + 0.5) / places, row) for i, row in enumerate(drawn[:places])]
         return iter([row for _, row in sorted(order)])

@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 class ScanStream(IterableDataset):
-    """Scans one after the other; a bad one is noted in `faults`, (patient_id, sentence), and the next one comes.
+    """Scans one after the other. A bad one is noted in `faults` as (patient_id, sentence), and the next one comes.
 
-    Patients in `done` are passed over. A thread reads and preprocesses the next scan while the last one is in use: reading a
-    CT takes as long as computing its map, and most of it is done in libraries that leave Python to others meanwhile.
+    Patients in `done` are passed over. A thread prepares the next scan while the last one is in use: reading a CT takes
+    as long as predicting it, and most of the time is spent in libraries that leave Python to others.
 
     Args:
         data: records of the cohort; one with a key ``fault`` is bad from the start.

@@ -11,7 +11,6 @@ import csv
 import math
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from bundle.errors import InputError
 
