@@ -18,7 +18,9 @@ from pydicom.uid import JPEGLSLossless, RLELossless, generate_uid
 from scipy import ndimage
 
 from bundle.errors import InputError
-from bundle.reading.dicom import _without_name, find_series, list_series, read_dicom, sharp_kernel, straighten
+from bundle.reading.dicom import choose_series, list_series, read_dicom, straighten
+from bundle.reading.series import Series, sharp_kernel
+from bundle.reading.slices import without_name
 from bundle.run.scans import scans_to_infer
 from bundle.transforms import LoadCTd
 
@@ -40,6 +42,10 @@ def add(folder, name: str, values: np.ndarray | None = None, spacing=SPACING, sp
     values = chest() if values is None else values
     write_series(folder / name, values, spacing, ORIGIN, spoil, SeriesInstanceUID=uid, SeriesDescription=name, **tags)
     return uid
+
+
+def find_series(folder, where: str, uid: str | None = None) -> Series:
+    return choose_series(list_series(folder), where, uid)
 
 
 def refusal(folder, **kwargs) -> str:
@@ -405,9 +411,9 @@ def test_no_gantry_tilts_that_far(tmp_path, degrees):
 
 @pytest.mark.parametrize("text", ["DOE_JOHN_CHEST", "Chest Doe2020", "john^DOE", "doe"])
 def test_words_of_the_name_are_hidden_whatever_stands_beside_them(text):
-    found = _without_name(text, "Doe^John")
+    found = without_name(text, "Doe^John")
     assert "***" in found and not re.search("doe|john", found, re.IGNORECASE)
-    assert _without_name("Doebler, Johnson", "Doe^John") == "Doebler, Johnson"
+    assert without_name("Doebler, Johnson", "Doe^John") == "Doebler, Johnson"
 
 
 def test_a_real_series_reads_as_itk_reads_it(shared_data):

@@ -26,7 +26,7 @@ from bundle.files import DamagedFile, load_checked, remove_leftovers, save_check
 
 __all__ = ["ScanCache", "fill_caches"]
 
-CODE = ("transforms/*.py", "reading/dicom.py", "reading/series.py", "reading/scan_file.py")  # that makes what is cached
+CODE = ("transforms/*.py", "reading/*.py")  # that makes what is cached
 _CACHED = ("image", "lung", "lung_mask_source")
 _KEPT = ("patient_id", "time", "event", "clinical")  # of the record, and never in a file
 _LEVELS = 65535  # of a cached image, which lies in [0, 1]

@@ -13,7 +13,8 @@ import pydicom
 from skimage.draw import polygon2mask
 
 from bundle.errors import InputError
-from bundle.reading.dicom import Series, straighten
+from bundle.reading.dicom import straighten
+from bundle.reading.series import Series
 
 __all__ = ["read_region", "referenced_series", "region_names", "region_numbers"]
 
@@ -64,7 +65,7 @@ def read_region(dataset: pydicom.Dataset, name: str, series: Series) -> nib.Nift
     Raises:
         InputError: drawn in another frame of reference; off the CT's slices; empty.
     """
-    frames = {_frame(dataset), series.frame_of_reference} - {""}
+    frames = {_frame(dataset), series.head.frame_of_reference} - {""}
     if len(frames) > 1:
         raise InputError(f"{name} was drawn in another frame of reference than the CT's (expected the same)")
     rasterise = _contours if dataset.Modality == "RTSTRUCT" else _segments

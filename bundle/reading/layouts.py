@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,8 +22,9 @@ from pydicom.errors import InvalidDicomError
 from bundle.errors import InputError
 from bundle.files import write_atomically
 from bundle.reading.contours import read_region, referenced_series, region_names, region_numbers
-from bundle.reading.dicom import Series, choose_series, list_series
+from bundle.reading.dicom import choose_series, list_series
 from bundle.reading.scan_file import scan_stem
+from bundle.reading.series import Series
 from bundle.reading.tables import MASK_COLUMNS, MISSING, VALID_ID, Row, finite, positive, read_table, valid_id
 
 __all__ = ["LAYOUTS", "UNITS", "Layout", "read_clinical", "scan_row"]
@@ -83,25 +84,26 @@ def read_clinical(path: str | os.PathLike, layout: Layout) -> tuple[dict[int, di
     names, faults = _new_names(header, layout, with_outcome)
     if faults:
         return {}, faults
-    patients: dict[str, list[tuple[Row, dict[str, str]]]] = defaultdict(list)
+    rows: dict[int, dict[str, str]] = {}
+    taken: dict[str, tuple[float, int]] = {}  # of each patient: how far the visit is from the CT, and its line
     for row in table:
-        if row.cells:
-            found = _cohort_row(row, layout, names, with_outcome)
-            if found["patient_id"]:
-                patients[found["patient_id"]].append((row, found))
-    rows = {}
-    for patient, visits in patients.items():
-        row, found = visits[0]
-        if layout.visit:
-            row, found = min(visits, key=lambda visit: _from_ct(visit[0].cells[layout.visit]))
-        else:
-            for again, _ in visits[1:]:
-                again.fault(layout.patient, f"{patient} is in row {row.line} too (expected one row each)")
-        rows[row.line] = found
+        if not row.cells:
+            continue
+        found = _cohort_row(row, layout, names, with_outcome)
+        patient = found["patient_id"]
+        from_ct = row.parse(layout.visit, finite, "a number") if layout.visit else 0.0
+        distance = math.inf if from_ct is None else abs(from_ct)
+        if patient in taken and not layout.visit:
+            row.fault(layout.patient, f"{patient} is in row {taken[patient][1]} too (expected one row each)")
+        elif patient and (patient not in taken or distance < taken[patient][0]):
+            if patient in taken:
+                del rows[taken[patient][1]]
+            taken[patient] = distance, row.line
+            rows[row.line] = found
     faults = [fault for row in table for fault in row.faults]
     if not table:
         faults.append("row 2: the table has no rows (expected one row a patient)")
-    return dict(sorted(rows.items())), faults
+    return rows, faults
 
 
 def _new_names(header: Sequence[str], layout: Layout, with_outcome: bool) -> tuple[dict[str, str], list[str]]:
@@ -126,17 +128,7 @@ def _cohort_row(row: Row, layout: Layout, names: Mapping[str, str], with_outcome
         expected = f"{layout.unit} as a number > 0"
         found["time"] = row.parse(layout.time, lambda text: f"{positive(text) * months:.6g}", expected)
         found["event"] = row.parse(layout.event, _event, "1 died or 0 censored")
-    if layout.visit:
-        row.parse(layout.visit, finite, "a number")
     return found | {names[c]: text for c, text in row.cells.items() if c in names}
-
-
-def _from_ct(visit: str) -> float:
-    """How far a visit is from the CT; infinite if its time is not valid."""
-    try:
-        return abs(finite(visit))
-    except ValueError:
-        return math.inf
 
 
 def scan_row(patient: str, images: Path, masks: Path, region: str | None) -> dict[str, str]:
@@ -160,19 +152,21 @@ def scan_row(patient: str, images: Path, masks: Path, region: str | None) -> dic
         return _files(patient, images)
     stacks = list_series(folder)
     with _malformed(patient, region):
-        drawn = _drawn(stacks, region) if region else None
-    series = _drawn_on(drawn, stacks, patient) if drawn else choose_series(stacks, f"patient {patient}")
+        regions = _region_files(stacks) if region else []
+        drawn = next((d for d in regions if region_numbers(d, region)), None)
+    uid = referenced_series(drawn) if drawn else None
+    series = choose_series(stacks, f"patient {patient}", uid if any(s.uid == uid for s in stacks) else None)
     row = {"image": str(_folder_of(series, stacks, patient))}
     if drawn:
         path = masks / f"{patient}_{tidy(region)}.nii.gz"
         if not _fits(path, series):
             with _malformed(patient, region):
                 mask = read_region(drawn, region, series)
-            _write_mask(path, mask)
+            write_atomically(path, mask.to_filename)
         row["gt_mask"] = str(path)
     elif region:
-        found = sorted({name for s in _region_files(stacks) for name in region_names(s).values()})
-        _log.warning("patient %s: no region %s (found: %s), so no gt_mask", patient, region, ", ".join(found) or "none")
+        found = ", ".join(sorted({name for d in regions for name in region_names(d).values()})) or "none"
+        _log.warning("patient %s: no region %s (found: %s), so no gt_mask", patient, region, found)
     return row
 
 
@@ -189,7 +183,11 @@ def _malformed(patient: str, region: str | None) -> Iterator[None]:
 
 
 def tidy(name: str) -> str:
-    """A column's name in lower case with underscores."""
+    """A column's name in lower case with underscores.
+
+    >>> tidy("clinical.T.Stage"), tidy("SmokingStatus")
+    ('clinical_t_stage', 'smoking_status')
+    """
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)
     return re.sub(r"[^0-9a-z]+", "_", name.lower()).strip("_")
 
@@ -216,21 +214,8 @@ def _files(patient: str, images: Path) -> dict[str, str]:
 
 def _region_files(stacks: Iterable[Series]) -> list[pydicom.Dataset]:
     """RTSTRUCT first, from which SEG are often made."""
-    files = [(s.modality, one.path) for s in stacks if s.modality in ("RTSTRUCT", "SEG") for one in s.slices]
+    files = [(one.modality, one.path) for s in stacks for one in s.slices if one.modality in ("RTSTRUCT", "SEG")]
     return [pydicom.dcmread(path) for _, path in sorted(files)]
-
-
-def _drawn(stacks: Sequence[Series], region: str) -> pydicom.Dataset | None:
-    """The first RTSTRUCT or SEG that has the region."""
-    return next((d for d in _region_files(stacks) if region_numbers(d, region)), None)
-
-
-def _drawn_on(drawn: pydicom.Dataset, stacks: Sequence[Series], patient: str) -> Series:
-    """The CT that a region was drawn on, or the one to choose if it doesn't say or isn't there."""
-    uid = referenced_series(drawn)
-    if not any(s.uid == uid for s in stacks):
-        uid = None
-    return choose_series(stacks, f"patient {patient}", uid)
 
 
 def _folder_of(series: Series, stacks: Sequence[Series], patient: str) -> Path:
@@ -252,10 +237,6 @@ def _fits(path: Path, series: Series) -> bool:
         return series.tilted or (mask.shape == series.shape and np.allclose(mask.affine, series.affine, atol=1e-3))
     except (OSError, nib.filebasedimages.ImageFileError):
         return False
-
-
-def _write_mask(path: Path, mask: nib.Nifti1Image) -> None:
-    write_atomically(path, lambda temporary: nib.save(mask, temporary))
 
 
 def _event(text: str) -> str:

@@ -17,8 +17,9 @@ from monai.utils import SpaceKeys, convert_to_tensor
 from torch import Tensor
 
 from bundle.errors import InputError
-from bundle.reading.dicom import LARGEST_TILT, read_dicom
+from bundle.reading.dicom import read_dicom
 from bundle.reading.scan_file import check_scan_file
+from bundle.reading.series import LARGEST_TILT
 
 __all__ = ["LoadCTd", "check_hu"]
 

@@ -1,0 +1,242 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""A stack of DICOM slices: where it lies, whether it is one whole CT volume, and how fit it is for a survival map."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from bundle.reading.slices import Slice
+
+__all__ = ["LARGEST_TILT", "Series", "plural", "sharp_kernel"]
+
+LARGEST_TILT = 31.0  # degrees; the gantry of a scanner tilts by up to 30
+_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+_OFF_STEP = 0.1  # of the slice spacing: what a position may be off
+_TILT_DEGREES = 0.5  # less moves the ends of a chest by 2 mm
+_LARGEST_PIXELS = 4096  # a side; more than any CT has, and few enough to allocate
+_LUNGS_MM = 200.0  # a shorter stack doesn't hold the lungs of an adult
+_FINE_MM = 1.0  # thinner slices gain nothing
+_CHEST = re.compile("chest|thora|torax", re.IGNORECASE)  # not lung, which names kernels too
+_ELSEWHERE = re.compile("abd|pelvi|head|brain|skull|neck|spine|knee|hip|leg|foot|arm|heart|cardiac", re.IGNORECASE)
+
+
+def plural(number: int, what: str) -> str:
+    """A number of things in words.
+
+    >>> plural(1, "slice"), plural(2, "slice"), plural(2, "series")
+    ('1 slice', '2 slices', '2 series')
+    """
+    return f"{number} {what}{'' if number == 1 or what == 'series' else 's'}"
+
+
+@dataclass(frozen=True)
+class Series:
+    """Slices of one DICOM series that share orientation, pixel size and kernel.
+
+    A series that mixes these is several `Series` with one `uid`. Positions and vectors are in mm, LPS, as in DICOM;
+    :attr:`affine` alone is RAS.
+
+    Args:
+        slices: at least one; in order along their normal if the stack is not :attr:`unfit`.
+    """
+
+    slices: tuple[Slice, ...]
+
+    @property
+    def head(self) -> Slice:
+        """The first slice, for what all have in common."""
+        return self.slices[0]
+
+    @property
+    def uid(self) -> str:
+        """SeriesInstanceUID."""
+        return self.head.series
+
+    @cached_property
+    def normal(self) -> np.ndarray:
+        """Unit vector across the slices."""
+        return np.cross(self.head.orientation[:3], self.head.orientation[3:])
+
+    @cached_property
+    def plane(self) -> str:
+        """axial, coronal, sagittal, or ? where the orientation is unknown."""
+        if self.head.orientation is None:
+            return "?"
+        return ("sagittal", "coronal", "axial")[int(np.abs(self.normal).argmax())]
+
+    def with_slices(self, slices: Iterable[Slice]) -> Series:
+        """A stack of these slices, in order along this one's normal."""
+        return Series(tuple(sorted(slices, key=lambda s: (float(np.dot(s.position, self.normal)), s.path))))
+
+    @cached_property
+    def places(self) -> tuple[tuple[Slice, ...], ...]:
+        """The slices at each position: more than one where a position is there more than once."""
+        places: list[list[Slice]] = []
+        for s in self.slices:
+            if places and math.dist(places[-1][0].position, s.position) < 0.01:
+                places[-1].append(s)
+            else:
+                places.append([s])
+        return tuple(map(tuple, places))
+
+    @property
+    def repeated(self) -> int:
+        """Slices that are at the position of another one."""
+        return len(self.slices) - len(self.places)
+
+    @cached_property
+    def step(self) -> np.ndarray:
+        """Mean vector from one position to the next."""
+        first, last = (np.array(self.places[i][0].position) for i in (0, -1))
+        return (last - first) / (len(self.places) - 1)
+
+    @cached_property
+    def tilt(self) -> float:
+        """Degrees between the slices' normal and the direction they advance in."""
+        cosine = self.step @ self.normal / np.linalg.norm(self.step)
+        return math.degrees(math.acos(min(1.0, cosine)))
+
+    @property
+    def tilted(self) -> bool:
+        """Whether slices advance so far off their normal that the volume is sheared."""
+        return self.tilt > _TILT_DEGREES
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Voxels: columns, rows, positions."""
+        return self.head.columns, self.head.rows, len(self.places)
+
+    @cached_property
+    def affine(self) -> np.ndarray:
+        """From indices (column, row, position) to RAS mm; sheared if the gantry was tilted."""
+        orientation, spacing = self.head.orientation, self.head.spacing
+        affine = np.eye(4)
+        affine[:3, 0] = np.array(orientation[:3]) * spacing[1]
+        affine[:3, 1] = np.array(orientation[3:]) * spacing[0]
+        affine[:3, 2] = self.step if self.tilted else self.normal * np.linalg.norm(self.step)
+        affine[:3, 3] = self.places[0][0].position
+        return _LPS_TO_RAS @ affine
+
+    @cached_property
+    def unfit(self) -> str | None:
+        """Why this is no stack of CT slices with a known place; None if it is one."""
+        head = self.head
+        if head.modality != "CT":
+            return f"modality {head.modality or 'missing'}, not CT"
+        if "LOCALIZER" in head.image_type:
+            return "a localiser"
+        if head.colours != 1:
+            return "colour pictures"
+        if head.frames > 1:
+            return "a multi-frame object (expected one file a slice)"
+        for name, value in (("ImageOrientationPatient", head.orientation), ("PixelSpacing", head.spacing)):
+            if value is None:
+                return f"{name} is missing or not valid"
+        if not 1 <= min(head.rows, head.columns) <= max(head.rows, head.columns) <= _LARGEST_PIXELS:
+            return f"{head.columns} x {head.rows} pixels (expected Columns and Rows of 1 to {_LARGEST_PIXELS})"
+        if cut := sum(not s.whole for s in self.slices):
+            return f"{cut} of {plural(len(self.slices), 'file')} truncated (expected whole ones)"
+        if lost := sum(s.position is None for s in self.slices):
+            return f"ImagePositionPatient is missing or not valid in {lost} of {len(self.slices)} slices"
+        if len(self.slices) < 3:
+            return f"{plural(len(self.slices), 'slice')} (expected at least 3)"
+        return None
+
+    @cached_property
+    def fault(self) -> str | None:
+        """What keeps the slices of a fit stack from being one whole volume; None if nothing does."""
+        if len({s.patient for s in self.slices} - {""}) > 1:
+            return "its slices are of different patients (expected one)"
+        if len(self.places) < 3:
+            return f"its {len(self.slices)} slices are at {plural(len(self.places), 'position')} (expected at least 3)"
+        if self.tilt > LARGEST_TILT:
+            return (
+                f"ImagePositionPatient advances at {self.tilt:.0f} degrees to the slices' normal by ImageOrientationPatient "
+                f"(expected at most {LARGEST_TILT:g}, a tilted gantry)"
+            )
+        return self._uneven()
+
+    def _uneven(self) -> str | None:
+        """Where positions are not evenly spaced along a straight line."""
+        positions = np.array([place[0].position for place in self.places])
+        along = positions @ self.normal
+        gaps = np.diff(along)
+        usual = float(np.median(gaps))
+        wide = np.flatnonzero(gaps > 1.5 * usual)
+        if len(wide) and np.allclose(gaps / usual, np.round(gaps / usual), atol=_OFF_STEP):
+            lost = plural(int(np.round(gaps / usual).sum()) - len(gaps), "slice")
+            where = ", ".join(f"{along[k]:.1f} and {along[k + 1]:.1f} mm" for k in wide[:3])
+            more = f" and {len(wide) - 3} more places" if len(wide) > 3 else ""
+            return f"{lost} missing between {where}{more} along the scan (expected one every {usual:g} mm)"
+        if np.abs(gaps - usual).max() > _OFF_STEP * usual:
+            k = int(np.abs(gaps - usual).argmax())
+            return (
+                f"slices are {gaps.min():g} to {gaps.max():g} mm apart, the oddest between {along[k]:.1f} and "
+                f"{along[k + 1]:.1f} mm (expected one spacing)"
+            )
+        line = positions[0] + np.arange(len(positions))[:, None] * self.step
+        off = float(np.linalg.norm(positions - line, axis=1).max())
+        if off > max(_OFF_STEP * usual, 0.5 * min(self.head.spacing)):
+            return f"slices are up to {off:.1f} mm off a straight line (expected evenly spaced ones along one)"
+        return None
+
+    @cached_property
+    def merits(self) -> dict[str, float]:
+        """What makes one CT better than another for a survival map, the weightiest first; large is good."""
+        head = self.head
+        words = f"{head.body_part} {head.description}"
+        extent = float(np.linalg.norm(self.step)) * len(self.places) if len(self.places) > 1 else 0.0
+        apart = extent / max(1, len(self.places))
+        kernel, rank = {False: ("soft", 2), None: ("unknown", 1), True: ("sharp", 0)}[sharp_kernel(head.kernel)]
+        chest = 1 if _CHEST.search(words) else -1 if _ELSEWHERE.search(words) else 0
+        derived = "DERIVED" in head.image_type
+        return {
+            self.plane: float(self.plane == "axial"),
+            f"{extent:.0f} mm long": min(extent, _LUNGS_MM) // 50,
+            {1: "chest", 0: "no body part", -1: "other body part"}[chest]: chest,
+            "derived" if derived else "original": -float(derived),
+            f"{kernel} kernel": rank,
+            f"{apart:g} mm apart": -max(_FINE_MM, round(apart, 2)),
+            f"{len(self.places)} slices": len(self.places),
+        }
+
+    def __str__(self) -> str:
+        head = self.head
+        thick = sorted({s.thickness for s in self.slices} - {None})
+        parts = [
+            head.modality or "no modality",
+            f"'{head.description}'" if head.description else "no description",
+            f"kernel {head.kernel}" if head.kernel else "",
+            plural(len(self.slices), "slice"),
+            f"{' and '.join(f'{mm:g}' for mm in thick[:3])} mm thick" if thick else "",
+            self.plane if self.plane != "?" else "",
+            f"{head.columns} x {head.rows}" if head.rows else "",
+        ]
+        return f"{', '.join(filter(None, parts))} (series {self.uid or 'without UID'})"
+
+
+def sharp_kernel(kernel: str) -> bool | None:
+    """Whether a convolution kernel is one for lung or bone (edges overshoot, noise is high); None if it isn't known.
+
+    Siemens and Canon number their kernels, GE names them, Philips has letters.
+
+    >>> sharp_kernel("B31f"), sharp_kernel("FC52"), sharp_kernel("LUNG"), sharp_kernel("")
+    (False, True, True, None)
+    """
+    name = kernel.upper()
+    if re.search("LUNG|BONE|EDGE|SHARP|DETAIL", name) or name in ("D", "E", "L", "YA", "YB", "YC", "YD"):
+        return True
+    if re.search("SOFT|STAND|STND|CHST|SMOOTH", name) or name in ("A", "B", "C"):
+        return False
+    if canon := re.match(r"FC(\d+)", name):
+        return int(canon[1]) >= 30
+    if siemens := re.match(r"[A-Z]{1,2}(\d\d)", name):
+        return int(siemens[1]) >= 50
+    return None
