@@ -7,6 +7,7 @@ from __future__ import annotations
 import ctypes
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -21,12 +22,15 @@ import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 
+from bundle.data.cohort import patient_digest
+from bundle.data.fingerprint import describe
 from bundle.data.sampler import EventSampler
 from bundle.errors import InputError
 from bundle.files import file_sha256
 from bundle.maps import GridShiftInferer
 from bundle.networks import network_from
 from bundle.networks.heads import softmin_head
+from bundle.run import BestModel, CollapseGuard, RunCheckpoint, training_cohort
 from bundle.run.scans import share_of_window
 from bundle.survival import OBJECTIVES
 from bundle.survival.priors import location_range, softmin_beta
@@ -35,7 +39,7 @@ from .commands import TRAIN, command_line, run, train
 from .conftest import absolute_table, write_scan
 
 
-def test_train_leaves_weights_settings_and_what_resuming_needs(trained):
+def test_train_leaves_weights_settings_and_what_resuming_needs(tiny_cohort, trained):
     folder = trained.parent
     state = torch.load(trained, weights_only=True)
     settings = json.loads((folder / "settings.json").read_text())
@@ -49,13 +53,15 @@ def test_train_leaves_weights_settings_and_what_resuming_needs(trained):
     assert history.epoch.tolist() == [1, 2, 3, 4] and history.notna().all(axis=None)
     assert list(history.columns) == ["epoch", "train_loss", "val_log_likelihood", "val_c_index"]
     assert sorted(p.name for p in (folder / "figures").iterdir()) == ["training_curves.png", "training_curves.svg"]
-    assert not list(folder.glob(".*tmp"))
-    assert not any("p3" == digest for digest in settings["trained_on"])
+    assert {p.name for p in folder.iterdir() if p.name.startswith(".")} <= {".lock"}  # nothing half written
+    parts = training_cohort(str(tiny_cohort), fold=None, seed=0, clinical={}, tmax=100, on_fault="fail")
+    seen = [record["patient_id"] for part in ("train", "val") for record in parts[part]]
+    assert settings["trained_on"] == sorted(map(patient_digest, seen)) and len(seen) == 14
+    words = set(re.findall(r"\w+", (folder / "settings.json").read_text()))
+    assert not words & {*seen, tiny_cohort.parent.name, folder.name}  # no id, no path
 
 
 def test_a_stopped_run_goes_on_to_the_very_same_weights(tiny_cohort, tmp_path, trained, monkeypatch):
-    from bundle.run import RunCheckpoint
-
     save = RunCheckpoint.save
 
     def save_then_die(self, engine):
@@ -72,7 +78,7 @@ def test_a_stopped_run_goes_on_to_the_very_same_weights(tiny_cohort, tmp_path, t
     once, twice = (torch.load(folder / "last.pt", weights_only=True) for folder in (trained.parent, tmp_path))
     for name, value in once["network"].items():
         assert torch.equal(value, twice["network"][name]), name
-    assert once["best"] == twice["best"]
+    assert describe(once["best"]) == describe(twice["best"])
     assert (tmp_path / "history.csv").read_bytes() == (trained.parent / "history.csv").read_bytes()
 
 
@@ -80,8 +86,6 @@ def test_a_stopped_run_goes_on_to_the_very_same_weights(tiny_cohort, tmp_path, t
 def test_a_stopped_run_of_another_objective_goes_on_to_the_very_same_bits(
     name, override, tiny_cohort, tmp_path, monkeypatch
 ):
-    from bundle.run import RunCheckpoint
-
     config = [*TRAIN, f"configs/objective/{name}.json"]
     save = RunCheckpoint.save
 
@@ -129,8 +133,6 @@ def test_training_scans_without_deaths_teach_cox_nothing(tiny_cohort, tmp_path):
 
 
 def test_a_run_stopped_while_finishing_finishes_to_the_very_same_weights(tiny_cohort, tmp_path, trained, monkeypatch):
-    from bundle.run import RunCheckpoint
-
     with monkeypatch.context() as patch:
         patch.setattr(RunCheckpoint, "end", lambda self, engine: None)
         train(tiny_cohort, tmp_path)
@@ -143,28 +145,24 @@ def test_a_run_stopped_while_finishing_finishes_to_the_very_same_weights(tiny_co
 
 
 def test_weights_from_before_the_schedules_have_settled_are_not_the_best(tiny_cohort, tmp_path, trained, monkeypatch):
-    from bundle.run import RunCheckpoint
+    update = BestModel.update
 
-    save = RunCheckpoint.save
-
-    def save_with_best_epoch_first(self, engine):
+    def update_with_best_epoch_first(self, engine):
         self.validator.state.metrics[self.metric] = -float(engine.state.epoch)
-        save(self, engine)
+        update(self, engine)
 
-    monkeypatch.setattr(RunCheckpoint, "save", save_with_best_epoch_first)
+    monkeypatch.setattr(BestModel, "update", update_with_best_epoch_first)
     train(tiny_cohort, tmp_path, max_epochs=5)
     state = torch.load(tmp_path / "last.pt", weights_only=True)
-    assert state["best_epoch"] == 4 and state["best"] == -4.0  # the first of the last fifth
+    assert state["best"]["epoch"] == 4 and state["best"]["value"] == -4.0  # the first of the last fifth
 
 
 def test_an_epoch_that_undoes_what_was_learnt_is_taken_back(tiny_cohort, tmp_path, monkeypatch):
-    from bundle.run import RunCheckpoint
-
-    save = RunCheckpoint.save
+    check, save = CollapseGuard.check, RunCheckpoint.save
     losses, weights = [], []
 
     def ruin_the_third_epoch(self, engine):
-        network = self.objects["network"]
+        network = self.parts["network"]
         if not weights:
             weights.append(self.before["network"])
         if engine.state.epoch == 3:
@@ -172,12 +170,16 @@ def test_an_epoch_that_undoes_what_was_learnt_is_taken_back(tiny_cohort, tmp_pat
             for p in network.parameters():
                 p.data.zero_()
         losses.append(np.mean(self.history.losses))
-        save(self, engine)
+        check(self, engine)
         weights.append({name: value.clone() for name, value in network.state_dict().items()})
+
+    def save_then_stop(self, engine):
+        save(self, engine)
         if stop and engine.state.epoch == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(RunCheckpoint, "save", ruin_the_third_epoch)
+    monkeypatch.setattr(CollapseGuard, "check", ruin_the_third_epoch)
+    monkeypatch.setattr(RunCheckpoint, "save", save_then_stop)
     stop = False
     train(tiny_cohort, tmp_path / "once", max_epochs=5)
     began = weights[int(np.argmin(losses[:2]))]
@@ -188,10 +190,9 @@ def test_an_epoch_that_undoes_what_was_learnt_is_taken_back(tiny_cohort, tmp_pat
         train(tiny_cohort, tmp_path / "twice", max_epochs=5)
     train(tiny_cohort, tmp_path / "twice", max_epochs=5)
     once, twice = (torch.load(tmp_path / folder / "last.pt", weights_only=True) for folder in ("once", "twice"))
-    for part in ("network", "sound"):
-        left, right = ((x[part] if part == "network" else x[part]["network"]) for x in (once, twice))
-        assert all(torch.equal(value, right[name]) for name, value in left.items())
-    assert once["least_loss"] == twice["least_loss"] < once["first_loss"] + 5
+    assert describe(once["network"]) == describe(twice["network"])
+    assert describe(once["collapse_guard"]) == describe(twice["collapse_guard"])
+    assert once["collapse_guard"]["least_loss"] < once["collapse_guard"]["first_loss"] + 5
 
 
 def test_every_batch_has_the_cohorts_share_of_events():
@@ -229,7 +230,33 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(tiny_cohort
         train(tiny_cohort, trained.parent, learning_rate=0.001)
 
 
-def test_resume_false_starts_anew(tiny_cohort, tmp_path, trained):
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("optimizer#weight_decay", 0.1),
+        ("lr_scheduler#warmup_steps", 5),
+        ("lr_scheduler#warmup_multiplier", 0.1),
+        ("train#gradient_clip#max_norm", 2.0),
+        ("train#random_transforms#0#max_pad", 1),
+        ("train#regularisers#vc_kwargs#end", 0.5),
+        ("train#sampler#min_event_share", 0.0),
+        ("train#collapse_guard#collapsed", 9.0),
+        ("load_transforms#4#lung_litres", [0.3, 10]),
+        ("validate#key_metric", {"val_log_likelihood": {"_target_": "bundle.metrics.ConcordanceIndex", "objective": "@objective"}}),
+    ],
+)
+def test_whatever_shapes_the_weights_is_a_setting_of_the_run(key, value, tiny_cohort, trained):
+    with pytest.raises(InputError, match=rf"other settings .*{key.split('#')[-1]}.*--resume false"):
+        train(tiny_cohort, trained.parent, **{key: value})
+
+
+def test_where_and_how_fast_a_run_goes_on_may_change(tiny_cohort, tmp_path, trained):
+    folder = shutil.copytree(trained.parent, tmp_path / "elsewhere")
+    moved = {"num_workers": 1, "patience": 50, "cache_dir": str(tmp_path / "cache"), "train#progress#desc": "once more"}
+    assert train(tiny_cohort, folder, **moved).read_bytes() == trained.read_bytes()
+
+
+def test_resume_false_starts_from_the_beginning(tiny_cohort, tmp_path, trained):
     folder = tmp_path / "copy"
     shutil.copytree(trained.parent, folder)
     train(tiny_cohort, folder, learning_rate=0.001, resume="false", max_epochs=1)
@@ -475,8 +502,6 @@ def test_metadata_follow_the_model_zoo_schema(tmp_path):
 
 
 def test_torchscript_export_equals_the_network(tmp_path, trained):
-    parser = ConfigParser()
-    parser.read_config("configs/inference.json")
     monai.bundle.ckpt_export(
         net_id="network_def",
         filepath=str(tmp_path / "model.ts"),

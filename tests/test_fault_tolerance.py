@@ -25,7 +25,7 @@ from bundle.errors import InputError
 from bundle.files import DamagedFile, file_sha256, load_checked, remove_leftovers, save_checked, write_atomically
 from bundle.handlers import GradientClip
 from bundle.run import PredictionWriter, RunCheckpoint
-from bundle.run.checkpoint import folder_lock
+from bundle.run.checkpoint import folder_lock, lock
 from bundle.survival import SurvivalMapLoss
 
 from .commands import run, train
@@ -148,12 +148,12 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(
     assert (folder / "history.csv").read_bytes() == (trained.parent / "history.csv").read_bytes()
 
 
-def test_if_both_checkpoints_are_damaged_only_the_user_may_start_anew(tiny_cohort, tmp_path, stopped):
+def test_if_both_checkpoints_are_damaged_only_the_user_may_start_again(tiny_cohort, tmp_path, stopped):
     folder = tmp_path / "run"
     shutil.copytree(stopped, folder)
     for name in ("last.pt", "previous.pt"):
         (folder / name).write_bytes(b"")
-    with pytest.raises(InputError, match=r"last.pt and .*previous.pt: damaged.*--resume false starts anew"):
+    with pytest.raises(InputError, match=r"last.pt and .*previous.pt: damaged.*--resume false starts from the beginning"):
         train(tiny_cohort, folder)
 
 
@@ -164,7 +164,7 @@ def test_a_finished_run_mends_its_weights(tiny_cohort, tmp_path, trained, capsys
     content[-300] ^= 1
     (folder / "model.pt").write_bytes(content)
     train(tiny_cohort, folder)
-    assert "SHA-256 differ. They are made anew" in capsys.readouterr().out
+    assert "SHA-256 differ. They are written again" in capsys.readouterr().out
     for name in ("model.pt", "settings.json"):
         assert (folder / name).read_bytes() == (trained.parent / name).read_bytes()
     assert describe(load_checked(folder / "last.pt")) == describe(load_checked(trained.parent / "last.pt"))
@@ -250,17 +250,16 @@ def test_a_gradient_counts_no_more_than_is_usual():
 def test_a_second_training_in_a_folder_waits_for_the_first(tmp_path, caplog):
     code = "import sys, filelock as f; x = f.FileLock(sys.argv[1]); x.acquire(); print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(tmp_path / ".lock")]
-    checkpoint = SimpleNamespace(ckpt_dir=tmp_path)
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        waiting = threading.Thread(target=RunCheckpoint.lock, args=(checkpoint,))
+        waiting = threading.Thread(target=lock, args=(tmp_path,))
         waiting.start()
         waiting.join(1)
         assert waiting.is_alive() and "another process is training" in caplog.text
         other.kill()
     waiting.join(30)
     assert not waiting.is_alive() and folder_lock(tmp_path.resolve()).is_locked
-    RunCheckpoint.lock(checkpoint)  # the same process doesn't wait for itself
+    lock(tmp_path)  # the same process doesn't wait for itself
 
 
 def test_stopped_inference_goes_on_and_does_again_only_what_has_changed(tiny_cohort, tmp_path, trained, monkeypatch):  # noqa: F811

@@ -1,36 +1,55 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A job from its start to its results."""
+"""A job from its start to its results: what the configs name of it."""
 
-from .checkpoint import RunCheckpoint
-from .engine import ScanEvaluator, prepare_batch
-from .ensemble import joint_settings, member_files, member_networks, member_settings
-from .finish import finish_training
-from .parallel import run_parallel
-from .results import PredictionWriter
-from .scans import margin_voxels, outcomes, scans_to_evaluate, scans_to_infer, share_of_window, training_cohort
-from .settings import load_weights, read_settings, reconcile, training_settings
-from .start import begin, exit_on_sigterm, flag, make_folder, require
+from bundle.run import distributed
+from bundle.run.checkpoint import BestModel, CollapseGuard, Patience, RunCheckpoint
+from bundle.run.engine import ScanEvaluator, prepare_batch
+from bundle.run.parallel import run_parallel
+from bundle.run.predict import cores, evaluate, predict
+from bundle.run.results import PredictionWriter
+from bundle.run.scans import (
+    cohort_identity,
+    margin_voxels,
+    outcomes,
+    scans_to_evaluate,
+    scans_to_infer,
+    share_of_window,
+    training_cohort,
+)
+from bundle.run.settings import load_weights, preprocessing_settings, read_settings, training_settings
+from bundle.run.start import begin, exit_on_sigterm, folder_of, make_folder, require
+from bundle.run.trained import Ensemble, TrainedModel
+from bundle.run.training import Finish, censoring_weights, check_outcomes, parameter_groups, usual_epochs
 
 __all__ = [
+    "BestModel",
+    "CollapseGuard",
+    "Ensemble",
+    "Finish",
+    "Patience",
     "PredictionWriter",
     "RunCheckpoint",
     "ScanEvaluator",
+    "TrainedModel",
     "begin",
+    "censoring_weights",
+    "check_outcomes",
+    "cohort_identity",
+    "cores",
+    "distributed",
+    "evaluate",
     "exit_on_sigterm",
-    "finish_training",
-    "flag",
-    "joint_settings",
+    "folder_of",
     "load_weights",
     "make_folder",
     "margin_voxels",
-    "member_files",
-    "member_networks",
-    "member_settings",
     "outcomes",
+    "parameter_groups",
+    "predict",
     "prepare_batch",
+    "preprocessing_settings",
     "read_settings",
-    "reconcile",
     "require",
     "run_parallel",
     "scans_to_evaluate",
@@ -38,4 +57,5 @@ __all__ = [
     "share_of_window",
     "training_cohort",
     "training_settings",
+    "usual_epochs",
 ]

@@ -1,6 +1,6 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
-"""How batches go into a network, and how scans are predicted or scored, one at a time or several."""
+"""How a batch goes into a network, and an evaluator that a bad scan doesn't stop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from monai.engines import SupervisedEvaluator
 from bundle.data.stream import ScanStream
 from bundle.errors import InputError, unforeseen
 
-__all__ = ["ScanEvaluator", "cores", "evaluate", "predict", "prepare_batch"]
+__all__ = ["ScanEvaluator", "prepare_batch"]
 
 
 class ScanEvaluator(SupervisedEvaluator):
@@ -58,38 +58,3 @@ def prepare_batch(
     if "time" in batch:
         outcome = torch.stack([move(batch["time"]), move(batch["event"])], 1).float()
     return move(batch["image"]), outcome, (), extra
-
-
-def cores() -> int:
-    """The processors of this machine."""
-    return os.cpu_count() or 1
-
-
-def predict(engine: str, evaluator: ScanEvaluator, writer: PredictionWriter, jobs: int) -> None:
-    """Predict the scans of an evaluator's stream.
-
-    Args:
-        engine: ``local``, one scan after the other; ``processes`` or ``ray``, see :func:`~bundle.run.run_parallel`.
-        evaluator: of `configs/inference.json`.
-        writer: among the evaluator's handlers.
-        jobs: scans at a time, for ``processes``.
-    """
-    if engine == "local":
-        evaluator.run()
-    else:
-        run_parallel(engine, evaluator, writer, jobs)
-
-
-def evaluate(evaluator: ScanEvaluator, stream: ScanStream, maps_dir: str | None, localisation: LocalisationMetric) -> None:
-    """Score a model's maps of the scans of a stream, or those of any other tool in a folder.
-
-    Args:
-        evaluator: of `configs/evaluate.json`.
-        stream: of the scans.
-        maps_dir: folder of `<patient_id>_heat.nii.gz`; None to predict.
-        localisation: the metric of the maps.
-    """
-    if maps_dir is None:
-        evaluator.run()
-    else:
-        score_maps(stream.data, maps_dir, localisation)

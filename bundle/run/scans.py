@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import os
 
 import torch
@@ -12,18 +15,25 @@ from bundle.data.clinical import clinical_kinds, encode_clinical
 from bundle.data.cohort import patient_digest, patient_of, read_cohort, single_scan
 from bundle.data.splits import split_cohort
 from bundle.errors import InputError
-from bundle.run.start import logger
 
-__all__ = ["margin_voxels", "outcomes", "scans_to_evaluate", "scans_to_infer", "training_cohort"]
+__all__ = ["cohort_identity", "margin_voxels", "outcomes", "scans_to_evaluate", "scans_to_infer", "share_of_window", "training_cohort"]
+
+logger = logging.getLogger(__name__)
 
 
 def margin_voxels(preprocessing: dict) -> list[int]:
-    """Voxels an axis around the lung that cropping keeps, from ``margin`` (mm) and ``spacing`` (mm)."""
+    """Voxels an axis around the lung that cropping keeps, from the ``margin`` (mm) and the ``spacing`` (mm).
+
+    Example::
+
+        >>> margin_voxels({"margin": 6.0, "spacing": [3.0, 3.0, 1.5]})
+        [2, 2, 4]
+    """
     return [round(preprocessing["margin"] / mm) for mm in preprocessing["spacing"]]
 
 
 def training_cohort(
-    cohort: str | None, *, fold: int | None, seed: int, clinical: dict[str, str], tmax: int, on_fault: str
+    cohort: str | None, fold: int | None, seed: int, clinical: dict[str, str], tmax: int, on_fault: str
 ) -> dict[str, list[dict]]:
     """Records by part (train, val, test) of a checked cohort; all empty while no cohort is named."""
     if cohort is None:
@@ -32,6 +42,22 @@ def training_cohort(
     parts = split_cohort(records, fold=fold, seed=seed)
     logger.info("cohort: " + ", ".join(f"{len(rows)} {part}" for part, rows in parts.items()) + " scans.")
     return parts
+
+
+def cohort_identity(parts: dict[str, list[dict]]) -> dict:
+    """Who is in a cohort and what became of them, as `settings.json` keeps it: digests that name nobody.
+
+    An image or a mask that has been replaced since isn't noticed.
+
+    Args:
+        parts: records by part, from :func:`bundle.data.split_cohort`.
+    """
+    records = [(part, record) for part in ("train", "val") for record in parts[part]]
+    known = [[part, r["patient_id"], r["time"], r["event"], *r.get("covariates", {}).values()] for part, r in records]
+    return {
+        "cohort_sha256": hashlib.sha256(json.dumps(known).encode()).hexdigest(),
+        "trained_on": sorted({patient_digest(patient_of(record)) for _, record in records}),
+    }
 
 
 def outcomes(records: list[dict]) -> torch.Tensor:

@@ -4,70 +4,138 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from monai.bundle import ConfigParser
+from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
+from torch import nn
 
-from bundle.data.cohort import patient_digest, patient_of
 from bundle.errors import InputError
 from bundle.files import file_sha256
+from bundle.run.config import flat, running_config
+from bundle.transforms import check_preprocessing, lungmask_digests
 
 __all__ = [
+    "check_horizon",
     "differences",
     "load_weights",
+    "preprocessing_settings",
     "read_settings",
-    "reconcile",
     "settings_file",
     "training_settings",
 ]
 
 FORMAT = 1
+MONAI_TRACKING = DEFAULT_MLFLOW_SETTINGS["configs"]
+
+
+# What of a training config may change when a run goes on: where things lie, how fast, what is only shown. All else is what
+# the run is.
+MAY_CHANGE = (
+    *("_meta_", "imports", "initialize", "run", "finalize"),
+    *("bundle_root", "dataset_dir", "cohort", "ckpt_dir", "output_dir", "cache_dir", "log_dir", "lungmask_weights"),
+    *("device", "network", "num_workers", "not_first", "prepare_batch", "collate"),
+    *("resume", "on_fault", "patience", "parts", "settings", "wandb_mode", "wandb_project", *MONAI_TRACKING),
+    *(f"train#{name}" for name in ("dataset", "dataloader", "inferer", "trainer", "handlers", "epoch_handlers", "loss_of")),
+    *(f"train#{name}" for name in ("history", "patience", "checkpoint", "finish", "progress", "log", "tensorboard")),
+    *(f"validate#{name}" for name in ("dataset", "dataloader", "inferer", "evaluator", "additional_metrics")),
+    *(f"validate#{name}" for name in ("handlers", "log", "tensorboard")),
+)
+
+
+def run_identity(parser: ConfigParser) -> dict:
+    """All that shapes the weights of a training, by its id in the config: `MAY_CHANGE` says what doesn't.
+
+    The keys at the top have their values; below them, an expression stands for itself.
+    """
+    leaves = {key: value for key, value in flat(parser.config) if not f"{key}#".startswith(tuple(f"{k}#" for k in MAY_CHANGE))}
+    for key in [key for key in leaves if key in parser.config]:
+        value = parser.get_parsed_content(key)
+        if isinstance(value, (bool, int, float, str)):
+            leaves[key] = value
+    return dict(sorted(leaves.items()))
 
 
 def training_settings(
-    *,
-    network: dict,
-    objective: dict,
-    preprocessing: dict,
-    training: dict,
-    horizon: int,
-    clinical: dict,
-    cohort: dict[str, list[dict]],
+    network: nn.Module, objective: nn.Module, preprocessing: dict, horizon: int, clinical: dict, cohort: dict
 ) -> dict:
     """What a training run is, as plain JSON: the second of two runs goes on with the first if these are equal.
 
-    Of the cohort that is who is in it and what became of them; an image or a mask that has been replaced since isn't noticed.
-
     Args:
-        network: constructor arguments and `name` of the class, for :func:`bundle.networks.network_from`.
-        objective: constructor arguments and `name`, for :func:`bundle.survival.objective_from`.
-        preprocessing: spacing (mm), hu_window (HU), lung_mask (method), lung_mask_fill, lungmask_sha256 (of each file
-            of its weights), margin (mm).
-        training: seed, max_epochs, batch_size and what else shapes the weights.
+        network: has constructor `arguments`, for :func:`bundle.networks.network_from`.
+        objective: has constructor `arguments` and a `name`, for :func:`bundle.survival.objective_from`.
+        preprocessing: from :func:`preprocessing_settings`.
         horizon: of the heat, months.
         clinical: how covariates become the clinical vector, from :func:`bundle.data.fit_clinical`.
-        cohort: records by part, from :func:`bundle.data.split_cohort`.
+        cohort: whose scans, from :func:`bundle.run.cohort_identity`.
+
+    Raises:
+        InputError: the horizon lies beyond the objective's last month.
     """
-    outcomes = [
-        [part, r["patient_id"], r["time"], r["event"], *r.get("covariates", {}).values()]
-        for part in ("train", "val")
-        for r in cohort[part]
-    ]
-    seen = sorted({patient_digest(patient_of(r)) for part in ("train", "val") for r in cohort[part]})
+    check_horizon(horizon, objective.tmax)
+    parser, _ = running_config()
     settings = {
         "format": FORMAT,
-        "network": network,
-        "objective": objective,
+        "network": {"name": type(network).__name__, **network.arguments},
+        "objective": {"name": objective.name, **objective.arguments},
         "preprocessing": preprocessing,
         "horizon": horizon,
         "clinical": clinical,
-        "training": {**training, "cohort_sha256": hashlib.sha256(json.dumps(outcomes).encode()).hexdigest()},
-        "trained_on": seen,
+        "training": run_identity(parser) if parser else {},
+        **cohort,
     }
     return json.loads(json.dumps(settings))  # tuples become lists, as they will be when read back
+
+
+def preprocessing_settings(
+    spacing: Sequence[float],
+    hu_window: Sequence[float],
+    lung_mask: str,
+    lung_mask_fill: bool,
+    margin: float,
+    lungmask_weights: str | Sequence[str] | None = None,
+    trained: dict | None = None,
+) -> dict:
+    """How scans are prepared, as plain JSON for `settings.json`.
+
+    Args:
+        spacing: of the voxels, mm.
+        hu_window: HU that become 0 and 1.
+        lung_mask: ``auto``, ``given``, ``lungmask``, ``threshold`` or ``none``.
+        lung_mask_fill: fill the mask up to the thorax.
+        margin: around the lung, mm.
+        lungmask_weights: files of the weights of ``lungmask``.
+        trained: settings of the weights in use, which these must not contradict; None in training. The method of lung
+            masking may change among those that mask, because the network saw a mask from either.
+
+    Raises:
+        InputError: a value is malformed, or contradicts what the weights were trained with.
+    """
+    settings = check_preprocessing(spacing, hu_window, lung_mask, margin) | {
+        "lung_mask_fill": lung_mask_fill,
+        "lungmask_sha256": lungmask_digests(lungmask_weights),
+    }
+    if trained is None:
+        return settings
+    fixed = {"lung_mask_fill": False} | trained["preprocessing"]
+    for key, value in settings.items():
+        masks = key.startswith("lung_mask") and "none" not in (settings["lung_mask"], fixed["lung_mask"])
+        if value != fixed[key] and not masks and key != "lungmask_sha256":
+            raise InputError(
+                f"--{key} {json.dumps(value)} contradicts {json.dumps(fixed[key])}, with which the weights were trained; "
+                "leave it out, or train again with it."
+            )
+    return fixed | settings
+
+
+def check_horizon(horizon: int, tmax: int) -> None:
+    """Raise an InputError for a horizon (months) beyond `tmax`, by which everybody is dead under the model."""
+    if horizon > tmax:
+        raise InputError(f"--horizon is {horizon} months (expected at most tmax, the last month of the prediction: {tmax}).")
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[str]:
@@ -128,31 +196,3 @@ def load_weights(network: torch.nn.Module, ckpt: str | Path) -> torch.nn.Module:
     except (RuntimeError, TypeError, AttributeError) as e:
         raise InputError(f"{ckpt} holds weights of another architecture than settings.json says.") from e
     return network
-
-
-def reconcile(settings: dict, ckpt: str | Path, **overrides: Any) -> dict:
-    """The preprocessing that training fixed, after checking that no override contradicts it.
-
-    Args:
-        settings: from :func:`read_settings`.
-        ckpt: the weights file, for the message.
-        overrides: spacing, hu_window, margin, lung_mask or lung_mask_fill given for this run; None for as in training.
-            The method of lung masking may change among those that mask, because the network saw a mask from either.
-
-    Raises:
-        InputError: an override contradicts the settings.
-    """
-    fixed = {"lung_mask_fill": False} | settings["preprocessing"]
-    for key, value in overrides.items():
-        if value is None:
-            continue
-        value = json.loads(json.dumps(value))
-        masks = key.startswith("lung_mask") and "none" not in (value, fixed["lung_mask"])
-        same = value == fixed[key] or masks
-        if not same:
-            raise InputError(
-                f"--{key} {json.dumps(value)} contradicts {json.dumps(fixed[key])}, with which {ckpt} was trained; "
-                "leave it out, or train anew."
-            )
-        fixed[key] = value
-    return fixed

@@ -1,6 +1,6 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
-"""How a job starts."""
+"""How every job starts: its config is checked, its errors are plain, its arithmetic is fast and repeatable."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ import torch
 from monai.utils import set_determinism
 
 from bundle.errors import InputError, plain_errors
+from bundle.run.config import check_config, running_config
 
-__all__ = ["begin", "exit_on_sigterm", "flag", "make_folder", "require"]
+__all__ = ["begin", "exit_on_sigterm", "folder_of", "make_folder", "require"]
 
 
 logger = logging.getLogger(__name__)
@@ -28,9 +29,19 @@ _MALLOPT = {-4: 0, -1: 2**31 - 1}  # malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD in b
 
 
 def begin(seed: int = 0) -> None:
-    """First step of every config: plain error messages, an end by SIGTERM, memory and arithmetic that are fast, a seed."""
+    """First step of every config: a check of the config, plain error messages, fast memory and arithmetic, a seed.
+
+    Args:
+        seed: of torch, numpy and python.
+
+    Raises:
+        InputError: the config has a key or a value that nothing can use; see :func:`~bundle.run.config.check_config`.
+    """
     plain_errors()
     exit_on_sigterm()
+    parser, file = running_config()
+    if parser is not None:
+        check_config(parser, file)
     keep_memory()
     torch.set_flush_denormal(True)  # the tails of a softmin are denormal, and denormals are slow
     set_determinism(seed)
@@ -63,20 +74,15 @@ def exit_on_sigterm() -> None:
         signal.signal(signal.SIGTERM, end)
 
 
-def flag(value: Any) -> bool:
-    """A switch as people write it on a command line: true/false, yes/no, 1/0."""
-    text = str(value).strip().lower()
-    if text in ("true", "yes", "1"):
-        return True
-    if text in ("false", "no", "0"):
-        return False
-    raise InputError(f"expected true or false, got {value}.")
-
-
 def require(value: Any, option: str, what: str) -> None:
     """Raise an :class:`InputError` if an option that has no default was not given."""
     if value is None:
         raise InputError(f"{option} is missing: give {what}.")
+
+
+def folder_of(path: str | None) -> str | None:
+    """The folder that a file lies in; None for no file."""
+    return None if path is None else os.path.dirname(path)
 
 
 def make_folder(path: str) -> str:

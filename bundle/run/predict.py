@@ -1,0 +1,50 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The main step of an inference and of an evaluation."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from bundle.data.stream import ScanStream
+from bundle.handlers import score_maps
+from bundle.metrics import LocalisationMetric
+from bundle.run.engine import ScanEvaluator
+from bundle.run.parallel import run_parallel
+
+__all__ = ["cores", "evaluate", "predict"]
+
+
+def cores() -> int:
+    """The processors of this machine."""
+    return os.cpu_count() or 1
+
+
+def predict(engine: str, evaluator: ScanEvaluator, **parts: Any) -> None:
+    """Predict the scans of an evaluator's stream.
+
+    Args:
+        engine: ``local``, one scan after the other; ``processes`` or ``ray``, several at a time.
+        evaluator: of `configs/inference.json`.
+        parts: for several at a time, see :func:`~bundle.run.run_parallel`.
+    """
+    if engine == "local":
+        evaluator.run()
+    else:
+        run_parallel(engine, **parts)
+
+
+def evaluate(evaluator: ScanEvaluator, stream: ScanStream, maps_dir: str | None, localisation: LocalisationMetric) -> None:
+    """Score a model's maps of the scans of a stream, or those of any other tool in a folder.
+
+    Args:
+        evaluator: of `configs/evaluate.json`.
+        stream: of the scans.
+        maps_dir: folder of `<patient_id>_heat.nii.gz`; None to predict.
+        localisation: the metric of the maps.
+    """
+    if maps_dir is None:
+        evaluator.run()
+    else:
+        score_maps(stream.data, maps_dir, localisation)
