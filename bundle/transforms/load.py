@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 
 import nibabel as nib
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from monai.config import KeysCollection
 from monai.data import ITKReader, MetaTensor, NibabelReader
 from monai.transforms import MapTransform
-from monai.utils import SpaceKeys, convert_to_tensor
+from monai.utils import SpaceKeys, convert_to_tensor, ensure_tuple
 from torch import Tensor
 
 from bundle.errors import InputError
@@ -45,9 +45,9 @@ class LoadCTd(MapTransform):
 
     Raises:
         InputError: naming the patient and the file, for a file that is missing, damaged or too large
-            (:func:`bundle.data.scan_file.check_scan_file`), 2-D, 4-D, thinner than 3 voxels, holds NaN or infinity,
-            has an affine that is not finite, sheared or of an impossible size, or lacks slices; for an image that is
-            not in HU; for a mask of another shape or affine than the image.
+            (:func:`bundle.reading.check_scan_file`), 2-D, 4-D, thinner than 3 voxels, holds NaN or infinity, has an
+            affine that is not finite, sheared or of an impossible size, or lacks slices; for an image that is not in
+            HU; for a mask of another shape or affine than the image.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class LoadCTd(MapTransform):
     ) -> None:
         super().__init__(keys)
         self.hounsfield = hounsfield
-        self.mask_keys = (mask_keys,) if isinstance(mask_keys, str) else tuple(mask_keys)
+        self.mask_keys = ensure_tuple(mask_keys)
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
         out = dict(data)
@@ -97,6 +97,9 @@ def check_hu(image: Tensor) -> str | None:
 
     Args:
         image: finite values of any shape.
+
+    >>> check_hu(torch.tensor([0.0, 130.0, 255.0]))
+    'values run from 0 to 255 and look like an 8-bit picture or scaled intensities (expected HU: air near -1000, water 0)'
     """
     values = convert_to_tensor(image, track_meta=False).flatten()
     low, high = float(values.min()), float(values.max())
@@ -132,60 +135,70 @@ def _read(path: str, where: str, series: str | None = None) -> MetaTensor:
     """One volume as (1, D, H, W) with its affine in RAS, and notes on it in its metadata."""
     if not os.path.exists(path):
         raise InputError(f"{where}: does not exist (expected a scan)")
-    notes: list[str] = []
-    if os.path.isdir(path):
-        array, affine, notes = read_dicom(path, where, series)
-    else:
-        try:
-            check_scan_file(path)
-        except InputError as fault:
-            raise InputError(f"{where}: {fault}") from fault
-        is_nifti = str(path).lower().endswith((".nii", ".nii.gz"))
-        reader = NibabelReader() if is_nifti else ITKReader()
-        try:
-            image = reader.read(path)
-            array, meta = reader.get_data(image)
-            if array.dtype not in (np.int16, np.uint8):  # CTs and masks as stored, a half and a quarter of float32
-                array = np.asarray(array, dtype=np.float32)
-        except Exception as error:  # each reader has its own kinds
-            raise InputError(f"{where}: cannot be read, truncated or damaged (expected a whole scan)") from error
-        # MONAI lets pixdim overrule an sform that contradicts it; the standard, and every viewer, goes by the sform.
-        nifti = nib.load(path) if is_nifti else None
-        affine = nifti.affine if nifti else meta["affine"]
-        if nifti and not (nifti.header["sform_code"] or nifti.header["qform_code"]):
-            notes.append("the NIfTI doesn't say how the scan lies (sform and qform code 0): left and right are a guess")
-
+    array, affine, notes = read_dicom(path, where, series) if os.path.isdir(path) else _read_file(path, where)
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
-    if array.ndim != 3:
-        what = "is 2-D" if array.ndim < 3 else "holds several volumes or channels"
-        raise InputError(f"{where}: {what}, {_by(array.shape)} (expected one 3-D volume)")
-    if min(array.shape) < 3:
-        raise InputError(f"{where}: has {_by(array.shape)} voxels (expected at least 3 slices, rows and columns)")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        count = int((~np.isfinite(array)).sum())
-        what = "1 voxel is" if count == 1 else f"{count} voxels are"
-        raise InputError(f"{where}: {what} NaN or infinite (expected finite numbers)")
-
     affine = np.asarray(affine, dtype=float)
-    if affine.shape != (4, 4) or not np.isfinite(affine).all():
-        raise InputError(f"{where}: its affine is {_rows(affine)} (expected 4 x 4 finite numbers)")
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    if not (spacing.min() >= SPACING_MM[0] and spacing.max() <= SPACING_MM[1]):
-        expected = f"{SPACING_MM[0]:g} to {SPACING_MM[1]:g}"
-        raise InputError(f"{where}: its spacing is {_by(spacing)} mm (expected {expected} mm)")
-    shear = np.degrees(np.arccos(min(1.0, abs(np.linalg.det(affine[:3, :3] / spacing)))))
-    if shear > LARGEST_TILT:
-        expected = f"expected at most {LARGEST_TILT:g}, a tilted gantry"
-        raise InputError(f"{where}: its affine {_rows(affine)} is sheared by {shear:.0f} degrees ({expected})")
-    extent = spacing * array.shape
-    if extent.prod() > _LARGEST_M3 * 1e9:
-        raise InputError(f"{where}: it spans {_by(extent.round())} mm (expected at most {_LARGEST_M3:g} cubic metre)")
-
+    if fault := _volume_fault(array) or _affine_fault(affine, array.shape):
+        raise InputError(f"{where}: {fault}")
     affine = torch.as_tensor(affine)
     meta = {"filename_or_obj": str(path), "space": SpaceKeys.RAS, "spatial_shape": np.asarray(array.shape)}
     meta |= {"original_affine": affine.clone(), "notes": "; ".join(notes)}
     return MetaTensor(_last_axis_fastest(array)[None], affine=affine, meta=meta)
+
+
+def _read_file(path: str, where: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Voxels, affine and notes of a file, by MONAI's readers."""
+    try:
+        check_scan_file(path)
+    except InputError as fault:
+        raise InputError(f"{where}: {fault}") from fault
+    is_nifti = str(path).lower().endswith((".nii", ".nii.gz"))
+    reader = NibabelReader() if is_nifti else ITKReader()
+    try:
+        array, meta = reader.get_data(reader.read(path))
+        if array.dtype not in (np.int16, np.uint8):  # CTs and masks as stored, a half and a quarter of float32
+            array = np.asarray(array, dtype=np.float32)
+    except Exception as error:  # each reader has its own kinds
+        raise InputError(f"{where}: cannot be read, truncated or damaged (expected a whole scan)") from error
+    if not is_nifti:
+        return array, meta["affine"], []
+    # MONAI lets pixdim overrule an sform that contradicts it; the standard, and every viewer, goes by the sform.
+    nifti = nib.load(path)
+    unknown = not (nifti.header["sform_code"] or nifti.header["qform_code"])
+    note = "the NIfTI doesn't say how the scan lies (sform and qform code 0): left and right are a guess"
+    return array, nifti.affine, [note] if unknown else []
+
+
+def _volume_fault(array: np.ndarray) -> str | None:
+    """Why voxels are not one 3-D volume of finite numbers."""
+    if array.ndim != 3:
+        what = "is 2-D" if array.ndim < 3 else "holds several volumes or channels"
+        return f"{what}, {_by(array.shape)} (expected one 3-D volume)"
+    if min(array.shape) < 3:
+        return f"has {_by(array.shape)} voxels (expected at least 3 slices, rows and columns)"
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        count = int((~np.isfinite(array)).sum())
+        what = "1 voxel is" if count == 1 else f"{count} voxels are"
+        return f"{what} NaN or infinite (expected finite numbers)"
+    return None
+
+
+def _affine_fault(affine: np.ndarray, shape: Sequence[int]) -> str | None:
+    """Why an affine is not that of a scan with so many voxels."""
+    if affine.shape != (4, 4) or not np.isfinite(affine).all():
+        return f"its affine is {_rows(affine)} (expected 4 x 4 finite numbers)"
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if not (spacing.min() >= SPACING_MM[0] and spacing.max() <= SPACING_MM[1]):
+        return f"its spacing is {_by(spacing)} mm (expected {SPACING_MM[0]:g} to {SPACING_MM[1]:g} mm)"
+    shear = np.degrees(np.arccos(min(1.0, abs(np.linalg.det(affine[:3, :3] / spacing)))))
+    if shear > LARGEST_TILT:
+        expected = f"expected at most {LARGEST_TILT:g}, a tilted gantry"
+        return f"its affine {_rows(affine)} is sheared by {shear:.0f} degrees ({expected})"
+    extent = spacing * shape
+    if extent.prod() > _LARGEST_M3 * 1e9:
+        return f"it spans {_by(extent.round())} mm (expected at most {_LARGEST_M3:g} cubic metre)"
+    return None
 
 
 def _last_axis_fastest(array: np.ndarray) -> Tensor:

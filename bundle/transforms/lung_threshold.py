@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from scipy.spatial import ConvexHull, QhullError
 from skimage.draw import polygon
+from skimage.morphology import isotropic_erosion, isotropic_opening
 from torch import Tensor
 
 __all__ = ["fill_thorax", "threshold_lung_mask"]
@@ -178,7 +179,7 @@ def _two_lungs(labels: np.ndarray, spacing: np.ndarray) -> list[np.ndarray]:
     found = two_largest(labels, 0.1)
     if len(found) != 1:
         return [labels == n for n in found]
-    # Lungs that touch are parted where they are thinnest, lest closing fill the mediastinum between them.
+    # Lungs that touch are parted where they are thinnest, or closing would fill the mediastinum between them.
     whole = labels == found[0]
     box = ndimage.find_objects(whole.astype(np.uint8))[0]
     part = whole[box]
@@ -189,7 +190,7 @@ def _two_lungs(labels: np.ndarray, spacing: np.ndarray) -> list[np.ndarray]:
         if len(sides) == 2:
             near = ndimage.distance_transform_edt(~np.isin(cores, sides), spacing, False, True)
             halves = [np.zeros_like(whole), np.zeros_like(whole)]
-            for half, side in zip(halves, sides):
+            for half, side in zip(halves, sides, strict=True):
                 half[box] = part & (cores[tuple(near)] == side)
             return halves
     return [whole]
@@ -197,16 +198,13 @@ def _two_lungs(labels: np.ndarray, spacing: np.ndarray) -> list[np.ndarray]:
 
 def _close(mask: np.ndarray, spacing: np.ndarray) -> np.ndarray:
     """Closing by a ball, and the thick parts of closing by a larger one; the same in mm at any spacing."""
-    edt = ndimage.distance_transform_edt
     box = ndimage.find_objects(mask.astype(np.uint8))[0]
     margin = [int(np.ceil(_MASS_MM / s)) + 1 for s in spacing]
     part = np.pad(mask[box], [(m, m) for m in margin])
-    distance = edt(~part, spacing)
-    closed = part | (edt(distance <= _CLOSING_MM, spacing) > _CLOSING_MM)
-    more = (edt(distance <= _MASS_MM, spacing) > _MASS_MM) & ~closed
-    thick = edt(more, spacing) > _THICK_MM
-    if thick.any():
-        closed |= more & (edt(~thick, spacing) <= _THICK_MM)
+    distance = ndimage.distance_transform_edt(~part, spacing)  # the dilations of both closings
+    closed = part | isotropic_erosion(distance <= _CLOSING_MM, _CLOSING_MM, spacing=spacing)
+    more = isotropic_erosion(distance <= _MASS_MM, _MASS_MM, spacing=spacing) & ~closed
+    closed |= more & isotropic_opening(more, _THICK_MM, spacing=spacing)
     out = mask.copy()
     out[box] |= closed[tuple(slice(m, -m) for m in margin)]
     return out

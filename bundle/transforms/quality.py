@@ -12,7 +12,7 @@ from monai.data.utils import affine_to_spacing
 from monai.transforms import MapTransform
 from monai.utils import convert_to_numpy
 
-from bundle.errors import InputError
+from bundle.errors import InputError, checked_numbers
 
 __all__ = ["QualityGated", "check_quality"]
 
@@ -31,7 +31,7 @@ class QualityGated(MapTransform):
     """Refuse a scan that no survival map can be drawn from, and add what its reader should know to `notes`.
 
     Place it behind :class:`~bundle.transforms.lung.LungMaskd`. A scan whose lungs aren't masked (`lung_mask: none`,
-    phantoms) passes unseen. What is asked, see :func:`check_quality`.
+    phantoms) is passed on unchecked. :func:`check_quality` says what is checked.
 
     Args:
         keys: the image, in HU and in RAS order; one key.
@@ -40,7 +40,7 @@ class QualityGated(MapTransform):
         max_spacing: largest voxel side of the scan on file, mm.
 
     Raises:
-        InputError: naming the patient and every fault.
+        InputError: naming the patient and every fault; or the limits are not numbers that can be limits.
     """
 
     def __init__(
@@ -52,8 +52,10 @@ class QualityGated(MapTransform):
     ) -> None:
         super().__init__(keys)
         self.lung_key = lung_key
-        self.lung_litres = tuple(lung_litres)
-        self.max_spacing = max_spacing
+        litres = "two ascending volumes in litres, such as [0.8, 10]"
+        low, high = checked_numbers("lung_litres", lung_litres, 2, litres, lambda low, high: 0 <= low < high)
+        self.lung_litres = low, high
+        (self.max_spacing,) = checked_numbers("max_spacing", max_spacing, 1, "a number of mm above 0", lambda mm: mm > 0)
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
         data = dict(data)
@@ -103,15 +105,29 @@ def check_quality(
     Returns:
         (faults, notes), each a list of phrases; docs/real_ct.md has the thresholds and their reasons.
     """
-    faults: list[str] = []
-    notes: list[str] = []
-
+    faults, notes = [], []
     coarsest = float(max(on_file))
     if coarsest > max_spacing:
         faults.append(f"voxels are {coarsest:g} mm long (expected at most {max_spacing:g} mm)")
     elif coarsest > _SPACING_MM[0]:
         notes.append(f"slices {coarsest:.3g} mm apart, small lesions may be missed")
+    faults += _value_faults(hu, lung)
+    litres = float(lung.sum() * np.prod(spacing) / 1e6)
+    if not lung_litres[0] <= litres <= lung_litres[1]:
+        faults.append(f"lung volume is {litres:.2f} L (expected {lung_litres[0]:g} to {lung_litres[1]:g} L)")
+    cut: tuple[list[str], list[str]] = [], []
+    for share, where, (note, fault) in _cuts(lung):
+        if share > note:
+            cut[share > fault].append(f"the {where} ({100 * share:.0f} % of their cross-section)")
+    for found, phrases, expected in zip(cut, (notes, faults), ("", " (expected them whole)"), strict=True):
+        if found:
+            phrases.append(f"the lungs are cut at {', '.join(found)}{expected}")
+    return faults, notes + _hints(hu, lung, spacing)
 
+
+def _value_faults(hu: np.ndarray, lung: np.ndarray) -> list[str]:
+    """What shows that values are not HU of a chest: fat and soft tissue, or the lung, are not where they must be."""
+    faults = []
     low, high = _NEAR_WATER_HU
     near = float(((hu > low) & (hu < high)).mean())
     if near < _NEAR_WATER_SHARE:
@@ -125,18 +141,12 @@ def check_quality(
     if not _LUNG_MEDIAN_HU[0] < median < _LUNG_MEDIAN_HU[1]:
         expected = f"{_LUNG_MEDIAN_HU[0]:g} to {_LUNG_MEDIAN_HU[1]:g} HU"
         faults.append(f"the median in the lung mask is {median:.0f} HU (expected lung, {expected})")
+    return faults
 
-    litres = float(lung.sum() * np.prod(spacing) / 1e6)
-    if not lung_litres[0] <= litres <= lung_litres[1]:
-        faults.append(f"lung volume is {litres:.2f} L (expected {lung_litres[0]:g} to {lung_litres[1]:g} L)")
-    cut = [[], []]
-    for share, where, (note, fault) in _cuts(lung):
-        if share > note:
-            cut[share > fault].append(f"the {where} ({100 * share:.0f} % of their cross-section)")
-    for found, phrases, expected in zip(cut, (notes, faults), ("", " (expected them whole)")):
-        if found:
-            phrases.append(f"the lungs are cut at {', '.join(found)}{expected}")
 
+def _hints(hu: np.ndarray, lung: np.ndarray, spacing: Sequence[float]) -> list[str]:
+    """What a reader of the map should know of the scan."""
+    notes = []
     width, depth = (float(np.ptp(np.flatnonzero(lung.any(axes)))) for axes in ((1, 2), (0, 2)))
     if width * spacing[0] < depth * spacing[1]:
         notes.append("only one lung is seen")
@@ -147,7 +157,7 @@ def check_quality(
         notes.append(
             f"a jump between neighbouring slices ({jump:.1f} times the usual difference): motion, or slices are missing"
         )
-    return faults, notes
+    return notes
 
 
 def _peak(hu: np.ndarray, low: float, high: float) -> float:
@@ -163,7 +173,7 @@ def _cuts(lung: np.ndarray) -> list[tuple[float, str, tuple[float, float]]]:
         others = tuple(a for a in range(3) if a != axis)
         limits = _CUT_END if axis == 2 else _CUT_SIDE
         whole = lung.sum(others).max() if axis == 2 else lung.any(axis).sum()
-        cuts += [(float(lung.take(end, axis).sum() / whole), name, limits) for end, name in zip((0, -1), names)]
+        cuts += [(float(lung.take(end, axis).sum() / whole), name, limits) for end, name in zip((0, -1), names, strict=True)]
     return cuts
 
 
