@@ -251,11 +251,6 @@ class RunCheckpoint:
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.load)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
-        engine.add_event_handler(Events.EXCEPTION_RAISED, self.pass_on)
-
-    def pass_on(self, engine: Engine, error: BaseException) -> None:
-        """Ahead of `StatsHandler`, which would log the traceback of what is one sentence."""
-        raise error
 
     def load(self, engine: Engine) -> None:
         """Prepare the folder, and go on where a run of the same settings stopped."""

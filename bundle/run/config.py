@@ -112,6 +112,8 @@ def check_config(parser: ConfigParser, file: str | None = None) -> None:
             if isinstance(config[key], float):
                 faults.append(f"--{key} is the number {config[key]} (expected a path; put ./ before its name).")
             config[key] = str(config[key])
+    if isinstance(config.get("spacing"), (int, float)):
+        config["spacing"] = [float(config["spacing"])] * 3  # the same along every axis
     faults += number_faults(config)
     for key, component in list(components(config)):
         faults += component_faults(parser, key, component)

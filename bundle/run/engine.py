@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from ignite.engine import Engine
 from monai.engines import SupervisedEvaluator
+from monai.transforms import Transform
 
 from bundle.data.stream import ScanStream
 from bundle.errors import InputError, unforeseen
@@ -17,17 +18,20 @@ __all__ = ["ScanEvaluator", "prepare_batch"]
 
 
 class ScanEvaluator(SupervisedEvaluator):
-    """An evaluator of the scans of a stream that goes on when one can't be predicted, for lack of memory perhaps: the stream
-    notes what was wrong. An :class:`InputError` is the run's fault rather than a scan's, and ends it.
+    """MONAI's evaluator for the scans of a stream, which goes on when one can't be predicted, for lack of memory perhaps.
+
+    The stream keeps what was wrong. An :class:`InputError` is the run's fault rather than a scan's, and ends it.
 
     Args:
         stream: of the scans.
-        kwargs: of `SupervisedEvaluator`.
+        postprocessing: of the predictions.
+        kwargs: what else `SupervisedEvaluator` takes.
     """
 
-    def __init__(self, stream: ScanStream, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, stream: ScanStream, postprocessing: Transform | None = None, **kwargs: Any) -> None:
+        super().__init__(postprocessing=postprocessing, **kwargs)
         self.stream = stream
+        self.postprocessing = postprocessing
 
     def _iteration(self, engine: Engine, batchdata: dict) -> list[dict]:
         try:

@@ -5,13 +5,16 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+
+from monai.engines import Evaluator
 
 from bundle.data.stream import ScanStream
+from bundle.errors import InputError
 from bundle.handlers import score_maps
 from bundle.metrics import LocalisationMetric
 from bundle.run.engine import ScanEvaluator
 from bundle.run.parallel import run_parallel
+from bundle.run.results import PredictionWriter
 
 __all__ = ["cores", "evaluate", "predict"]
 
@@ -21,18 +24,26 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def predict(engine: str, evaluator: ScanEvaluator, **parts: Any) -> None:
+def predict(engine: str, evaluator: Evaluator, writer: PredictionWriter, jobs: int) -> None:
     """Predict the scans of an evaluator's stream.
 
     Args:
-        engine: ``local``, one scan after the other; ``processes`` or ``ray``, several at a time.
+        engine: ``local``, one scan after the other; ``processes`` or ``ray``, several at a time, see
+            :func:`~bundle.run.run_parallel`.
         evaluator: of `configs/inference.json`.
-        parts: for several at a time, see :func:`~bundle.run.run_parallel`.
+        writer: among the evaluator's handlers.
+        jobs: scans at a time, for ``processes``.
+
+    Raises:
+        InputError: several at a time by an ensemble.
     """
     if engine == "local":
         evaluator.run()
+    elif not isinstance(evaluator, ScanEvaluator):
+        raise InputError(f"--engine {engine} predicts by one model; leave it out for an ensemble.")
     else:
-        run_parallel(engine, **parts)
+        parts = (evaluator.stream, evaluator.network, evaluator.inferer, evaluator.postprocessing)
+        run_parallel(engine, *parts, writer, jobs)
 
 
 def evaluate(evaluator: ScanEvaluator, stream: ScanStream, maps_dir: str | None, localisation: LocalisationMetric) -> None:

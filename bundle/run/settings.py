@@ -41,7 +41,7 @@ MAY_CHANGE = (
     *("device", "network", "num_workers", "not_first", "prepare_batch", "collate"),
     *("resume", "on_fault", "patience", "parts", "settings", "wandb_mode", "wandb_project", *MONAI_TRACKING),
     *(f"train#{name}" for name in ("dataset", "dataloader", "inferer", "trainer", "handlers", "epoch_handlers", "loss_of")),
-    *(f"train#{name}" for name in ("history", "patience", "checkpoint", "finish", "progress", "log", "tensorboard")),
+    *(f"train#{name}" for name in ("history", "patience", "checkpoint", "finish", "progress", "tensorboard")),
     *(f"validate#{name}" for name in ("dataset", "dataloader", "inferer", "evaluator", "additional_metrics")),
     *(f"validate#{name}" for name in ("handlers", "log", "tensorboard")),
 )
