@@ -8,13 +8,14 @@ python=${PYTHON:-python3}
     echo "error: Python 3.11 or newer is needed, $("$python" --version) was found; set PYTHON to another one." >&2
     exit 1
 }
-stamp=.venv/$(cat requirements*.txt | sha256sum | cut -c1-16)-$requirements
+stamp=.venv/$(cat requirements*.txt pyproject.toml | sha256sum | cut -c1-16)-$requirements
 if [ ! -f "$stamp" ]; then
     echo "== installing $requirements into .venv"
     [ -x .venv/bin/python ] || "$python" -m venv .venv
     # torch first and exactly: a later range is then content with it and pulls no GPU libraries
     .venv/bin/pip install --quiet --disable-pip-version-check "$(grep '^torch==' requirements.txt)"
     .venv/bin/pip install --quiet --disable-pip-version-check -r "$requirements"
+    .venv/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
     touch "$stamp"
 fi
-export PATH="$PWD/.venv/bin:$PATH" PYTHONPATH="$PWD" MPLBACKEND=Agg
+export PATH="$PWD/.venv/bin:$PATH" MPLBACKEND=Agg
