@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A corpus of bad scans: each kind a small file or folder, and what inference says of it.
 
-    python -m tests.bad_scans --out DIR                      writes the corpus and its `corpus.csv`
-    python -m tests.bad_scans --markdown docs/bad_input.md   runs inference on it and writes the table of messages
+    python -m tests.bad_scans              runs inference on it and writes the table docs/results/bad_input.md
+    python -m tests.bad_scans --out DIR    writes the scans and their cohort, corpus.csv
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import gzip
-import json
+import io
 import os
 import pickle
 import re
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import itk
@@ -32,18 +32,16 @@ from pydicom.dataset import Dataset
 
 from bundle.data import read_cohort
 from bundle.errors import InputError
-from bundle.reading.scan_file import MOST_VOXELS
 from bundle.transforms import threshold_lung_mask
 
 from .dicom_files import write_series
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "results" / "bad_input.md"
 SCAN = np.diag([-2.0, -2.0, 3.0, 1.0])
-Columns = dict[str, str]
-Kind = Callable[[Path], Path | Columns]
-KINDS: dict[str, Kind] = {}
+UID = "1.2.826.0.1.3680043.8.498"
 
-# --- what scans are made of ----------------------------------------------------------------------------------------
+# --- what scans are made of: each function writes a file or a folder and returns its path ---------------------------
 
 
 @cache
@@ -60,6 +58,13 @@ def lungs() -> np.ndarray:
     return threshold_lung_mask(ras, (6.6, 6.6, 5.0))[0].numpy()[::-1, ::-1].astype(np.uint8)
 
 
+def mirror() -> np.ndarray:
+    """From the columns of :func:`chest` to those of its mirror image."""
+    matrix = np.diag([-1.0, 1, 1, 1])
+    matrix[0, 3] = len(chest()[0]) - 1
+    return matrix
+
+
 def block(shape=(24, 20, 16)) -> np.ndarray:
     """Air around and within a box of soft tissue: HU enough to pass for a CT, too small for a chest. Compresses badly."""
     rng = np.random.default_rng(0)
@@ -70,29 +75,57 @@ def block(shape=(24, 20, 16)) -> np.ndarray:
     return values.round().astype(np.int16)
 
 
-def nifti(path: Path, values: np.ndarray, affine: np.ndarray = SCAN, **header) -> Path:
-    """Write a NIfTI; `header` sets fields afterwards, past nibabel's own checks."""
-    nib.save(nib.Nifti1Image(values, affine), path)
+def raw(folder: Path, name: str, data: bytes | str) -> Path:
+    """A file of any content."""
+    (folder / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    return folder / name
+
+
+def nifti(folder: Path, values=None, affine: np.ndarray = SCAN, name: str = "scan.nii.gz", **header) -> Path:
+    """A NIfTI; `header` sets fields afterwards, past nibabel's own checks."""
+    path = folder / name
+    nib.save(nib.Nifti1Image(block() if values is None else values, affine), path)
     if header:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         changed = nib.Nifti1Header(data[:348], check=False)
-        for name, value in header.items():
-            changed[name] = value
+        for field, value in header.items():
+            changed[field] = value
         data = changed.binaryblock + data[348:]
         path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     return path
 
 
-def by_itk(path: Path, values: np.ndarray, compressed: bool = False, **kwargs) -> Path:
-    """Write NRRD or MetaImage; values in ITK's order of axes."""
-    image = itk.image_from_array(np.ascontiguousarray(values), **kwargs)
+def on_chest(folder: Path, change: Callable = lambda hu: hu, dtype: type = np.int16, name: str = "scan.nii.gz") -> Path:
+    """The chest with other values."""
+    hu, affine = chest()
+    return nifti(folder, change(hu).astype(dtype), affine, name)
+
+
+def by_itk(folder: Path, name: str, values=None, compressed: bool = False, **kwargs) -> Path:
+    """NRRD or MetaImage; values in ITK's order of axes."""
+    image = itk.image_from_array(np.ascontiguousarray(block() if values is None else values), **kwargs)
     image.SetSpacing([2.0] * image.GetImageDimension())
-    itk.imwrite(image, str(path), compression=compressed)
-    return path
+    itk.imwrite(image, str(folder / name), compression=compressed)
+    return folder / name
 
 
-def cut(path: Path, keep: float) -> Path:
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
+def dicom(folder: Path, change: Callable[[int, Dataset], object] = lambda i, ds: None, values=None, **tags) -> Path:
+    """A DICOM series; `change` edits each slice, the lowest first."""
+    values, spacing = (block(), (2.0, 2.0, 3.0)) if values is None else (values, (6.6, 6.6, 5.0))
+    tags = {"SeriesInstanceUID": f"{UID}.1", "PatientID": "SECRET-ID", "PatientName": "SECRET^NAME"} | tags
+
+    def spoil(slices: list[Dataset]) -> None:
+        for i, ds in enumerate(slices):
+            change(i, ds)
+
+    write_series(folder, values.clip(-1024), spacing, (0.0, 0.0, 0.0), spoil, **tags)
+    return folder
+
+
+def cut(path: Path, keep: float | int) -> Path:
+    """Leave a share of the file, or so many bytes."""
+    data = path.read_bytes()
+    path.write_bytes(data[: keep if isinstance(keep, int) else int(len(data) * keep)])
     return path
 
 
@@ -116,474 +149,86 @@ def zeros_gzipped(gigabytes: int) -> bytes:
     return gzip.compress(bytes(2**26)) * (16 * gigabytes)
 
 
-def with_mask(folder: Path, column: str, mask: np.ndarray, affine: np.ndarray | None = None) -> Columns:
-    values, own = chest()
-    image = nifti(folder / "scan.nii.gz", values, own)
-    return {"image": str(image), column: str(nifti(folder / "mask.nii.gz", mask, own if affine is None else affine))}
+def bomb(path: Path, gigabytes: int) -> Path:
+    """Append zeros to a compressed file."""
+    path.write_bytes(path.read_bytes() + zeros_gzipped(gigabytes))
+    return path
 
 
-def dicom(folder: Path, change: Callable[[int, Dataset], None] = lambda i, slice_: None, values=None, **tags) -> Path:
-    """A DICOM series; `change` edits each slice, the lowest first."""
-    values, spacing = (block(), (2.0, 2.0, 3.0)) if values is None else (values, (6.6, 6.6, 5.0))
-    tags = {"SeriesInstanceUID": "1.2.826.0.1.3680043.8.498.1", "PatientID": "SECRET-ID", "PatientName": "SECRET^NAME"} | tags
-
-    def spoil(slices: list[Dataset]) -> None:
-        for i, slice_ in enumerate(slices):
-            change(i, slice_)
-
-    write_series(folder, values.clip(-1024), spacing, (0.0, 0.0, 0.0), spoil, **tags)
-    return folder
+def with_mask(folder: Path, column: str, mask: np.ndarray, affine: np.ndarray | None = None) -> dict[str, str]:
+    """The chest, and a mask that is by default on its grid."""
+    path = nifti(folder, mask, chest()[1] if affine is None else affine, "mask.nii.gz")
+    return {"image": str(on_chest(folder)), column: str(path)}
 
 
-def kind(name: str) -> Callable[[Kind], Kind]:
-    """Register what makes a kind of bad scan: into a folder of its own; returns the image, or columns of the cohort."""
-
-    def register(make: Kind) -> Kind:
-        assert name not in KINDS
-        KINDS[name] = make
-        return make
-
-    return register
+# --- kinds that take more than a line -------------------------------------------------------------------------------
 
 
-# --- scans that are good, however odd they look --------------------------------------------------------------------
-
-
-@kind("good: NIfTI")
-def _(folder):
-    return nifti(folder / "scan.nii.gz", *chest())
-
-
-@kind("good: path with spaces, quotes and letters of other scripts")
-def _(folder):
+def odd_name(folder):
     (folder / "Ärzte & 患者 'x'").mkdir()
-    return nifti(folder / "Ärzte & 患者 'x'" / "sçan 1,2.nii.gz", *chest())
+    return on_chest(folder / "Ärzte & 患者 'x'", name="sçan 1,2.nii.gz")
 
 
-@kind("good: stored mirrored, with an affine that says so")
-def _(folder):
-    values, affine = chest()
-    return nifti(folder / "scan.nii", values[::-1], affine @ _mirror(len(values)))
-
-
-@kind("good: a lung mask with an affine that differs in the last digits")
-def _(folder):
-    return with_mask(folder, "lung_mask", lungs(), chest()[1] + 1e-4)
-
-
-def _mirror(columns: int) -> np.ndarray:
-    matrix = np.diag([-1.0, 1, 1, 1])
-    matrix[0, 3] = columns - 1
-    return matrix
-
-
-# --- files ---------------------------------------------------------------------------------------------------------
-
-
-@kind("no such file")
-def _(folder):
-    return folder / "scan.nii.gz"
-
-
-@kind("a suffix that is not a scan's")
-def _(folder):
-    (folder / "scan.jpg").write_bytes(b"\xff\xd8\xff")
-    return folder / "scan.jpg"
-
-
-@kind("a symbolic link to itself")
-def _(folder):
+def link_to_itself(folder):
     (folder / "scan.nii.gz").symlink_to("scan.nii.gz")
     return folder / "scan.nii.gz"
 
 
-@kind("a named pipe")
-def _(folder):
+def named_pipe(folder):
     os.mkfifo(folder / "scan.nii.gz")
     return folder / "scan.nii.gz"
 
 
-@kind("a folder with a file's name")
-def _(folder):
+def folder_named_as_a_file(folder):
     (folder / "scan.nii.gz").mkdir()
     return folder / "scan.nii.gz"
 
 
-@kind("an empty file")
-def _(folder):
-    (folder / "scan.nii.gz").touch()
-    return folder / "scan.nii.gz"
-
-
-for suffix, compressed in ((".nii", False), (".nii.gz", True), (".nrrd", False), (".mha", False)):
-
-    @kind(f"truncated {suffix}")
-    def _(folder, suffix=suffix):
-        path = folder / f"scan{suffix}"
-        return cut(nifti(path, block()) if "nii" in suffix else by_itk(path, block()), 0.6)
-
-
-for suffix in (".nrrd", ".mha"):
-
-    @kind(f"truncated {suffix}, compressed")
-    def _(folder, suffix=suffix):
-        return cut(by_itk(folder / f"scan{suffix}", block(), compressed=True), 0.8)
-
-
-@kind("truncated within the header, .nii")
-def _(folder):
-    path = nifti(folder / "scan.nii", block())
-    path.write_bytes(path.read_bytes()[:100])
-    return path
-
-
-@kind("truncated within the header, .nii.gz")
-def _(folder):
-    path = nifti(folder / "scan.nii.gz", block())
-    path.write_bytes(path.read_bytes()[:40])
-    return path
-
-
-for suffix in (".nii.gz", ".nrrd", ".mha"):
-
-    @kind(f"one bit flipped, {suffix}")
-    def _(folder, suffix=suffix):
-        path = folder / f"scan{suffix}"
-        made = nifti(path, block()) if "nii" in suffix else by_itk(path, block(), compressed=True)
-        # In the checksum: elsewhere, what becomes of the stream depends on the version of zlib that wrote it.
-        return flip_bit(made, -6 if suffix != ".mha" else -2)
-
-
-@kind("wrong magic in a NIfTI header")
-def _(folder):
-    return nifti(folder / "scan.nii.gz", block(), magic=b"xyz")
-
-
-@kind("header of an Analyze pair named .nii")
-def _(folder):
-    return nifti(folder / "scan.nii", block(), magic=b"ni1")
-
-
-@kind("a Python pickle named .nii.gz")
-def _(folder):
-    (folder / "scan.nii.gz").write_bytes(pickle.dumps(block()))
-    return folder / "scan.nii.gz"
-
-
-@kind("a NumPy array named .nii.gz")
-def _(folder):
-    with open(folder / "scan.nii.gz", "wb") as file:
-        np.save(file, block())
-    return folder / "scan.nii.gz"
-
-
-@kind("a ZIP archive named .nii.gz")
-def _(folder):
+def zipped(folder):
     np.savez(folder / "scan.npz", block())
     return (folder / "scan.npz").rename(folder / "scan.nii.gz")
 
 
-@kind("NIfTI without compression named .nii.gz")
-def _(folder):
-    return nifti(folder / "scan.nii", block()).rename(folder / "scan.nii.gz")
+def numpy_array(folder):
+    file = io.BytesIO()
+    np.save(file, block())
+    return raw(folder, "scan.nii.gz", file.getvalue())
 
 
-@kind("gzip named .nii")
-def _(folder):
-    return nifti(folder / "scan.nii.gz", block()).rename(folder / "scan.nii")
+def bomb_by_header(folder):
+    whole = nifti(folder, dim=[3, 2048, 2048, 1024, 1, 1, 1, 1])
+    return bomb(raw(folder, "scan.nii.gz", gzip.compress(gzip.decompress(whole.read_bytes())[:352])), 8)
 
 
-@kind("gzip of something else")
-def _(folder):
-    (folder / "scan.nii.gz").write_bytes(gzip.compress(b"From: registry\nSubject: your scan\n" * 40))
-    return folder / "scan.nii.gz"
-
-
-@kind("JSON named .nrrd")
-def _(folder):
-    (folder / "scan.nrrd").write_text(json.dumps({"type": "short", "sizes": [24, 20, 16]}))
-    return folder / "scan.nrrd"
-
-
-@kind("a web page named .mha")
-def _(folder):
-    (folder / "scan.mha").write_text("<!doctype html><title>Please log in</title>")
-    return folder / "scan.mha"
-
-
-@kind("random bytes named .nrrd")
-def _(folder):
-    (folder / "scan.nrrd").write_bytes(np.random.default_rng(0).bytes(999))
-    return folder / "scan.nrrd"
-
-
-@kind("zip bomb: the header claims 8 GiB, which 8 MB of gzip hold")
-def _(folder):
-    path = nifti(folder / "scan.nii.gz", block(), dim=[3, 2048, 2048, 1024, 1, 1, 1, 1])
-    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:352]) + zeros_gzipped(8))
-    return path
-
-
-@kind("zip bomb: 4 GiB after a small volume, .nii.gz")
-def _(folder):
-    path = nifti(folder / "scan.nii.gz", block())
-    path.write_bytes(path.read_bytes() + zeros_gzipped(4))
-    return path
-
-
-@kind("zip bomb: 4 GiB after a small volume, .nrrd")
-def _(folder):
-    path = by_itk(folder / "scan.nrrd", block(), compressed=True)
-    path.write_bytes(path.read_bytes() + zeros_gzipped(4))
-    return path
-
-
-@kind("10000 voxels each way in a few bytes, .nii")
-def _(folder):
-    return nifti(folder / "scan.nii", block(), dim=[3, 10000, 10000, 10000, 1, 1, 1, 1])
-
-
-@kind("10000 voxels each way in a few bytes, .nrrd")
-def _(folder):
-    return replace(by_itk(folder / "scan.nrrd", block()), "sizes: 16 20 24", "sizes: 10000 10000 10000")
-
-
-@kind("10000 voxels each way in a few bytes, .mha")
-def _(folder):
-    return replace(by_itk(folder / "scan.mha", block()), "DimSize = 16 20 24", "DimSize = 10000 10000 10000")
-
-
-@kind("1000 voxels each way in a few bytes, .nii.gz")
-def _(folder):
-    return nifti(folder / "scan.nii.gz", block(), dim=[3, 1000, 1000, 1000, 1, 1, 1, 1])
-
-
-@kind("1000 voxels each way in a few bytes, .mha")
-def _(folder):
-    return replace(by_itk(folder / "scan.mha", block(), True), "DimSize = 16 20 24", "DimSize = 1000 1000 1000")
-
-
-@kind("a negative dimension")
-def _(folder):
-    return nifti(folder / "scan.nii.gz", block(), dim=[3, 24, -20, 16, 1, 1, 1, 1])
-
-
-@kind("no slices, .nii.gz")
-def _(folder):
-    return nifti(folder / "scan.nii.gz", block(), dim=[3, 24, 20, 0, 1, 1, 1, 1])
-
-
-@kind("no slices, .nrrd")
-def _(folder):
-    return replace(by_itk(folder / "scan.nrrd", block()), "sizes: 16 20 24", "sizes: 16 20 0")
-
-
-@kind("a header of 9 dimensions")
-def _(folder):
-    return nifti(folder / "scan.nii.gz", block(), dim=[9, 24, 20, 16, 1, 1, 1, 1])
-
-
-@kind("a data type that does not exist")
-def _(folder):
-    return nifti(folder / "scan.nii.gz", block(), datatype=4242)
-
-
-@kind("voxels that begin beyond the end of the file")
-def _(folder):
-    return nifti(folder / "scan.nii", block(), vox_offset=1e6)
-
-
-@kind("a NRRD header without sizes")
-def _(folder):
-    return replace(by_itk(folder / "scan.nrrd", block()), "sizes:", "# sizes:")
-
-
-@kind("a NRRD header that names a file elsewhere")
-def _(folder):
-    path = by_itk(folder / "scan.nrrd", block())
-    return replace(path, "encoding: raw", "encoding: raw\ndata file: ../../../../etc/passwd")
-
-
-@kind("a MetaImage header that names a file elsewhere")
-def _(folder):
-    return replace(by_itk(folder / "scan.mhd", block()), "= scan.raw", "= ../../../../etc/passwd")
-
-
-@kind("a MetaImage header with too few numbers")
-def _(folder):
-    return replace(by_itk(folder / "scan.mha", block()), "DimSize = 16 20 24", "DimSize = 16 20")
-
-
-@kind("a MetaImage header whose voxels are missing")
-def _(folder):
-    path = by_itk(folder / "scan.mhd", block())
+def without_voxels(folder):
+    path = by_itk(folder, "scan.mhd")
     (folder / "scan.raw").unlink()
     return path
 
 
-# --- shapes and types ----------------------------------------------------------------------------------------------
+def sheared(folder):
+    affine = SCAN.copy()
+    affine[1, 2] = 9
+    return nifti(folder, affine=affine)
 
 
-@kind("2-D")
-def _(folder):
-    return nifti(folder / "scan.nii.gz", block()[:, :, 0])
+def block_with(values):
+    found = block().astype(np.float32)
+    found[3, 4, 5 : 5 + len(values)] = values
+    return found
 
 
-@kind("one slice")
-def _(folder):
-    return nifti(folder / "scan.nii.gz", block()[:, :, :1])
+def only_air(folder):
+    return nifti(folder, np.random.default_rng(0).normal(-1000, 10, (60, 60, 40)).astype(np.int16))
 
 
-@kind("two slices, .nrrd")
-def _(folder):
-    return by_itk(folder / "scan.nrrd", block()[:2])
-
-
-@kind("1 x 1 x 10000 voxels")
-def _(folder):
-    return nifti(folder / "scan.nii.gz", np.resize(block(), (1, 1, 10000)))
-
-
-@kind("4-D, .nii.gz")
-def _(folder):
-    return nifti(folder / "scan.nii.gz", np.stack([block()] * 2, -1))
-
-
-@kind("4-D, .nrrd")
-def _(folder):
-    return by_itk(folder / "scan.nrrd", np.stack([block()] * 2))
-
-
-@kind("colours, .nii.gz")
-def _(folder):
-    colours = np.zeros((24, 20, 16), [("R", "u1"), ("G", "u1"), ("B", "u1")])
-    return nifti(folder / "scan.nii.gz", colours)
-
-
-@kind("colours, .mha")
-def _(folder):
-    return by_itk(folder / "scan.mha", np.zeros((16, 20, 24, 3), np.uint8), is_vector=True)
-
-
-@kind("complex numbers")
-def _(folder):
-    return nifti(folder / "scan.nii.gz", block().astype(np.complex64))
-
-
-# --- space ---------------------------------------------------------------------------------------------------------
-
-
-@kind("NaN in the affine")
-def _(folder):
-    return nifti(folder / "scan.nii.gz", block(), srow_x=[np.nan, 0, 0, 0])
-
-
-@kind("zero spacing")
-def _(folder):
-    return nifti(folder / "scan.nii.gz", block(), srow_x=[0, 0, 0, 0], srow_y=[0, 2, 0, 0], srow_z=[0, 0, 3, 0])
-
-
-@kind("spacing in metres")
-def _(folder):
-    return nifti(folder / "scan.nii.gz", block(), np.diag([2e-3, 2e-3, 3e-3, 1]))
-
-
-@kind("huge spacing")
-def _(folder):
-    return nifti(folder / "scan.nii.gz", block(), np.diag([2, 2, 300.0, 1]))
-
-
-@kind("wider than a scanner")
-def _(folder):
-    return nifti(folder / "scan.nii.gz", block((70, 70, 60)), np.diag([18.0, 18, 18, 1]))
-
-
-@kind("a sheared affine")
-def _(folder):
-    sheared = SCAN.copy()
-    sheared[1, 2] = 9
-    return nifti(folder / "scan.nii.gz", block(), sheared)
-
-
-@kind("two axes that are the same")
-def _(folder):
-    return nifti(folder / "scan.nii.gz", block(), srow_x=[2, 2, 0, 0], srow_y=[0, 0, 0, 0], srow_z=[0, 0, 3, 0])
-
-
-# --- values --------------------------------------------------------------------------------------------------------
-
-
-@kind("NaN among the voxels")
-def _(folder):
-    values = block().astype(np.float32)
-    values[3, 4, 5:7] = np.nan
-    return nifti(folder / "scan.nii.gz", values)
-
-
-@kind("infinity among the voxels, .mha")
-def _(folder):
-    values = block().astype(np.float32)
-    values[3, 4, 5] = -np.inf
-    return by_itk(folder / "scan.mha", values)
-
-
-@kind("a constant image")
-def _(folder):
-    return nifti(folder / "scan.nii.gz", np.full((24, 20, 16), -1000, np.int16))
-
-
-@kind("nothing but air")
-def _(folder):
-    return nifti(folder / "scan.nii.gz", np.random.default_rng(0).normal(-1000, 10, (60, 60, 40)).astype(np.int16))
-
-
-@kind("HU wrapped round in 8 bits")
-def _(folder):
-    values, affine = chest()
-    return nifti(folder / "scan.nii.gz", values.astype(np.int8), affine)
-
-
-@kind("HU inverted")
-def _(folder):
-    values, affine = chest()
-    return nifti(folder / "scan.nii.gz", -values, affine)
-
-
-@kind("HU + 1024")
-def _(folder):
-    values, affine = chest()
-    return nifti(folder / "scan.nii.gz", values + 1024, affine)
-
-
-@kind("HU times 10")
-def _(folder):
-    values, affine = chest()
-    return nifti(folder / "scan.nii.gz", values.astype(np.int32) * 10, affine)
-
-
-@kind("HU divided by 10")
-def _(folder):
-    values, affine = chest()
-    return nifti(folder / "scan.nii.gz", (values / 10).astype(np.float32), affine)
-
-
-@kind("HU windowed to a picture of 0 to 255")
-def _(folder):
-    values, affine = chest()
-    return nifti(folder / "scan.nii.gz", (np.clip((values + 1000) / 1400, 0, 1) * 255).astype(np.uint8), affine)
-
-
-@kind("MR in disguise")
-def _(folder):
+def mr_signal(hu):
     rng = np.random.default_rng(0)
-    values, affine = chest()
-    signal = np.interp(values, [-1000, -800, 0, 100, 400], [0, 60, 300, 900, 100])
-    noisy = np.hypot(signal + rng.normal(0, 15, values.shape), rng.normal(0, 15, values.shape))  # Rician
-    return nifti(folder / "scan.nii.gz", noisy.astype(np.int16), affine)
+    signal = np.interp(hu, [-1000, -800, 0, 100, 400], [0, 60, 300, 900, 100])
+    return np.hypot(signal + rng.normal(0, 15, hu.shape), rng.normal(0, 15, hu.shape))  # Rician
 
 
-@kind("abdomen only")
-def _(folder):
+def abdomen(folder):
     values = np.full((70, 60, 40), -1000.0)
     x, y = np.meshgrid(np.linspace(-1, 1, 70), np.linspace(-1, 1, 60), indexing="ij")
     values[(x / 0.9) ** 2 + (y / 0.8) ** 2 < 1] = -100  # fat
@@ -591,106 +236,49 @@ def _(folder):
     values[32:38, 40:46] = 500  # spine
     values[20:24, 12:16, 10:14] = -900  # bowel gas
     values += np.random.default_rng(0).normal(0, 12, values.shape)
-    return nifti(folder / "scan.nii.gz", values.astype(np.int16), np.diag([-5.0, -5, 5, 1]))
+    return nifti(folder, values.astype(np.int16), np.diag([-5.0, -5, 5, 1]))
 
 
-# --- masks ---------------------------------------------------------------------------------------------------------
-
-
-@kind("an empty lung mask")
-def _(folder):
-    return with_mask(folder, "lung_mask", np.zeros(chest()[0].shape, np.uint8))
-
-
-@kind("a lung mask of another shape")
-def _(folder):
-    return with_mask(folder, "lung_mask", lungs()[:, :, 1:])
-
-
-@kind("a lung mask of another space")
-def _(folder):
-    return with_mask(folder, "lung_mask", lungs(), chest()[1] @ _mirror(len(lungs())))
-
-
-@kind("a ground-truth mask of another space")
-def _(folder):
-    values, affine = chest()
+def moved_truth(folder):
+    hu, affine = chest()
     moved = affine.copy()
     moved[2, 3] += 50
-    return with_mask(folder, "gt_mask", (values > 200).astype(np.uint8), moved)
+    return with_mask(folder, "gt_mask", (hu > 200).astype(np.uint8), moved)
 
 
-@kind("a truncated lung mask")
-def _(folder):
+def cut_mask(folder):
     row = with_mask(folder, "lung_mask", lungs())
     cut(Path(row["lung_mask"]), 0.5)
     return row
 
 
-@kind("a lung mask that is a folder")
-def _(folder):
-    return {"image": str(nifti(folder / "scan.nii.gz", block())), "lung_mask": str(folder)}
-
-
-@kind("a lung mask that does not exist")
-def _(folder):
-    return {"image": str(nifti(folder / "scan.nii.gz", block())), "lung_mask": str(folder / "lung.nii.gz")}
-
-
-# --- DICOM folders -------------------------------------------------------------------------------------------------
-
-
-@kind("an empty folder")
-def _(folder):
-    return folder
-
-
-@kind("a folder without DICOM")
-def _(folder):
+def no_dicom(folder):
     for name in ("readme.txt", "slice1.png", "slice2.png"):
         (folder / name).write_text("not DICOM")
     return folder
 
 
-@kind("DICOM: one slice")
-def _(folder):
-    return dicom(folder / "series", values=block()[:, :, :1])
-
-
-@kind("DICOM: a slice truncated")
-def _(folder):
+def cut_slice(folder):
     series = dicom(folder / "series")
     cut(sorted(series.iterdir())[7], 0.7)
     return series
 
 
-@kind("DICOM: a slice without voxels")
-def _(folder):
-    def change(i, slice_):
-        if i == 7:
-            del slice_.PixelData
-
-    return dicom(folder / "series", change)
-
-
-@kind("DICOM: slices missing in the middle")
-def _(folder):
+def missing_slices(folder):
     series = dicom(folder / "series")
     for path in sorted(series.iterdir())[6:9]:
         path.unlink()
     return series
 
 
-@kind("good: DICOM whose slices share two SOPInstanceUIDs")
-def _(folder):
-    def change(i, slice_):
-        slice_.SOPInstanceUID = slice_.file_meta.MediaStorageSOPInstanceUID = f"1.2.826.0.1.3680043.8.498.{i % 2}"
+def shared_uids(folder):
+    def change(i, ds):
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f"{UID}.{i % 2}"
 
     return dicom(folder / "series", change, chest()[0])
 
 
-@kind("good: DICOM with every slice twice, a named pipe, a text and a link to its own folder")
-def _(folder):
+def every_slice_twice(folder):
     series = dicom(folder / "series", values=chest()[0])
     for path in sorted(series.iterdir()):
         (series / f"copy_{path.name}").write_bytes(path.read_bytes())
@@ -700,65 +288,179 @@ def _(folder):
     return series
 
 
-@kind("DICOM: another slice at the place of one")
-def _(folder):
-    def change(i, slice_):
-        if i == 7:
-            slice_.ImagePositionPatient = [0, 0, 18]
-
-    return dicom(folder / "series", change)
-
-
-def _without(tag: str) -> Kind:
-    return lambda folder: dicom(folder / "series", lambda i, slice_: delattr(slice_, tag))
-
-
-for tag in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "RescaleIntercept", "Rows"):
-    kind(f"DICOM: without {tag}")(_without(tag))
-
-
-@kind("DICOM: two patients in a folder")
-def _(folder):
+def two_patients(folder):
     dicom(folder / "series" / "a")
-    dicom(folder / "series" / "b", PatientID="SECRET-ID-2", SeriesInstanceUID="1.2.826.0.1.3680043.8.498.2")
+    dicom(folder / "series" / "b", PatientID="SECRET-ID-2", SeriesInstanceUID=f"{UID}.2")
     return folder / "series"
 
 
-@kind("DICOM: two patients in one series")
-def _(folder):
-    return dicom(folder / "series", lambda i, slice_: setattr(slice_, "PatientID", f"SECRET-ID-{i % 2}"))
+def halve(ds):
+    ds.Rows, ds.PixelData = ds.Rows // 2, ds.PixelData[: len(ds.PixelData) // 2]
 
 
-@kind("DICOM: slices of different sizes")
-def _(folder):
-    def change(i, slice_):
-        if i == 7:
-            slice_.Rows, slice_.PixelData = slice_.Rows // 2, slice_.PixelData[: len(slice_.PixelData) // 2]
+def enlarge(i, ds):
+    ds.Rows = ds.Columns = 65535
 
+
+def spoilt(change, folder):
+    """A series of which `change` edits each slice."""
     return dicom(folder / "series", change)
 
 
-@kind("DICOM: 65535 x 65535 pixels in a few bytes")
-def _(folder):
-    def change(i, slice_):
-        slice_.Rows = slice_.Columns = 65535
-
-    return dicom(folder / "series", change)
+def one_spoilt(change, folder):
+    """A series of which `change` edits one slice."""
+    return dicom(folder / "series", lambda i, ds: change(ds) if i == 7 else None)
 
 
-@kind("DICOM: MR")
-def _(folder):
-    return dicom(folder / "series", Modality="MR")
+def without(tag, folder):
+    return dicom(folder / "series", lambda i, ds: delattr(ds, tag))
 
 
-@kind("DICOM: localisers alone")
-def _(folder):
-    return dicom(folder / "series", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+def tagged(folder, **tags):
+    return dicom(folder / "series", **tags)
 
 
-# --- tables: these stop a run before any scan is read --------------------------------------------------------------
+# --- the kinds: what makes one, in a folder of its own; it returns the image, or columns of the cohort ----------------
 
-TABLES = {
+HUGE, LARGE = [3, 10000, 10000, 10000, 1, 1, 1, 1], [3, 1000, 1000, 1000, 1, 1, 1, 1]
+KINDS: dict[str, Callable[[Path], Path | dict[str, str]]] = {
+    # good ones, however odd they look
+    "good: NIfTI": on_chest,
+    "good: path with spaces, quotes and letters of other scripts": odd_name,
+    "good: stored mirrored, with an affine that says so": lambda f: nifti(
+        f, chest()[0][::-1], chest()[1] @ mirror(), "scan.nii"
+    ),
+    "good: a lung mask with an affine that differs in the last digits": lambda f: with_mask(
+        f, "lung_mask", lungs(), chest()[1] + 1e-4
+    ),
+    # files
+    "no such file": lambda f: f / "scan.nii.gz",
+    "a suffix that is not a scan's": lambda f: raw(f, "scan.jpg", b"\xff\xd8\xff"),
+    "a symbolic link to itself": link_to_itself,
+    "a named pipe": named_pipe,
+    "a folder with a file's name": folder_named_as_a_file,
+    "an empty file": lambda f: raw(f, "scan.nii.gz", b""),
+    "truncated .nii": lambda f: cut(nifti(f, name="scan.nii"), 0.6),
+    "truncated .nii.gz": lambda f: cut(nifti(f), 0.6),
+    "truncated .nrrd": lambda f: cut(by_itk(f, "scan.nrrd"), 0.6),
+    "truncated .mha": lambda f: cut(by_itk(f, "scan.mha"), 0.6),
+    "truncated .nrrd, compressed": lambda f: cut(by_itk(f, "scan.nrrd", compressed=True), 0.8),
+    "truncated .mha, compressed": lambda f: cut(by_itk(f, "scan.mha", compressed=True), 0.8),
+    "truncated within the header, .nii": lambda f: cut(nifti(f, name="scan.nii"), 100),
+    "truncated within the header, .nii.gz": lambda f: cut(nifti(f), 40),
+    # In the checksum: elsewhere, what becomes of the stream depends on the version of zlib that wrote it.
+    "one bit flipped, .nii.gz": lambda f: flip_bit(nifti(f), -6),
+    "one bit flipped, .nrrd": lambda f: flip_bit(by_itk(f, "scan.nrrd", compressed=True), -6),
+    "one bit flipped, .mha": lambda f: flip_bit(by_itk(f, "scan.mha", compressed=True), -2),
+    "wrong magic in a NIfTI header": lambda f: nifti(f, magic=b"xyz"),
+    "header of an Analyze pair named .nii": lambda f: nifti(f, name="scan.nii", magic=b"ni1"),
+    "a Python pickle named .nii.gz": lambda f: raw(f, "scan.nii.gz", pickle.dumps(block())),
+    "a NumPy array named .nii.gz": numpy_array,
+    "a ZIP archive named .nii.gz": zipped,
+    "NIfTI without compression named .nii.gz": lambda f: nifti(f, name="scan.nii").rename(f / "scan.nii.gz"),
+    "gzip named .nii": lambda f: nifti(f).rename(f / "scan.nii"),
+    "gzip of something else": lambda f: raw(f, "scan.nii.gz", gzip.compress(b"From: registry\nSubject: your scan\n" * 40)),
+    "JSON named .nrrd": lambda f: raw(f, "scan.nrrd", '{"type": "short", "sizes": [24, 20, 16]}'),
+    "a web page named .mha": lambda f: raw(f, "scan.mha", "<!doctype html><title>Please log in</title>"),
+    "random bytes named .nrrd": lambda f: raw(f, "scan.nrrd", np.random.default_rng(0).bytes(999)),
+    "zip bomb: the header claims 8 GiB, which 8 MB of gzip hold": bomb_by_header,
+    "zip bomb: 4 GiB after a small volume, .nii.gz": lambda f: bomb(nifti(f), 4),
+    "zip bomb: 4 GiB after a small volume, .nrrd": lambda f: bomb(by_itk(f, "scan.nrrd", compressed=True), 4),
+    "10000 voxels each way in a few bytes, .nii": lambda f: nifti(f, name="scan.nii", dim=HUGE),
+    "10000 voxels each way in a few bytes, .nrrd": lambda f: replace(
+        by_itk(f, "scan.nrrd"), "sizes: 16 20 24", "sizes: 10000 10000 10000"
+    ),
+    "10000 voxels each way in a few bytes, .mha": lambda f: replace(
+        by_itk(f, "scan.mha"), "DimSize = 16 20 24", "DimSize = 10000 10000 10000"
+    ),
+    "1000 voxels each way in a few bytes, .nii.gz": lambda f: nifti(f, dim=LARGE),
+    "1000 voxels each way in a few bytes, .mha": lambda f: replace(
+        by_itk(f, "scan.mha", compressed=True), "DimSize = 16 20 24", "DimSize = 1000 1000 1000"
+    ),
+    "a negative dimension": lambda f: nifti(f, dim=[3, 24, -20, 16, 1, 1, 1, 1]),
+    "no slices, .nii.gz": lambda f: nifti(f, dim=[3, 24, 20, 0, 1, 1, 1, 1]),
+    "no slices, .nrrd": lambda f: replace(by_itk(f, "scan.nrrd"), "sizes: 16 20 24", "sizes: 16 20 0"),
+    "a header of 9 dimensions": lambda f: nifti(f, dim=[9, 24, 20, 16, 1, 1, 1, 1]),
+    "a data type that does not exist": lambda f: nifti(f, datatype=4242),
+    "voxels that begin beyond the end of the file": lambda f: nifti(f, name="scan.nii", vox_offset=1e6),
+    "a NRRD header without sizes": lambda f: replace(by_itk(f, "scan.nrrd"), "sizes:", "# sizes:"),
+    "a NRRD header that names a file elsewhere": lambda f: replace(
+        by_itk(f, "scan.nrrd"), "encoding: raw", "encoding: raw\ndata file: ../../../../etc/passwd"
+    ),
+    "a MetaImage header that names a file elsewhere": lambda f: replace(
+        by_itk(f, "scan.mhd"), "= scan.raw", "= ../../../../etc/passwd"
+    ),
+    "a MetaImage header with too few numbers": lambda f: replace(
+        by_itk(f, "scan.mha"), "DimSize = 16 20 24", "DimSize = 16 20"
+    ),
+    "a MetaImage header whose voxels are missing": without_voxels,
+    # shapes and types
+    "2-D": lambda f: nifti(f, block()[:, :, 0]),
+    "one slice": lambda f: nifti(f, block()[:, :, :1]),
+    "two slices, .nrrd": lambda f: by_itk(f, "scan.nrrd", block()[:2]),
+    "1 x 1 x 10000 voxels": lambda f: nifti(f, np.resize(block(), (1, 1, 10000))),
+    "4-D, .nii.gz": lambda f: nifti(f, np.stack([block()] * 2, -1)),
+    "4-D, .nrrd": lambda f: by_itk(f, "scan.nrrd", np.stack([block()] * 2)),
+    "colours, .nii.gz": lambda f: nifti(f, np.zeros((24, 20, 16), [("R", "u1"), ("G", "u1"), ("B", "u1")])),
+    "colours, .mha": lambda f: by_itk(f, "scan.mha", np.zeros((16, 20, 24, 3), np.uint8), is_vector=True),
+    "complex numbers": lambda f: nifti(f, block().astype(np.complex64)),
+    # space
+    "NaN in the affine": lambda f: nifti(f, srow_x=[np.nan, 0, 0, 0]),
+    "zero spacing": lambda f: nifti(f, srow_x=[0, 0, 0, 0], srow_y=[0, 2, 0, 0], srow_z=[0, 0, 3, 0]),
+    "spacing in metres": lambda f: nifti(f, affine=np.diag([2e-3, 2e-3, 3e-3, 1])),
+    "huge spacing": lambda f: nifti(f, affine=np.diag([2, 2, 300.0, 1])),
+    "wider than a scanner": lambda f: nifti(f, block((70, 70, 60)), np.diag([18.0, 18, 18, 1])),
+    "a sheared affine": sheared,
+    "two axes that are the same": lambda f: nifti(f, srow_x=[2, 2, 0, 0], srow_y=[0, 0, 0, 0], srow_z=[0, 0, 3, 0]),
+    # values
+    "NaN among the voxels": lambda f: nifti(f, block_with([np.nan, np.nan])),
+    "infinity among the voxels, .mha": lambda f: by_itk(f, "scan.mha", block_with([-np.inf])),
+    "a constant image": lambda f: nifti(f, np.full((24, 20, 16), -1000, np.int16)),
+    "nothing but air": only_air,
+    "HU wrapped round in 8 bits": lambda f: on_chest(f, dtype=np.int8),
+    "HU inverted": lambda f: on_chest(f, lambda hu: -hu),
+    "HU + 1024": lambda f: on_chest(f, lambda hu: hu + 1024),
+    "HU times 10": lambda f: on_chest(f, lambda hu: hu.astype(np.int32) * 10, np.int32),
+    "HU divided by 10": lambda f: on_chest(f, lambda hu: hu / 10, np.float32),
+    "HU windowed to a picture of 0 to 255": lambda f: on_chest(
+        f, lambda hu: np.clip((hu + 1000) / 1400, 0, 1) * 255, np.uint8
+    ),
+    "MR in disguise": lambda f: on_chest(f, mr_signal),
+    "abdomen only": abdomen,
+    # masks
+    "an empty lung mask": lambda f: with_mask(f, "lung_mask", np.zeros(chest()[0].shape, np.uint8)),
+    "a lung mask of another shape": lambda f: with_mask(f, "lung_mask", lungs()[:, :, 1:]),
+    "a lung mask of another space": lambda f: with_mask(f, "lung_mask", lungs(), chest()[1] @ mirror()),
+    "a ground-truth mask of another space": moved_truth,
+    "a truncated lung mask": cut_mask,
+    "a lung mask that is a folder": lambda f: {"image": str(nifti(f)), "lung_mask": str(f)},
+    "a lung mask that does not exist": lambda f: {"image": str(nifti(f)), "lung_mask": str(f / "lung.nii.gz")},
+    # DICOM folders
+    "an empty folder": lambda f: f,
+    "a folder without DICOM": no_dicom,
+    "DICOM: one slice": lambda f: dicom(f / "series", values=block()[:, :, :1]),
+    "DICOM: a slice truncated": cut_slice,
+    "DICOM: a slice without voxels": partial(one_spoilt, lambda ds: delattr(ds, "PixelData")),
+    "DICOM: slices missing in the middle": missing_slices,
+    "good: DICOM whose slices share two SOPInstanceUIDs": shared_uids,
+    "good: DICOM with every slice twice, a named pipe, a text and a link to its own folder": every_slice_twice,
+    "DICOM: another slice at the place of one": partial(
+        one_spoilt, lambda ds: setattr(ds, "ImagePositionPatient", [0, 0, 18])
+    ),
+    "DICOM: without ImagePositionPatient": partial(without, "ImagePositionPatient"),
+    "DICOM: without ImageOrientationPatient": partial(without, "ImageOrientationPatient"),
+    "DICOM: without PixelSpacing": partial(without, "PixelSpacing"),
+    "DICOM: without RescaleIntercept": partial(without, "RescaleIntercept"),
+    "DICOM: without Rows": partial(without, "Rows"),
+    "DICOM: two patients in a folder": two_patients,
+    "DICOM: two patients in one series": partial(spoilt, lambda i, ds: setattr(ds, "PatientID", f"SECRET-ID-{i % 2}")),
+    "DICOM: slices of different sizes": partial(one_spoilt, halve),
+    "DICOM: 65535 x 65535 pixels in a few bytes": partial(spoilt, enlarge),
+    "DICOM: MR": partial(tagged, Modality="MR"),
+    "DICOM: localisers alone": partial(tagged, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]),
+}
+
+TABLES = {  # patient ids that stop a run before any scan is read
     "two ids that differ by case": ("P1", "p1"),
     "two ids that differ by Unicode form": ("Jos\u00e9", "Jose\u0301"),
     "an id that climbs out of the folder": ("../x",),
@@ -768,31 +470,18 @@ TABLES = {
     "an empty id": ("",),
 }
 
-
-def table_message(ids: tuple[str, ...], folder: Path) -> str:
-    """What is said of a cohort with these patient ids."""
-    path = folder / "table.csv"
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("patient_id", "image"), *((name, "scan.nii.gz") for name in ids)])
-    try:
-        read_cohort(path, need_outcome=False, on_fault="row")
-    except InputError as fault:
-        return " ".join(str(fault).replace(f"{folder}{os.sep}", "").split())
-    return "ok"
+# --- the corpus and its page ----------------------------------------------------------------------------------------
 
 
-# --- the corpus and its page ---------------------------------------------------------------------------------------
-
-
-def patient_of(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+def patient_of(kind: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", kind.lower()).strip("_")
 
 
 def write_corpus(folder: Path) -> Path:
     """One folder a kind, and the cohort of all, `corpus.csv`; the kinds come in an order that mixes good and bad."""
     rows = []
-    for name, make in KINDS.items():
-        place = folder / patient_of(name)
+    for kind, make in KINDS.items():
+        place = folder / patient_of(kind)
         place.mkdir(parents=True)
         made = make(place)
         rows.append({"patient_id": place.name, **(made if isinstance(made, dict) else {"image": str(made)})})
@@ -808,8 +497,8 @@ def infer(corpus: Path, output: Path) -> tuple[pd.DataFrame, int, str, float]:
     """
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "configs/inference.json"]
     # Inference needs no ground truth; it is read here so that its faults are in the table too.
-    command += ["--cohort", str(corpus), "--output_dir", str(output), "--mask_keys", "['lung_mask','gt_mask']"]
-    command += ["--shifts", "1"]  # coarse maps will do
+    command += ["--cohort", str(corpus), "--output_dir", str(output)]
+    command += ["--load_transforms#0#mask_keys", "['lung_mask','gt_mask']", "--shifts", "1"]  # coarse maps will do
     peak = 0.0
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
@@ -824,45 +513,34 @@ def infer(corpus: Path, output: Path) -> tuple[pd.DataFrame, int, str, float]:
     return pd.read_csv(output / "predictions.csv", keep_default_na=False), process.returncode, text, peak
 
 
-def page(predictions: pd.DataFrame, corpus: Path) -> str:
-    """docs/bad_input.md: each kind and its message, without what differs between machines."""
+def table_message(ids: tuple[str, ...], folder: Path) -> str:
+    """What is said of a cohort with these patient ids."""
+    path = folder / "table.csv"
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("patient_id", "image"), *((name, "scan.nii.gz") for name in ids)])
+    try:
+        read_cohort(path, need_outcome=False, on_fault="row")
+    except InputError as fault:
+        return " ".join(str(fault).replace(f"{folder}{os.sep}", "").split())
+    return "ok"
 
-    def cell(text: str, patient: str = "") -> str:
+
+def page(predictions: pd.DataFrame, corpus: Path) -> str:
+    """Each kind and its message, without what differs between machines."""
+
+    def cell(text: str, patient: str) -> str:
         place = str(corpus.parent / patient)
         short = text.replace(f"{place}{os.sep}", "").replace(place, "folder").replace(f"patient {patient}", "patient P")
         short = re.sub(r"end after \d+ of", "end after N of", short)  # as versions of zlib compress differently
         return " ".join(short.replace("|", "\\|").split())
 
     scans = predictions.set_index("patient_id")
-    lines = [
-        "# Bad input, and what is said of it",
-        "",
-        "Made by `python -m tests.bad_scans --markdown docs/bad_input.md`: each kind of scan is written to a file or a folder,",
-        "and all go through `configs/inference.json` in one run. A bad scan costs its own row of `predictions.csv` only; the",
-        "exit code is then 1. In training the same sentences stop the run before the first epoch, or, with `--on_fault skip`,",
-        "leave the scans out.",
-        "",
-        "Files are checked before they are read (`bundle/data/scan_file.py`): from the header, and by inflating what is",
-        f"compressed a megabyte at a time. So a scan takes no more memory than one of {MOST_VOXELS} voxels, the most that is",
-        "allowed, and one cubic metre bounds what it takes once resampled.",
-        "",
-        "A scan stored mirrored is not at fault if its affine says so: the map comes back on the same grid. A wrong affine that",
-        "is a possible one cannot be told from a right one: a patient may lie either way, and have the heart on the right.",
-        "",
-        "| scan | status | message |",
-        "|---|---|---|",
-    ]
-    for name in KINDS:
-        patient = patient_of(name)
-        status, message = scans.loc[patient, ["status", "message"]]
-        lines.append(f"| {cell(name)} | {status} | {cell(message, patient)} |")
-    lines += [
-        "",
-        "A fault of the table itself stops the run before any scan is read:",
-        "",
-        "| table | message |",
-        "|---|---|",
-    ]
+    lines = ["# Bad scans and bad tables, each with its message", "", "Made by `python -m tests.bad_scans`.", ""]
+    lines += ["| scan | status | message |", "|---|---|---|"]
+    for kind in KINDS:
+        status, message = scans.loc[patient_of(kind), ["status", "message"]]
+        lines.append(f"| {kind} | {status} | {cell(message, patient_of(kind))} |")
+    lines += ["", "These tables stop a run before any scan is read:", "", "| table | message |", "|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
         lines += [f"| {name} | {table_message(ids, Path(folder))} |" for name, ids in TABLES.items()]
     return "\n".join(lines) + "\n"
@@ -870,9 +548,7 @@ def page(predictions: pd.DataFrame, corpus: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--out", type=Path, help="folder to write the corpus to")
-    what.add_argument("--markdown", type=Path, help="file to write the table of messages to")
+    parser.add_argument("--out", type=Path, help="folder to write the scans to, without running inference")
     args = parser.parse_args()
     if args.out:
         print(write_corpus(args.out.absolute()))
@@ -880,8 +556,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         corpus = write_corpus(Path(folder) / "corpus")
         predictions, _, _, peak = infer(corpus, Path(folder) / "output")
-        args.markdown.write_text(page(predictions, corpus), encoding="utf-8")
-    print(f"{len(KINDS)} kinds, peak memory {peak:.0f} MiB")
+    PAGE.write_text(page(predictions, corpus), encoding="utf-8")
+    print(f"{PAGE}: {len(KINDS)} kinds, peak memory {peak:.0f} MiB")
 
 
 if __name__ == "__main__":

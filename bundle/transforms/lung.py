@@ -15,6 +15,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing
 from monai.transforms import MapTransform
+from monai.utils import ensure_tuple
 from torch import Tensor
 
 from bundle.errors import InputError
@@ -122,7 +123,7 @@ def lungmask_digests(weights: str | Sequence[str] | None) -> list[str]:
 
 def _files(weights: str | Sequence[str] | None) -> tuple[str, ...]:
     """One file, or two, as a tuple, after checking that they exist."""
-    files = (weights,) if isinstance(weights, str) else tuple(weights or ())
+    files = tuple(map(str, ensure_tuple(weights))) if weights else ()
     if len(files) > 2:
         raise InputError(f"lungmask weights: {len(files)} files (expected one, or two to fuse: lobes, then R231)")
     for path in files:
