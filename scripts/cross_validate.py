@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import json
 import shlex
 import shutil
@@ -30,10 +29,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pandas as pd
-import torch
 from monai.bundle import ConfigParser
 from tqdm import tqdm
 
@@ -41,41 +39,33 @@ from bundle.data import cross_validation_parts, fit_clinical, patient_of, read_c
 from bundle.data.cohort import MASK_COLUMNS
 from bundle.errors import InputError
 from bundle.files import file_sha256, write_json, write_text
-from bundle.metrics import LocalisationMetric, SurvivalMetric
-from bundle.metrics.bootstrap import draw_patients, paired_difference
+from bundle.run.config import check_config
 from bundle.run.settings import differences
-from bundle.run.start import exit_on_sigterm, flag, make_folder
+from bundle.run.start import exit_on_sigterm, make_folder
 from bundle.survival import OBJECTIVES
-
-from scripts.jobs import literal, locked, run_jobs, run_module, threads_of
+from scripts.cross_validation_report import Scores, compare, page
+from scripts.jobs import literal, locked, overrides, run_jobs, run_module, threads_of
 
 BASELINES = ("clinical_only", "image_only")
 OWN = ("cohort", "fold", "split", "ckpt_dir", "output_dir", "resume", "seed", "objective", "ckpt", "maps_dir")
 BOTH = ("device", "lungmask_weights", "on_fault")  # keys of training and of evaluation that settings.json doesn't carry
 
-# Columns of the page, and whether more is better; None where neither is. The CSV has every metric.
-METRICS = {
-    "c_index": ("C-index", True),
-    "c_index_ipcw": ("Uno's C-index", True),
-    "integrated_brier": ("integrated Brier", False),
-    "mae_events": ("MAE of events, months", False),
-    "mae_censored": ("hinge MAE of censored, months", False),
-    "mae_pseudo_observation": ("MAE-PO, months", False),
-    "d_calibration_p": ("D-calibration p", None),
-    "pointing_game": ("pointing game", True),
-    "average_precision": ("average precision of maps", True),
-}
-
 
 @dataclass(frozen=True)
 class Model:
-    """One line of the table: its name and that of its folder (a baseline's has the objective, too, lest another first
-    objective find it done), the configs stacked on `configs/train.json`, and the overrides of its training."""
+    """One line of the table.
+
+    Args:
+        name: of the objective or baseline.
+        folder: a baseline's has the objective, too: under another objective it is another model.
+        files: `configs/train.json` and what is stacked on it.
+        options: overrides of its training.
+    """
 
     name: str
     folder: str
-    configs: tuple[str, ...]
-    overrides: tuple[tuple[str, str], ...]
+    files: list[str]
+    options: dict[str, str]
 
 
 def options_of(words: Sequence[str]) -> dict[str, str]:
@@ -106,6 +96,12 @@ def read_config(files: Sequence[str]) -> ConfigParser:
     return parser
 
 
+def check_names(what: str, names: Sequence[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known or names.count(name) > 1:
+            raise InputError(f"{what} {name}: unknown or named twice (expected some of {', '.join(known)}).")
+
+
 class CrossValidation:
     """What is to be done, checked before anything runs; and the doing of one fold.
 
@@ -117,7 +113,7 @@ class CrossValidation:
         folds: how many; None for those of the column ``fold``, or 5.
         seed: of folds and trainings.
         configs: files to stack on `configs/train.json`.
-        overrides: of config keys, for training or evaluation.
+        options: overrides of config keys, for training or evaluation.
         threads: of a run.
 
     Raises:
@@ -134,80 +130,79 @@ class CrossValidation:
         folds: int | None = None,
         seed: int = 0,
         configs: Sequence[str] = (),
-        overrides: dict[str, str] | None = None,
+        options: dict[str, str] | None = None,
         threads: int = 1,
     ) -> None:
         self.out, self.seed, self.threads = out, seed, threads
-        for what, names, known in (("objective", objectives, OBJECTIVES), ("baseline", baselines, BASELINES)):
-            for name in names:
-                if name not in known or names.count(name) > 1:
-                    raise InputError(f"{what} {name}: unknown or named twice (expected some of {', '.join(known)}).")
-        overrides = dict(overrides or {})
+        self.cache = out / "cache"  # preprocessed scans, shared by all runs; deleted when all are done
+        check_names("objective", objectives, list(OBJECTIVES))
+        check_names("baseline", baselines, BASELINES)
+        options = dict(options or {})
         config = read_config(["configs/train.json", *configs])
-        evaluation = read_config(["configs/evaluate.json"])
-        for key in overrides:
-            root = key.split("#")[0]
-            if root in OWN:
-                raise InputError(f"--{key} can't be overridden here: cross-validation sets it.")
-            if root not in config.config and root not in evaluation.config:
-                raise InputError(f"--{key} is a key neither of the stacked training config nor of configs/evaluate.json.")
-        training = {key: value for key, value in overrides.items() if key.split("#")[0] in config.config}
+        training = self.training_options(config, options)
         self.evaluation = {"figures": "false"}
-        self.evaluation |= {k: v for k, v in overrides.items() if k not in training or k in BOTH}
+        self.evaluation |= {k: v for k, v in options.items() if k not in training or k in BOTH}
 
-        def setting(key: str) -> object:
+        def setting(key: str) -> Any:
             return literal(training[key]) if key in training else config.get_parsed_content(key)
 
+        self.models = [self.model(name, configs, training) for name in objectives]
+        self.models += [self.model(objectives[0], configs, training, baseline) for baseline in baselines]
+        for files, given in [(["configs/evaluate.json"], self.evaluation)] + [(m.files, m.options) for m in self.models]:
+            parser = read_config(files)
+            parser.update({key: literal(value) for key, value in given.items()})
+            check_config(parser, files[0])
         clinical = setting("clinical")
         if baselines and not clinical:
             raise InputError("baselines compare with the use of covariates: name columns with --clinical (see README).")
-        self.models = [self.model(name, configs, training) for name in objectives]
-        self.models += [self.model(objectives[0], configs, training, baseline) for baseline in baselines]
-
-        on_fault = str(setting("on_fault"))
-        records = read_cohort(cohort, clinical=clinical, tmax=setting("tmax"), on_fault=on_fault)
+        records = read_cohort(cohort, clinical=clinical, tmax=setting("tmax"), on_fault=str(setting("on_fault")))
         self.parts = cross_validation_parts(records, folds, seed)
         for fold, parts in self.parts.items():
             try:
-                fit_clinical(parts["train"], clinical, flag(setting("missing_mask")))
+                fit_clinical(parts["train"], clinical)
             except InputError as e:
                 raise InputError(f"fold {fold}: {e}") from e
         files = ["configs/train.json", "configs/evaluate.json", *configs]
-        columns = ("patient_id", "image", *MASK_COLUMNS, "time", "event", "covariates")
-        self.claim(
-            {
-                "cohort": [[r.get(column) for column in columns] for r in records],
-                "folds": {str(fold): [r["patient_id"] for r in parts["test"]] for fold, parts in self.parts.items()},
-                "seed": seed,
-                "configs": {name: file_sha256(name) for name in files},
-                "overrides": overrides,
-            }
-        )
+        self.claim(records, {"seed": seed, "configs": {name: file_sha256(name) for name in files}, "overrides": options})
         self.write_folds(clinical)
+
+    @staticmethod
+    def training_options(config: ConfigParser, options: dict[str, str]) -> dict[str, str]:
+        """The overrides that are for the training; all others must be for the evaluation."""
+        training, evaluation = {}, read_config(["configs/evaluate.json"]).config
+        for key, value in options.items():
+            root = key.split("#")[0]
+            if root in OWN:
+                raise InputError(f"--{key} can't be overridden here: cross-validation sets it.")
+            if root in config.config:
+                training[key] = value
+            elif root not in evaluation:
+                raise InputError(f"--{key} is a key neither of the stacked training config nor of configs/evaluate.json.")
+        return training
 
     @staticmethod
     def model(objective: str, configs: Sequence[str], training: dict[str, str], baseline: str | None = None) -> Model:
         """A line of the table: an objective, or a baseline under it."""
-        stack, options = [*configs, f"configs/objective/{objective}.json"], dict(training)
+        files, options = ["configs/train.json", *configs, f"configs/objective/{objective}.json"], dict(training)
         if baseline == "image_only":
             options["clinical"] = "{}"
         elif baseline == "clinical_only":
-            stack.append("configs/network/clinical_only.json")
+            files.append("configs/network/clinical_only.json")
             # What shapes the image's network means nothing to that of the covariates.
             options = {key: value for key, value in options.items() if key.split("#")[0] != "network_def"}
-        folder = f"{baseline}_{objective}" if baseline else objective
-        return Model(baseline or objective, folder, tuple(stack), tuple(options.items()))
+        return Model(baseline or objective, f"{baseline}_{objective}" if baseline else objective, files, options)
 
-    def claim(self, settings: dict) -> None:
+    def claim(self, records: list[dict], settings: dict) -> None:
         """Make the folder this cross-validation's own."""
+        columns = ("patient_id", "image", *MASK_COLUMNS, "time", "event", "covariates")
+        settings["cohort"] = [[r.get(column) for column in columns] for r in records]
+        settings["folds"] = {str(fold): [r["patient_id"] for r in parts["test"]] for fold, parts in self.parts.items()}
         path = self.out / "cross_validation.json"
         make_folder(str(self.out))
-        if path.is_file():
-            differ = differences(json.loads(path.read_text()), settings)
-            if differ:
-                raise InputError(
-                    f"{self.out} holds another cross-validation: {'; '.join(differ)}. Choose another --out, or delete it."
-                )
+        if path.is_file() and (differ := differences(json.loads(path.read_text()), settings)):
+            raise InputError(
+                f"{self.out} holds another cross-validation: {'; '.join(differ)}. Choose another --out, or delete it."
+            )
         write_json(path, settings)
 
     def write_folds(self, clinical: dict) -> None:
@@ -241,170 +236,26 @@ class CrossValidation:
     def made(self, model: Model, fold: int) -> dict:
         """What a measured fold rests on."""
         weights = file_sha256(self.folder(model, fold) / "model.pt")
-        return {"weights_sha256": weights, "configs": {name: file_sha256(name) for name in model.configs}}
+        return {"weights_sha256": weights, "configs": {name: file_sha256(name) for name in model.files}}
 
     def run(self, model: Model, fold: int) -> None:
         """Train without a fold and measure on it, unless that is done."""
-        folder, table = self.folder(model, fold), str(self.table(fold))
+        folder, table = self.folder(model, fold), self.table(fold)
         with locked(folder / ".fold.lock") as lock:
             if self.done(model, fold):
                 return
             bundle = partial(run_module, "monai.bundle", "run", log=folder / "log.txt", threads=self.threads, lock=lock)
-            cache = [word for part in ("train", "validate") for word in (f"--{part}#dataset#cache_dir", str(self.cache))]
-            bundle(
-                *("--config_file", str(["configs/train.json", *model.configs]), "--cohort", table, "--seed", str(self.seed)),
-                *("--ckpt_dir", str(folder), "--output_dir", str(folder), *cache),
-                *(word for key, value in model.overrides for word in (f"--{key}", value)),
-            )
-            bundle(
-                *("--config_file", "configs/evaluate.json", "--cohort", table, "--ckpt", str(folder / "model.pt")),
-                *("--output_dir", str(folder / "test")),
-                *(word for key, value in self.evaluation.items() for word in (f"--{key}", value)),
-            )
+            train = {"config_file": model.files, "cohort": table, "seed": self.seed}
+            train |= {"ckpt_dir": folder, "output_dir": folder, "cache_dir": self.cache, **model.options}
+            bundle(*overrides(train))
+            measure = {"config_file": "configs/evaluate.json", "cohort": table, "ckpt": folder / "model.pt"}
+            bundle(*overrides({**measure, "output_dir": folder / "test", **self.evaluation}))
             write_json(folder / "done.json", self.made(model, fold))
 
-    @property
-    def cache(self) -> Path:
-        """Preprocessed scans, shared by all runs; deleted when all are done."""
-        return self.out / "cache"
-
-
-class Scores:
-    """What a model's folds were measured to be, and how to measure resamples of them.
-
-    Args:
-        cv: the cross-validation.
-        model: all of whose folds are done.
-    """
-
-    def __init__(self, cv: CrossValidation, model: Model) -> None:
-        self.name = model.name
-        self.values: dict[str, list[float]] = {}
-        self.patients: list[list[str]] = []
-        self.statistics: list[dict] = []
-        rows = []
-        for fold in cv.parts:
-            folder = cv.folder(model, fold) / "test"
-            for group in json.loads((folder / "metrics.json").read_text()).values():
-                for name, entry in group.items():
-                    if isinstance(entry, dict):
-                        value = np.nan if entry["value"] is None else entry["value"]
-                        self.values.setdefault(name, []).append(value)
-            scans = pd.read_csv(folder / "metrics_per_scan.csv", dtype={"patient_id": str}, keep_default_na=False, na_values="")
-            curves = pd.read_csv(folder / "survival_curves.csv", dtype={"patient_id": str}, keep_default_na=False)
-            metric = SurvivalMetric(num_resamples=0)
-            curves = curves.set_index("patient_id").loc[scans.patient_id].to_numpy()
-            survival = np.column_stack([np.ones(len(curves)), curves])
-            metric(torch.from_numpy(-np.diff(survival)).clamp_min(0), torch.tensor(scans[["time", "event"]].to_numpy()))
-            self.statistics.append({name: statistic for name, (statistic, _) in metric.statistics().items()})
-            for name in LocalisationMetric.SCORES:
-                if name in scans and scans[name].notna().any():
-                    self.statistics[-1][name] = partial(mean_of, scans[name].to_numpy())
-            owner = cv.owners(fold)
-            self.patients.append([owner[name] for name in scans.patient_id])
-            rows.append(scans.assign(model=model.name, fold=fold))
-        self.rows = pd.concat(rows)
-
-    def resampled(self, metric: str, draws: list[list[np.ndarray]]) -> np.ndarray:
-        """The metric of each resample: the mean over its folds that have one, NaN if none has."""
-        found = np.full((len(draws), len(self.patients)), np.nan)
-        for fold, statistics in enumerate(self.statistics):
-            if metric in statistics:
-                values = (statistics[metric](draw[fold]) for draw in draws)
-                found[:, fold] = [np.nan if value is None else value for value in values]
-        count = (~np.isnan(found)).sum(1)
-        return np.where(count > 0, np.nansum(found, 1) / np.maximum(count, 1), np.nan)
-
-
-def mean_of(values: np.ndarray, rows: np.ndarray) -> float | None:
-    """Mean of the drawn rows that have a value."""
-    drawn = values[rows]
-    return float(np.nanmean(drawn)) if (~np.isnan(drawn)).any() else None
-
-
-def compare(scores: Sequence[Scores], num_resamples: int, seed: int) -> pd.DataFrame:
-    """One row for each model and metric: its mean and spread over the folds, and its difference from the first model.
-
-    The bootstrap draws patients within folds, the same for every model, and averages the metric over the folds. Pooled
-    scans of all folds would be compared across models that were trained apart, whose risks needn't have one scale.
-    """
-    draws = list(draw_patients(scores[0].patients, num_resamples, seed))
-    rows: list[dict] = []
-    first: dict[str, np.ndarray] = {}
-    for score in tqdm(scores, desc="bootstrap", unit="model", disable=len(scores) < 2):
-        if score.patients != scores[0].patients:
-            raise InputError(f"{score.name} was not measured on the same scans as {scores[0].name}; delete its folder.")
-        for metric, values in score.values.items():
-            known = np.array(values)[~np.isnan(values)]
-            row = {"model": score.name, "metric": metric, "folds": len(known)}
-            row["mean"] = known.mean() if len(known) else None
-            row["std"] = known.std(ddof=1) if len(known) > 1 else None
-            if len(scores) > 1 and metric in METRICS and METRICS[metric][1] is not None:
-                resampled = score.resampled(metric, draws)
-                if score is scores[0]:
-                    first[metric] = resampled
-                elif metric in first:
-                    differ = np.array(values) - np.array(scores[0].values[metric])
-                    row["difference"] = np.nanmean(differ) if (~np.isnan(differ)).any() else None
-                    row |= paired_difference(first[metric], resampled)
-            rows.append(row)
-    numbers = ["folds", "mean", "std", "difference", "lower", "upper", "p"]
-    return pd.DataFrame(rows, columns=["model", "metric", *numbers]).astype({name: float for name in numbers[1:]})
-
-
-def page(table: pd.DataFrame, parts: dict[int, dict], num_resamples: int, command: str) -> str:
-    """The table as Markdown."""
-    scans = [r for part in next(iter(parts.values())).values() for r in part]
-    patients, deaths = len({patient_of(r) for r in scans}), sum(r["event"] for r in scans)
-    held = ", ".join(f"{k}: {len(p['test'])} ({sum(r['event'] for r in p['test'])})" for k, p in parts.items())
-    shown = [m for m in METRICS if table[table.metric == m]["mean"].notna().any()]
-    titles = [METRICS[m][0] + {True: " ↑", False: " ↓", None: ""}[METRICS[m][1]] for m in shown]
-    names = list(table.model.unique())
-    cells = table.set_index(["model", "metric"])
-    lines = [
-        "# Cross-validation",
-        "",
-        f"{len(scans)} scans of {patients} patients, {deaths} of them with a death. Held out in each fold (deaths): {held}.",
-        "",
-        "Mean ± standard deviation over the folds. ↑: more is better, ↓: less is better.",
-        "",
-        "| model | " + " | ".join(titles) + " |",
-        "|" + "---|" * (len(shown) + 1),
-    ]
-    for name in names:
-        values = (spread(r.Index, r.mean, r.std) for r in cells.loc[name].reindex(shown).itertuples())
-        lines.append(f"| {name} | " + " | ".join(values) + " |")
-    if len(names) > 1:
-        lines += [
-            "",
-            f"## Difference from {names[0]}",
-            "",
-            f"Mean over the folds, 95 % interval and two-sided p of a paired bootstrap: {num_resamples} times patients are drawn "
-            "within folds, with all their scans and the same for both models. It asks what other patients of this kind would "
-            "have shown of these trained models, not how another training would have gone. The p-values aren't corrected "
-            "for their number.",
-            "",
-            "| model | metric | difference | 95 % interval | p |",
-            "|---|---|---|---|---|",
-        ]
-        for name in names[1:]:
-            for r in cells.loc[name].reindex(shown).dropna(subset="p").itertuples():
-                values = [f"{value:+.{digits(r.Index)}f}" for value in (r.difference, r.lower, r.upper)]
-                title = METRICS[r.Index][0]
-                lines.append(f"| {name} | {title} | {values[0]} | {values[1]} to {values[2]} | {r.p:.2g} |")
-    return "\n".join(lines) + f"\n\nMade by `{command}`.\n"
-
-
-def digits(metric: str) -> int:
-    """After the point: fewer for months."""
-    return 1 if "months" in METRICS[metric][0] else 3
-
-
-def spread(metric: str, mean: float, std: float) -> str:
-    """Mean ± standard deviation, as far as there are any."""
-    if np.isnan(mean):
-        return "–"
-    return f"{mean:.{digits(metric)}f}" + ("" if np.isnan(std) else f" ± {std:.{digits(metric)}f}")
+    def scores(self, model: Model) -> Scores:
+        """What a model all of whose folds are done was measured to be."""
+        folders = {fold: self.folder(model, fold) / "test" for fold in self.parts}
+        return Scores(model.name, folders, {fold: self.owners(fold) for fold in self.parts})
 
 
 def report(cv: CrossValidation, num_resamples: int, command: str) -> None:
@@ -412,13 +263,12 @@ def report(cv: CrossValidation, num_resamples: int, command: str) -> None:
     finished = [model for model in cv.models if all(cv.done(model, fold) for fold in cv.parts)]
     if finished[:1] != cv.models[:1]:
         return
-    scores = [Scores(cv, model) for model in finished]
+    scores = [cv.scores(model) for model in finished]
     table = compare(scores, num_resamples, cv.seed)
     rows = pd.concat([score.rows for score in scores])
     rows = rows[["model", "fold", *rows.columns.drop(["model", "fold"])]]
-    options = {"index": False, "float_format": "%.6g", "quoting": csv.QUOTE_MINIMAL}
-    write_text(cv.out / "out_of_fold.csv", rows.to_csv(**options))
-    write_text(cv.out / "cross_validation.csv", table.to_csv(**options))
+    for name, content in (("out_of_fold", rows), ("cross_validation", table)):
+        write_text(cv.out / f"{name}.csv", content.to_csv(index=False, float_format="%.6g"))
     write_text(cv.out / "cross_validation.md", page(table, cv.parts, num_resamples, command))
 
 
@@ -427,9 +277,7 @@ def names_of(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    words = list(sys.argv[1:] if argv is None else argv)
-    cut = words.index("--") if "--" in words else len(words)
+def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m scripts.cross_validate",
         usage="%(prog)s --cohort C.csv --out DIR [options] [-- --key value ...]",
@@ -448,24 +296,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--seed", type=int, default=0, help="of folds, trainings and bootstrap (default 0)")
     p.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default 1)")
     p.add_argument("--resamples", type=int, default=1000, help="of the bootstrap (default 1000)")
-    args = p.parse_args(words[:cut])
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    words = list(sys.argv[1:] if argv is None else argv)
+    cut = words.index("--") if "--" in words else len(words)
+    args = parser().parse_args(words[:cut])
     try:
-        overrides = options_of(words[cut + 1 :])
-        if args.clinical is not None:
-            overrides["clinical"] = args.clinical
-        if args.jobs < 1 or args.resamples < 1 or not names_of(args.objectives):
+        options = options_of(words[cut + 1 :]) | ({"clinical": args.clinical} if args.clinical is not None else {})
+        objectives, baselines = names_of(args.objectives), names_of(args.baselines)
+        if args.jobs < 1 or args.resamples < 1 or not objectives:
             raise InputError("--jobs and --resamples must be at least 1, and --objectives name one.")
-        cv = CrossValidation(
-            args.out,
-            args.cohort,
-            names_of(args.objectives),
-            names_of(args.baselines),
-            args.folds,
-            args.seed,
-            args.config,
-            overrides,
-            threads_of(args.jobs),
-        )
+        split, threads = (args.folds, args.seed), threads_of(args.jobs)
+        cv = CrossValidation(args.out, args.cohort, objectives, baselines, *split, args.config, options, threads)
     except InputError as e:
         raise SystemExit(f"error: {e}") from None
     wanted = [(model, fold) for fold in cv.parts for model in cv.models]
@@ -481,8 +325,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 bar.write(f"failed, the others go on: {result}", file=sys.stderr)
             else:
                 bar.update()
-    command = shlex.join(["python", "-m", "scripts.cross_validate", *words])
-    report(cv, args.resamples, command)
+    report(cv, args.resamples, shlex.join(["python", "-m", "scripts.cross_validate", *words]))
     if failed:
         raise SystemExit(f"error: {failed} of {len(todo)} runs failed; the same command tries them again.")
     shutil.rmtree(cv.cache, ignore_errors=True)

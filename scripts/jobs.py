@@ -1,6 +1,6 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What scripts that start many runs share: processes that end with their parent, several at a time."""
+"""What scripts that start many runs share: processes that end with their parent, several at a time; tables."""
 
 from __future__ import annotations
 
@@ -16,11 +16,17 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from tqdm import tqdm
 
-__all__ = ["literal", "locked", "run_jobs", "run_module", "threads_of"]
+__all__ = ["literal", "locked", "markdown", "overrides", "run_jobs", "run_module", "threads_of"]
 
 _running: set[subprocess.Popen] = set()
+
+
+def overrides(options: dict[str, Any]) -> list[str]:
+    """Words of a command line: ``{"seed": 1}`` is ``--seed 1``."""
+    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
 
 
 def run_module(*args: str, log: Path, threads: int, lock: int | None = None) -> None:
@@ -35,14 +41,13 @@ def run_module(*args: str, log: Path, threads: int, lock: int | None = None) -> 
         RuntimeError: it failed; with its error message or, without one, the end of its log.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with open(log, "a") as file:
         start = file.tell()
         process = subprocess.Popen(
             [sys.executable, "-m", *args],
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
             pass_fds=() if lock is None else (lock,),
         )
     _running.add(process)
@@ -70,7 +75,7 @@ def locked(path: Path) -> Iterator[int]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            tqdm.write(f"waiting for a process that works in {path.parent}", file=sys.stderr)
+            tqdm.write(f"waiting for a process that holds {path}", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file.fileno()
 
@@ -105,3 +110,17 @@ def literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table as Markdown, without its index.
+
+    Example:
+        >>> print(markdown(pd.DataFrame({"phantom": ["chest"], "AP": [0.99]})), end="")
+        | phantom | AP |
+        |---|---|
+        | chest | 0.99 |
+    """
+    lines = [table.columns, *table.itertuples(index=False)]
+    first, *rest = ("| " + " | ".join(map(str, cells)) + " |" for cells in lines)
+    return "\n".join([first, "|" + "---|" * table.shape[1], *rest]) + "\n"

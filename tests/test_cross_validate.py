@@ -24,16 +24,15 @@ from bundle.files import file_sha256
 from bundle.maps import EnsembleToHeatd, MapToHeatd
 from bundle.metrics.bootstrap import draw_patients, paired_difference
 from bundle.networks import SurvivalMapNet
-from bundle.run.ensemble import joint_settings, member_files, member_networks
-from bundle.run.parallel import run_parallel
-from bundle.run.settings import read_settings
+from bundle.run import Ensemble, read_settings, run_parallel
+from bundle.run.trained import joint_settings, member_files
 from bundle.survival import CenTime, Cox
 from scripts import cross_validate, jobs
 
 from .commands import run
 from .conftest import absolute_table
 
-SMALL = "--network_def#dim 8 --network_def#num_heads 2 --network_def#depth 1 --max_epochs 1 --shifts 1 --refine false"
+SMALL = "--network_def#dim 8 --network_def#depth 1 --max_epochs 1 --shifts 1 --refine false"
 
 
 MODELS = {"centime": "centime", "clinical_only": "clinical_only_centime"}  # and their folders
@@ -199,7 +198,7 @@ def write_member(folder, clinical=None, objective=None, **settings):
     """Random weights with their settings."""
     folder.mkdir(parents=True)
     dim = 0 if clinical is None else 1
-    network = SurvivalMapNet(dim=8, num_heads=2, depth=1, clinical_dim=dim, clinical_head=dim > 0, severity=False)
+    network = SurvivalMapNet(dim=8, depth=1, clinical_dim=dim)
     torch.nn.init.normal_(network.to_location[-1].weight, std=1.0)
     if dim:
         torch.nn.init.normal_(network.clinical_months.weight, std=3.0)
@@ -297,7 +296,7 @@ def test_members_that_contradict_each_other_are_one_error(tmp_path):
         "spacing": dict(preprocessing={**read_settings(first)["preprocessing"], "spacing": [1.0] * 3}),
         "tmax: 100 -> 120": dict(objective=CenTime(tmax=120)),
         "horizon: 60 -> 36": dict(horizon=36),
-        "stride: 4 -> 8": dict(network=SurvivalMapNet(dim=8, num_heads=2, patch_size=8).arguments),
+        "stride: 4 -> 8": dict(network=SurvivalMapNet(dim=8, patch_size=8).arguments),
     }
     for i, (says, settings) in enumerate(others.items()):
         other = write_member(tmp_path / f"b{i}", **settings)
@@ -317,17 +316,15 @@ def test_members_that_contradict_each_other_are_one_error(tmp_path):
 def test_members_take_their_own_part_of_the_clinical_vector(tmp_path):
     encodings = (encoding(50, 2), None, encoding(60, 10))
     files = [write_member(tmp_path / str(i), each) for i, each in enumerate(encodings)]
-    settings = [read_settings(file) for file in files]
-    joint = joint_settings(files, settings)
-    (record,) = encode_clinical([{"covariates": {"age": 70.0}}], joint["clinical"])
+    ensemble = Ensemble(files)
+    (record,) = encode_clinical([{"covariates": {"age": 70.0}}], ensemble.settings["clinical"])
     assert record["clinical"] == [10.0, 1.0]
     image = torch.rand(1, 1, 8, 8, 8)
     vector = torch.tensor([record["clinical"]])
-    networks = member_networks(files, settings, torch.device("cpu"))
-    for network, own in zip(networks, (vector[:, :1], None, vector[:, 1:])):
+    for network, own in zip(ensemble.networks, (vector[:, :1], None, vector[:, 1:]), strict=True):
         with torch.no_grad():
             assert torch.equal(network(image, clinical=vector), network.network(image, clinical=own))
-    (gap,) = encode_clinical([{}], joint["clinical"])
+    (gap,) = encode_clinical([{}], ensemble.settings["clinical"])
     assert gap["clinical"] == [0.0, 0.0] and "age" in gap["imputed"]
 
 
@@ -393,10 +390,10 @@ def test_a_killed_cross_validation_goes_on_and_its_table_is_that_of_its_folds(co
     assert not list(out.rglob("*.tmp"))
 
     # What resamples are scored by is what evaluation wrote, on all scans as they are.
-    overrides = cross_validate.options_of(SMALL.split()) | {"clinical": "{'age': 'numeric'}"}
+    options = cross_validate.options_of(SMALL.split()) | {"clinical": "{'age': 'numeric'}"}
     configs = ["configs/cohort/phantom.json"]
-    cv = cross_validate.CrossValidation(out, str(cohort), ["centime"], folds=2, configs=configs, overrides=overrides)
-    scores = cross_validate.Scores(cv, cv.models[0])
+    cv = cross_validate.CrossValidation(out, str(cohort), ["centime"], folds=2, configs=configs, options=options)
+    scores = cv.scores(cv.models[0])
     every = [np.arange(len(patients)) for patients in scores.patients]
     for metric in ("c_index", "c_index_ipcw", "integrated_brier", "mae_events", "mae_censored", "average_precision"):
         found = scores.resampled(metric, [every])[0]
@@ -421,10 +418,12 @@ def test_scans_left_out_and_what_else_a_table_says_are_part_of_a_cross_validatio
     patient = table.patient_id[0]
     table = pd.concat([table.iloc[:1].assign(image="gone.nii.gz"), table], ignore_index=True)
     table.to_csv(tmp_path / "c.csv", index=False)
-    overrides = {"on_fault": "skip", "clinical": "{'age': 'numeric'}"}
+    options = {"on_fault": "skip", "clinical": "{'age': 'numeric'}"}
 
     def cross_validation() -> cross_validate.CrossValidation:
-        return cross_validate.CrossValidation(tmp_path / "cv", str(tmp_path / "c.csv"), ["centime"], folds=2, overrides=overrides)
+        return cross_validate.CrossValidation(
+            tmp_path / "cv", str(tmp_path / "c.csv"), ["centime"], folds=2, options=options
+        )
 
     cv = cross_validation()
     for fold, parts in cv.parts.items():
@@ -469,6 +468,8 @@ def test_a_failed_fold_does_not_end_the_others(cohort, tmp_path, monkeypatch, ca
         (["--config", "configs/none.json"], "config configs/none.json: .*expected a JSON file"),
         (["--clinical", "{'smoker': 'numeric'}"], "column smoker: named as clinical but missing"),
         (["--", "--max_epoch", "3"], "--max_epoch is a key neither"),
+        (["--", "--network_def#dimm", "3"], "has no argument dimm .did you mean dim"),
+        (["--", "--shifts", "0"], "--shifts is 0"),
         (["--", "--cohort", "3"], "--cohort can't be overridden"),
         (["--", "max_epochs", "3"], "max_epochs is no override"),
         (["--", "--max_epochs"], "--max_epochs is no override"),

@@ -80,9 +80,7 @@ def test_spheres_are_drawn_where_the_mask_says_and_set_the_time():
     for index in range(4):
         p = draw(1, True, index, PhantomParams(size=64))
         radius = 34 - p.time
-        inside = sum(
-            (x - 32) ** 2 + (y - 32) ** 2 + (z - 32) ** 2 < radius**2 for x, y, z in product(range(64), repeat=3)
-        )
+        inside = sum((x - 32) ** 2 + (y - 32) ** 2 + (z - 32) ** 2 < radius**2 for x, y, z in product(range(64), repeat=3))
         assert p.gt_mask.sum() == inside
         assert np.isclose(inside, 4 / 3 * np.pi * radius**3, rtol=0.02)
         assert (p.image[p.gt_mask] == 0).all() and p.image[~p.gt_mask].max() < -700

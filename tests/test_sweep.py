@@ -4,9 +4,7 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -18,180 +16,246 @@ from monai.bundle import ConfigParser, update_kwargs
 
 from bundle.files import file_sha256, save_checked
 from bundle.networks import SurvivalMapNet
+from bundle.run.config import check_config
 from bundle.survival import CenTime
 from scripts.jobs import literal
-from scripts.research import objectives, plots, sweep
+from scripts.research import oracles, plots, sweep, tables, variants
+
+DONE = {"pointing_game": 1.0, "average_precision": 0.5, "mae_events": 1.0}
+SHIPPED = ("spheres", 48, "default", 100, 0, "same")
 
 
 @pytest.fixture
-def page(tmp_path):
-    path = tmp_path / "page.md"
-    path.write_text("before\n<!-- table -->\nold\n<!-- end of table -->\nafter\n")
-    return path
+def run(tmp_path, monkeypatch):
+    """Run a sweep in which `row_of(*key)` gives the measures of a run; returns its rows and its page."""
+
+    def run(row_of, *args):
+        def row(runner, *key):
+            return dict(zip(tables.KEY, key, strict=True)) | row_of(*key)
+
+        monkeypatch.setattr(sweep.Runner, "row", row)
+        sweep.main(["--work", str(tmp_path), "--results", str(tmp_path / "results.csv"), *args])
+        return pd.read_csv(tmp_path / "results.csv"), (tmp_path / "results.md").read_text()
+
+    return run
 
 
-def command(tmp_path, *args):
-    where = ["--work", str(tmp_path), "--results", str(tmp_path / "results.csv"), "--page", str(tmp_path / "page.md")]
-    return ["sweep", *where, *args]
+def table_of(*rows):
+    """Rows that differ from the shipped configuration on the spheres by what is given, all measures 1 unless given."""
+    key = dict(zip(tables.KEY, SHIPPED, strict=True))
+    measures = dict.fromkeys(set(tables.MEASURES) - {"heat_ratio", "heat_ratio_oracle", "train_seconds"}, 1.0)
+    return pd.DataFrame([key | measures | row for row in rows])
 
 
-def test_a_killed_sweep_goes_on_and_runs_nothing_twice(tmp_path, page, monkeypatch):
+def test_a_killed_sweep_goes_on_and_runs_nothing_twice(run):
     ran = []
 
-    def row_of(runner, complexity, size, variant, train_scans, seed, test):
+    def row_of(phantom, size, variant, train_scans, seed, test):
         if len(ran) == 2:
             raise KeyboardInterrupt
-        ran.append((complexity, seed))
-        row = dict(zip(sweep.KEY, (complexity, size, variant, train_scans, seed, test))) | {"overrides": "{}"}
-        row |= {"test_scans": 8, "train_seconds": 60 + seed, "pointing_game": 0.9 + seed / 10, "inverted": seed}
+        ran.append((phantom, seed))
+        row = {"test_scans": 8, "train_seconds": 60 + seed, "pointing_game": 0.9 + seed / 10, "inverted": seed}
         return row | {"average_precision": 0.5, "mae_events": 1.0}
 
-    monkeypatch.setattr(sweep.Runner, "row", row_of)
-    what = ["--complexities", "10", "2", "--seeds", "0", "1", "--test_scans"]
-    monkeypatch.setattr("sys.argv", command(tmp_path, *what, "8"))
+    what = ["--phantoms", "harmless-honeycomb", "2", "--seeds", "0", "1", "--test_scans"]
     with pytest.raises(KeyboardInterrupt):
-        sweep.main()
+        run(row_of, *what, "8")
     first, ran[:] = list(ran), []
-    sweep.main()
-    assert sorted(first + ran) == [(2, 0), (2, 1), (10, 0), (10, 1)]
+    rows, text = run(row_of, *what, "8")
+    every = [("spheres", 0), ("spheres", 1), ("harmless-honeycomb", 0), ("harmless-honeycomb", 1)]
+    assert sorted(first + ran) == sorted(every)
     ran.clear()
-    sweep.main()
-    assert ran == []
-    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
-    assert [(r["complexity"], r["seed"]) for r in rows] == [("2", "0"), ("2", "1"), ("10", "0"), ("10", "1")]
-    text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    line = next(line for line in text.splitlines() if line.startswith("| 2 | default | 0–1 |"))
+    rows, text = run(row_of, *what, "8")
+    assert ran == [] and list(zip(rows.phantom, rows.seed, strict=True)) == every
+    line = next(line for line in text.splitlines() if line.startswith("| spheres | default | 0–1 |"))
     assert "0.950 (0.900–1.000)" in line  # pointing: mean over seeds, minimum, maximum
     assert "| 1 (0–1) |" in line  # inverted maps are summed
     assert "| 60 (60–61) |" in line or "| 61 (60–61) |" in line
-    monkeypatch.setattr("sys.argv", command(tmp_path, *what, "16"))  # other scans to measure on: rows take the place of those
-    with pytest.raises(KeyboardInterrupt):
-        sweep.main()
-    assert len(ran) == 2 and len(list(csv.DictReader((tmp_path / "results.csv").open()))) == 4
+    with pytest.raises(KeyboardInterrupt):  # other scans to measure on: rows take the place of those
+        run(row_of, *what, "16")
+    assert len(ran) == 2 and len(rows) == 4
 
 
-def test_rows_that_another_sweep_wrote_meanwhile_stay(tmp_path, page, monkeypatch):
-    other = dict(zip(sweep.KEY, (6, 64, "default", 100, 0, "same"))) | {"average_precision": 0.25, "mae_events": 2.0}
+def test_rows_that_another_sweep_wrote_meanwhile_stay(run, tmp_path):
+    def row_of(*key):
+        other = ("spheres-honeycomb-corner", 64, "default", 100, 0, "same")
+        rows = [dict(zip(tables.KEY, k, strict=True)) | {"average_precision": ap} for k, ap in ((other, 0.25), (key, 0.1))]
+        tables.write_rows(tmp_path / "results.csv", pd.DataFrame(rows))
+        return DONE
 
-    def row_of(runner, *key):
-        same = dict(zip(sweep.KEY, key)) | {"average_precision": 0.1}
-        sweep.write_rows(tmp_path / "results.csv", [other, same])
-        return dict(zip(sweep.KEY, key)) | {"pointing_game": 1.0, "average_precision": 0.5, "mae_events": 1.0}
+    rows, text = run(row_of, "--phantoms", "2", "--seeds", "0")
+    assert list(zip(rows.phantom, rows.average_precision, strict=True)) == [
+        ("spheres", 0.5),
+        ("spheres-honeycomb-corner", 0.25),
+    ]
+    assert "| spheres-honeycomb-corner | default | 0 | – | 0.250 |" in text
 
-    monkeypatch.setattr(sweep.Runner, "row", row_of)
-    monkeypatch.setattr("sys.argv", command(tmp_path, "--complexities", "2", "--seeds", "0"))
-    sweep.main()
-    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
-    assert [(r["complexity"], r["average_precision"]) for r in rows] == [("2", "0.5"), ("6", "0.25")]
-    assert "| 6 | default | 0 | – | 0.250 |" in page.read_text()
+
+def test_a_run_that_fails_does_not_take_the_others_with_it(run, tmp_path, capsys):
+    def row_of(phantom, *key):
+        if phantom == "spheres":
+            raise RuntimeError("no such luck")
+        return DONE
+
+    with pytest.raises(SystemExit, match="1 of 2 runs failed"):
+        run(row_of, "--phantoms", "2", "3", "--seeds", "0")
+    assert "no such luck" in capsys.readouterr().out
+    assert pd.read_csv(tmp_path / "results.csv").phantom.tolist() == ["honeycomb"]
+
+
+def test_another_size_is_another_run_and_rows_without_a_size_stay_valid(run, tmp_path):
+    (tmp_path / "results.csv").write_text("complexity,variant,train_scans,seed,test,mae_events\n2,default,100,0,same,1\n")
+    trained = []
+
+    def row_of(*key):
+        trained.append(key)
+        return DONE | {"mae_events": 2.0}
+
+    run(row_of, "--phantoms", "2", "9", "--seeds", "0")
+    assert trained == [("chest", 107, "default", 100, 0, "same")]
+    for _ in range(2):
+        rows, text = run(row_of, "--phantoms", "2", "chest", "--seeds", "0", "--size", "48")
+    assert trained[1:] == [SHIPPED]
+    found = rows.set_index(["phantom", "size"]).mae_events.to_dict()
+    assert found == {("spheres", 48): 2, ("spheres", 64): 1, ("chest", 107): 2}
+    assert "| spheres, 48³ | default |" in text and "| spheres | default |" in text
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--phantoms", "chess"], "no phantom chess"),
+        (["--variants", "softmax"], "no variant softmax"),
+        (["--size", "8"], "size is 8"),
+        (["--jobs", "0"], "--jobs, --test_scans and --train_scans must be at least 1"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(tmp_path, args, message):
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        sweep.main(["--results", str(tmp_path / "results.csv"), *args])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_group_stands_for_its_variants_and_the_shipped_configuration():
+    assert sweep.variants_of(["heads"]) == ["default", "softmin", "mixture", "attention", "hazard", "mean"]
+    assert sweep.variants_of(["cox", "objectives", "cox"])[:3] == ["cox", "default", "classical"]
 
 
 def test_seconds_on_a_gpu_are_not_averaged_with_those_on_cpus(tmp_path):
-    key = dict(zip(sweep.KEY, (2, 48, "default", 100, 0, "same")))
-    rows = [key | {"train_seconds": 50, "device": "cuda"}, key | {"seed": 1, "train_seconds": 200}]
-    sweep.write_rows(tmp_path / "results.csv", rows)
-    read = sweep.read_rows(tmp_path / "results.csv")
-    assert [row["device"] for row in read] == ["cuda", "cpu"]
-    assert sweep.numbers(read).train_seconds.dropna().tolist() == [200]
+    rows = table_of({"train_seconds": 50, "device": "cuda"}, {"seed": 1, "train_seconds": 200})
+    tables.write_rows(tmp_path / "results.csv", rows)
+    read = tables.read_rows(tmp_path / "results.csv")
+    assert read.device.tolist() == ["cuda", "cpu"]
+    assert tables.numbers(read).train_seconds.dropna().tolist() == [200]
 
 
 def test_targets_are_met_or_missed_by_what_the_seeds_reach():
-    good = {"variant": "default", "test": "same", "train_scans": 100, "size": 64, "inverted": 0, "survivor_heat": 0.02}
-    good |= {"pointing_game": 1.0, "average_precision": 0.9, "mass_accuracy": 0.95, "mae_events": 1.5, "correlation": 0.96}
-    good |= {"mean_time_censored": 90.0}
-    rows = [good | {"complexity": c, "seed": seed} for c in (2, 3, 7) for seed in (0, 1)]
+    good = {"size": 64, "inverted": 0, "survivor_heat": 0.02, "average_precision": 0.9, "mass_accuracy": 0.95}
+    good |= {"mae_events": 1.5, "correlation": 0.96, "mean_time_censored": 90.0, "confounder_mass": np.nan}
+    names = ("spheres", "honeycomb", "counted-spheres")
+    rows = [good | {"phantom": name, "seed": seed} for name in names for seed in (0, 1)]
     rows[0] |= {"train_seconds": 400}
     rows[1] |= {"pointing_game": 0.9, "inverted": 2}
-    rows[2] |= {"confounder_mass": 0.01, "correlation": None}
+    rows[2] |= {"confounder_mass": 0.01, "correlation": np.nan}
     rows[3] |= {"confounder_mass": 0.04}
-    rows.append(good | {"complexity": 7, "seed": 2, "variant": "no_entropy", "average_precision": 0.1})
-    text = sweep.targets(sweep.numbers(rows))
-    assert text.startswith("Phantoms (seeds) by voxels a side: 64³: 2 (2), 3 (2), 7 (2).\n")
-    found = {cells[1].strip(): (cells[3].strip(), cells[4].strip()) for cells in (line.split("|") for line in text.splitlines()[4:])}
-    assert found["pointing game, mean"] == ("64³: 3, 7", "64³: 2 (0.95)")
-    assert found["pointing game, worst seed"] == ("64³: 3, 7", "64³: 2 (0.9)")
-    assert found["average precision"] == ("64³: 3", "64³: 2 (0.9), 7 (0.9)")  # 3 has a bound of its own
-    assert found["heat in confounder"] == ("–", "64³: 3 (0.025)")
-    assert found["survivors / dead"] == ("64³: 2, 3, 7", "–")
-    assert found["inverted maps, all seeds"] == ("64³: 3, 7", "64³: 2 (2)")
-    assert found["MAE events, months"] == ("64³: 7", "64³: 2 (1.5), 3 (1.5)")
-    assert found["correlation"] == ("64³: 2, 7", "64³: 3 (nan)")  # a run without a measure doesn't meet it
-    assert found["training, s"] == ("–", "64³: 2 (400)")  # of those whose time on CPUs is known
+    rows.append(good | {"phantom": "counted-spheres", "seed": 2, "variant": "no_entropy", "average_precision": 0.1})
+    text = tables.targets(tables.numbers(table_of(*rows)))
+    assert text.startswith("Phantoms (seeds): spheres (2); honeycomb (2); counted-spheres (2).\n")
+    cells = [line.split(" | ") for line in text.splitlines()[4:]]
+    found = {line[0].strip("| "): (line[2], line[3].strip("| ")) for line in cells}
+    assert found["pointing game, mean"] == ("2 of 3", "spheres (0.95)")
+    assert found["pointing game, worst seed"] == ("2 of 3", "spheres (0.9)")
+    assert found["average precision"] == (
+        "1 of 3",
+        "spheres (0.9); counted-spheres (0.9)",
+    )  # honeycomb has a bound of its own
+    assert found["heat in confounder"] == ("0 of 1", "honeycomb (0.025)")
+    assert found["survivors / dead"] == ("3 of 3", "–")
+    assert found["inverted maps, all seeds"] == ("2 of 3", "spheres (2)")
+    assert found["MAE events, months"] == ("1 of 3", "spheres (1.5); honeycomb (1.5)")
+    assert found["correlation"] == ("2 of 3", "honeycomb (nan)")  # a run without a measure doesn't meet it
+    assert found["training, s"] == ("0 of 1", "spheres (400)")  # of those whose time on CPUs is known
 
 
-@pytest.mark.parametrize("variant", sweep.VARIANTS)
-def test_a_variant_changes_what_it_names(variant):
-    """Of a key that isn't there, or a None, `monai.bundle run` would say nothing, and the default be measured once more."""
-    overrides = {k: v for k, v in sweep.VARIANTS[variant].items() if k not in ("phantoms", "shuffle")}
+@pytest.mark.parametrize("variant", variants.VARIANTS)
+def test_a_variant_changes_what_it_names_in_the_shipped_configuration(variant):
+    """Of a None `monai.bundle run` would say nothing, and the default be measured once more."""
+    options = {k: v for k, v in variants.VARIANTS[variant].items() if k not in ("phantoms", "shuffle")}
+    files = ["configs/train.json", "configs/cohort/phantom.json", *options.pop("config", [])]
     parser = ConfigParser()
-    parser.read_config(["configs/train.json", "configs/cohort/phantom.json", *overrides.pop("config", [])])
-    for key, value in overrides.items():
+    parser.read_config(files)
+    for key, value in options.items():
         given = update_kwargs({}, **{key: literal(str(value))})
         assert given and list(given.values())[0] != parser.get(key, None)
         if key not in ("train#dataloader#shuffle", "train#random_transforms#0#prob"):  # arguments that have their defaults
             assert key in parser
+    parser.update({key: literal(str(value)) for key, value in options.items()})
+    check_config(parser, files[0])
+
+
+@pytest.mark.parametrize("test", variants.TESTS)
+def test_what_is_measured_on_is_an_option_of_the_evaluation(test):
+    parser = ConfigParser()
+    parser.read_config("configs/evaluate.json")
+    options = variants.TESTS[test].get("options", {})
+    assert all(key in parser for key in options)
+    parser.update(options)
+    check_config(parser, "configs/evaluate.json")
 
 
 def test_reserved_seeds_are_told_from_those_of_development():
-    row = dict.fromkeys(sweep.MAP + sweep.SURVIVAL, 1.0) | dict(zip(sweep.KEY, (2, 64, "default", 100, 0, "same")))
-    rows = [row, row | {"seed": 1}, row | {"seed": sweep.RESERVED, "average_precision": 0.5}]
-    text = sweep.markdown(rows)
-    reserved, development = text.split("**Seeds of development.**")
-    assert reserved.startswith("**Reserved seeds.** Phantoms (seeds) by voxels a side: 64³: 2 (1).") and "64³: 2 (0.5)" in reserved
-    assert development.startswith(" Phantoms (seeds) by voxels a side: 64³: 2 (2).") and "2 (0.5)" not in development
-    assert "| 2 | default | 0–1 |" in development and f"| 2 | default | {sweep.RESERVED} |" in development
+    text = tables.page(table_of({}, {"seed": 1}, {"seed": tables.RESERVED, "average_precision": 0.5}))
+    reserved, development = text.split("## Seeds of development")
+    assert "## Reserved seeds\n\nPhantoms (seeds): spheres, 48³ (1)." in reserved and "spheres, 48³ (0.5)" in reserved
+    assert development.startswith("\n\nPhantoms (seeds): spheres, 48³ (2).") and "spheres, 48³ (0.5)" not in development
+    assert "| spheres, 48³ | default | 0–1 |" in development
+    assert f"| spheres, 48³ | default | {tables.RESERVED} |" in development
 
 
 def test_every_row_is_in_one_section_and_the_shipped_configuration_beside_what_differs():
-    row = dict.fromkeys(sweep.MAP + sweep.SURVIVAL, 1.0) | dict(zip(sweep.KEY, (2, 48, "default", 100, 0, "same")))
-    rows = [row, row | {"seed": 1}, row | {"seed": 3}, row | {"seed": sweep.RESERVED}, row | {"complexity": 6}]
-    rows += [row | {"variant": "softmin"}, row | {"variant": "no_entropy"}, row | {"variant": "radius_4"}, row | {"train_scans": 25}]
-    rows += [row | {"test": "flip"}, row | {"complexity": 10, "train_scans": 50}, row | {"complexity": 10, "train_scans": 200}]
+    six, ten = {"phantom": "spheres-honeycomb-corner"}, {"phantom": "harmless-honeycomb"}
+    rows = [{}, {"seed": 1}, {"seed": 3}, {"seed": tables.RESERVED}, six, {"variant": "softmin"}, {"variant": "no_entropy"}]
+    rows += [{"variant": "cox"}, {"variant": "radius_4"}, {"train_scans": 25}, {"test": "flip"}]
+    rows += [ten | {"train_scans": 50}, ten | {"train_scans": 200}]
     found, title = {}, ""
-    for line in sweep.markdown(rows).splitlines():
-        if line.startswith("**"):
-            title = line.strip("*")
+    for line in tables.page(table_of(*rows)).splitlines():
+        if line.startswith("## "):
+            title = line[3:]
             found[title] = []
-        elif line.startswith("| ") and not line.startswith("| phantom") and title in sweep.SECTIONS:
+        elif line.startswith("| ") and not line.startswith("| phantom") and title in tables.SECTIONS:
             found[title].append([cell.strip() for cell in line.split("|")[1:5]])
-    usual = ["2, 48³", "default"]
-    assert [cells[:3] for cells in found["1 to 9, as shipped"]] == [[*usual, "0–1, 3"], [*usual, "1010"], ["6, 48³", "default", "0"]]
-    assert [cells[:3] for cells in found["Heads"]] == [[*usual, "0–1, 3"], ["2, 48³", "softmin", "0"]]
-    assert [cells[:3] for cells in found["Single settings"]] == [[*usual, "0–1, 3"], ["2, 48³", "no_entropy", "0"]]
-    assert found["Other cohorts"] == [[*usual, "25", "0"], [*usual, "100", "0–1, 3"], ["2, 48³", "radius_4", "100", "0"]]
+    usual = ["spheres, 48³", "default"]
+    shipped = [[*usual, "0–1, 3"], [*usual, "1010"], ["spheres-honeycomb-corner, 48³", "default", "0"]]
+    assert [cells[:3] for cells in found["As shipped"]] == shipped
+    for name, variant in (("Heads", "softmin"), ("Objectives", "cox"), ("Single settings", "no_entropy")):
+        assert [cells[:3] for cells in found[name]] == [[*usual, "0–1, 3"], ["spheres, 48³", variant, "0"]]
+    other = [[*usual, "25", "0"], [*usual, "100", "0–1, 3"], ["spheres, 48³", "radius_4", "100", "0"]]
+    assert found["Other cohorts"] == other
     assert found["Other phantoms than trained on"] == [[*usual, "flip", "0"], [*usual, "same", "0–1, 3"]]
-    assert found["10 to 13"] == [["10, 48³", "default", "50", "0"], ["10, 48³", "default", "200", "0"]]
+    drawn = [["harmless-honeycomb, 48³", "default", scans, "0"] for scans in ("50", "200")]
+    assert found["Drawn outcomes"] == drawn
 
 
-def test_a_run_that_fails_does_not_take_the_others_with_it(tmp_path, page, monkeypatch, capsys):
-    def row_of(runner, complexity, size, variant, train_scans, seed, test):
-        if complexity == 2:
-            raise RuntimeError("no such luck")
-        return dict(zip(sweep.KEY, (complexity, size, variant, train_scans, seed, test))) | dict.fromkeys(
-            ("pointing_game", "average_precision", "mae_events", "inverted"), 1
-        )
-
-    monkeypatch.setattr(sweep.Runner, "row", row_of)
-    monkeypatch.setattr("sys.argv", command(tmp_path, "--complexities", "2", "3", "--seeds", "0"))
-    with pytest.raises(SystemExit, match="1 of 2 runs failed"):
-        sweep.main()
-    assert "no such luck" in capsys.readouterr().out
-    assert [r["complexity"] for r in csv.DictReader((tmp_path / "results.csv").open())] == ["3"]
-
-
-def test_every_variant_changes_a_part_that_the_configuration_has():
-    from monai.bundle import ConfigParser
-
-    config = ConfigParser()
-    config.read_config("configs/train.json")
-    for overrides in sweep.VARIANTS.values():
-        for key in overrides.keys() - {"phantoms", "shuffle", "config"}:
-            assert key.rpartition("#")[0] in config
-        assert all(Path(file).is_file() for file in overrides.get("config", []))
-    with_options = [test.get("options", {}) for test in sweep.TESTS.values()]
-    config = json.load(open("configs/evaluate.json"))
-    assert all(key in config for options in with_options for key in options)
+def test_the_best_objective_is_named_with_those_not_told_apart():
+    rows = [
+        {"phantom": phantom, "seed": seed, "variant": variant, "train_seconds": 60, "c_index": 1 - value}
+        | {"average_precision": value + 0.1 * seed + (0.02 * seed - 0.01) * (variant == "classical")}
+        | {"mae_events": 1.5, "integrated_brier": np.nan}
+        for phantom in ("central-sphere", "spheres")
+        for seed in (0, 1)
+        for variant, value in {"default": 0.9, "classical": 0.9, "cox": 0.5}.items()
+    ]
+    rows.append({**rows[0], "phantom": "texture", "average_precision": 0.0})  # the others were not trained on it
+    text = tables.page(table_of(*rows)).partition("## Objectives")[2].partition("## ")[0]
+    assert (
+        "Best map (average precision)**: centime 0.950; not told apart from it: classical 0.950; worse: cox 0.550." in text
+    )
+    assert "Best order of patients (C-index)**: cox 0.500; worse: centime 0.100, classical 0.100." in text
+    assert "Best probabilities (integrated Brier)**: not measured yet." in text
+    assert "Means over the 4 pairs of phantom and seed" in text
+    lines = [line for line in text.splitlines() if line.startswith("| central-sphere, 48³ |")]
+    assert [line.split(" | ")[1] for line in lines] == ["default", "classical", "cox"]
+    assert "0.950 (0.900–1.000)" in lines[0] and "integrated Brier |" not in text
 
 
 def test_weights_without_severity_say_the_months_of_the_softmin(tmp_path):
@@ -213,40 +277,19 @@ def test_weights_without_severity_say_the_months_of_the_softmin(tmp_path):
     assert found["objective"]["variance"] == 9.0 and found["weights_sha256"] == file_sha256(model)
 
 
-def test_another_size_is_another_run_and_rows_without_a_size_stay_valid(tmp_path, page, monkeypatch):
-    (tmp_path / "results.csv").write_text("complexity,variant,train_scans,seed,test,mae_events\n2,default,100,0,same,1\n")
-    trained = []
-
-    def row_of(runner, *key):
-        trained.append(key)
-        return dict(zip(sweep.KEY, key)) | {"pointing_game": 1.0, "average_precision": 0.5, "mae_events": 2.0}
-
-    monkeypatch.setattr(sweep.Runner, "row", row_of)
-    monkeypatch.setattr("sys.argv", command(tmp_path, "--complexities", "2", "9", "--seeds", "0"))
-    sweep.main()
-    assert trained == [(9, 107, "default", 100, 0, "same")]
-    monkeypatch.setattr("sys.argv", command(tmp_path, "--complexities", "2", "--seeds", "0", "--size", "48"))
-    sweep.main()
-    sweep.main()
-    assert trained[1:] == [(2, 48, "default", 100, 0, "same")]
-    rows = {(r["complexity"], r["size"]): r["mae_events"] for r in csv.DictReader((tmp_path / "results.csv").open())}
-    assert rows == {("2", "48"): "2", ("2", "64"): "1", ("9", "107"): "2"}
-    assert "| 2, 48³ | default |" in page.read_text() and "| 2 | default |" in page.read_text()
-
-
 def test_training_and_test_phantoms_have_the_size_of_the_run(tmp_path, monkeypatch):
     runner, made = sweep.Runner(tmp_path, 8, 1), []
 
-    def python(self, *args, log):
+    def python(self, *args, log, lock=None):
         if args[0] == "scripts.make_phantoms":
             made.append(args[args.index("--size") + 1] if "--size" in args else "64")
 
     monkeypatch.setattr(sweep.Runner, "python", python)
-    usual, small = (runner.phantoms(2, size, 8, 0, {}) for size in (64, 48))
+    usual, small = (runner.phantoms("spheres", size, 8, 0, {}) for size in (64, 48))
     assert made == ["64", "48"] and usual != small
-    assert runner.phantoms(2, 64, 8, 0, {"size": 48}) == small  # the test size_48 of a run of the usual size
-    assert sweep.name_of_run(2, 64, "cox", 100, 0) == "2_cox_100_0" != sweep.name_of_run(2, 48, "cox", 100, 0)
-    assert sweep.name_of_run(9, 107, "cox", 100, 0) == "9_cox_100_0"
+    assert runner.phantoms("spheres", 64, 8, 0, {"size": 48}) == small  # the test size_48 of a run of the usual size
+    usual, small = (sweep.name_of_run("spheres", size, "cox", 100, 0) for size in (64, 48))
+    assert usual == "spheres_cox_100_0" != small and sweep.name_of_run("chest", 107, "cox", 100, 0) == "chest_cox_100_0"
 
 
 def test_seconds_of_a_training_that_was_stopped_are_not_those_of_its_end(tmp_path, monkeypatch):
@@ -255,9 +298,9 @@ def test_seconds_of_a_training_that_was_stopped_are_not_those_of_its_end(tmp_pat
     pd.DataFrame({"time": [10.0, 20.0], "event": [1, 0]}).to_csv(folder / "cohort.csv", index=False)
     clock = iter(range(0, 1000, 60))
 
-    def python(self, *args, log):
+    def python(self, *args, log, lock=None):
         (log.parent / "cache").mkdir(parents=True, exist_ok=True)
-        killed = log.parent.name == "2_default_2_1" and not (log.parent / "last.pt").is_file()
+        killed = log.parent.name == "spheres_default_2_1" and not (log.parent / "last.pt").is_file()
         (log.parent / "last.pt").touch()
         if killed:
             raise RuntimeError("killed")
@@ -266,37 +309,13 @@ def test_seconds_of_a_training_that_was_stopped_are_not_those_of_its_end(tmp_pat
     monkeypatch.setattr(sweep.Runner, "phantoms", lambda *args: folder)
     monkeypatch.setattr(sweep.time, "time", lambda: next(clock))
     with pytest.raises(RuntimeError, match="killed"):
-        runner.train(2, 64, "default", 2, 1)
+        runner.train("spheres", 64, "default", 2, 1)
     for _ in range(2):  # trained, and read
-        assert runner.train(2, 64, "default", 2, 0)[1]["train_seconds"] == 60
-        assert runner.train(2, 64, "default", 2, 1)[1]["train_seconds"] is None
-    monkeypatch.setitem(sweep.VARIANTS, "default", {"max_epochs": 3})
-    with pytest.raises(RuntimeError, match="2_default_2_0 was trained with other settings"):
-        runner.train(2, 64, "default", 2, 0)
-
-
-def test_the_page_of_objectives_names_the_best_and_those_not_told_apart(tmp_path, page, monkeypatch):
-    precision = {"centime": 0.9, "classical": 0.9, "cox": 0.5}
-    rows = [
-        dict(zip(sweep.KEY, (complexity, 48, "default" if name == "centime" else name, 100, seed, "same")))
-        | {"train_seconds": 60, "average_precision": value + 0.1 * seed + (0.02 * seed - 0.01) * (name == "classical")}
-        | {"c_index": 1 - value, "mae_events": 1.5}
-        for complexity in (1, 2)
-        for seed in (0, 1)
-        for name, value in precision.items()
-    ]
-    rows.append({**rows[0], "complexity": 6, "average_precision": 0.0})  # the others were not trained on it
-    sweep.write_rows(tmp_path / "results.csv", rows)
-    monkeypatch.setattr("sys.argv", command(tmp_path, "--table"))
-    objectives.main()
-    text = page.read_text()
-    assert "Best map (average precision)**: centime 0.950; not told apart from it: classical 0.950; worse: cox 0.550." in text
-    assert "Best order of patients (C-index)**: cox 0.500; worse: centime 0.100, classical 0.100." in text
-    assert "Best probabilities (integrated Brier)**: not measured yet." in text
-    assert "Means over the 4 pairs of phantom and seed" in text
-    lines = [line for line in text.splitlines() if line.startswith("| 1, 48³ |")]
-    assert [line.split(" | ")[1] for line in lines] == ["centime", "classical", "cox"]
-    assert "0.950 (0.900–1.000)" in lines[0] and "| – |" in lines[0]
+        assert runner.train("spheres", 64, "default", 2, 0)[1]["train_seconds"] == 60
+        assert runner.train("spheres", 64, "default", 2, 1)[1]["train_seconds"] is None
+    monkeypatch.setitem(variants.VARIANTS, "default", {"max_epochs": 3})
+    with pytest.raises(RuntimeError, match="spheres_default_2_0 was trained with other settings"):
+        runner.train("spheres", 64, "default", 2, 0)
 
 
 def test_heat_ratio_compares_heat_per_voxel(tmp_path):
@@ -308,11 +327,15 @@ def test_heat_ratio_compares_heat_per_voxel(tmp_path):
     names = ["a", "b", "c", "d"]
     cohort = pd.DataFrame({"patient_id": names, "gt_mask": "lesion.nii.gz", "gt_severe_mask": "severe.nii.gz"})
     # a: three times as hot; b: five times; c has no severe lesion; d, a survivor, no lesion
-    scans = pd.DataFrame({"patient_id": names, "mass_accuracy": [0.6, 1.0, 1.0, np.nan], "confounder_mass": [0.3, 5 / 8, np.nan, np.nan]})
-    assert sweep.heat_ratio(scans, cohort, tmp_path, "gt_severe_mask", "lesions") == pytest.approx(4)  # the median of 3 and 5
+    scans = pd.DataFrame(
+        {"patient_id": names, "mass_accuracy": [0.6, 1.0, 1.0, np.nan], "confounder_mass": [0.3, 5 / 8, np.nan, np.nan]}
+    )
+    assert oracles.heat_ratio(scans, cohort, tmp_path, "gt_severe_mask", "lesions") == pytest.approx(
+        4
+    )  # the median of 3 and 5
     even = 512 / 16
-    assert sweep.heat_ratio(scans, cohort, tmp_path, "gt_severe_mask", "scan") == pytest.approx((0.3 + 5 / 8) / 2 * even)
-    assert sweep.heat_ratio(scans[2:], cohort, tmp_path, "gt_severe_mask", "lesions") is None
+    assert oracles.heat_ratio(scans, cohort, tmp_path, "gt_severe_mask", "scan") == pytest.approx((0.3 + 5 / 8) / 2 * even)
+    assert oracles.heat_ratio(scans[2:], cohort, tmp_path, "gt_severe_mask", "lesions") is None
 
 
 def test_heat_ratio_of_true_volumes_is_that_of_lifelines(tmp_path):
@@ -326,38 +349,47 @@ def test_heat_ratio_of_true_volumes_is_that_of_lifelines(tmp_path):
             nib.save(nib.Nifti1Image(mask, np.eye(4)), tmp_path / f"{i}_{name}.nii.gz")
         risk = 10 * (lesions.mean() + 2 * severe.mean())
         row = {"time": 80 * np.exp(-risk) * generator.weibull(1.5), "event": int(generator.random() < 0.7)}
-        rows.append({**row, "gt_mask": f"{i}_gt.nii.gz", "gt_severe_mask": f"{i}_severe.nii.gz", "mild": (lesions - severe).mean(), "severe": severe.mean()})
+        rows.append(
+            {
+                **row,
+                "gt_mask": f"{i}_gt.nii.gz",
+                "gt_severe_mask": f"{i}_severe.nii.gz",
+                "mild": (lesions - severe).mean(),
+                "severe": severe.mean(),
+            }
+        )
     cohort = pd.DataFrame(rows)
     cohort.to_csv(tmp_path / "cohort.csv", index=False)
     slopes = CoxPHFitter().fit(cohort[["time", "event", "mild", "severe"]], "time", "event").params_
-    assert sweep.heat_ratio_of_true_volumes(tmp_path) == pytest.approx(slopes.severe / slopes.mild, rel=1e-3)
+    assert oracles.heat_ratio_of_true_volumes(tmp_path) == pytest.approx(slopes.severe / slopes.mild, rel=1e-3)
 
 
 def test_curves_are_drawn_of_what_was_varied(tmp_path):
-    def row(complexity, variant, train_scans):
-        row = dict(zip(sweep.KEY, (complexity, 48, variant, train_scans, 0, "same")))
-        return row | {"average_precision": 0.9, "mass_accuracy": 0.8, "mae_events": 1.0}
-
-    rows = [row(2, "default", 25), row(2, "default", 100), row(2, "events_30", 100), row(2, "one_origin", 100)]
-    rows += [row(6, "default", 100), row(6, "radius_4", 100), row(6, "events_90_alpha_5", 100)]
-    rows.append(row(2, "default", 12) | {"seed": sweep.RESERVED})
-    found = {title: sorted(zip(part.complexity, part.x)) for title, part in plots.cohorts(rows).items()}
-    assert list(found.values()) == [[(2, 25), (2, 100)], [(2, 0.3), (2, 0.5)], [(6, 4.5), (6, 15.0)]]
-    plots.draw_cohorts(rows, tmp_path / "cohorts.png")
+    six = {"phantom": "spheres-honeycomb-corner"}
+    rows = [{"train_scans": 25}, {}, {"variant": "events_30"}, {"variant": "one_origin"}, six]
+    rows += [
+        six | {"variant": "radius_4"},
+        six | {"variant": "events_90_alpha_5"},
+        {"train_scans": 12, "seed": tables.RESERVED},
+    ]
+    table = table_of(*rows)
+    found = [sorted(zip(part.phantom, part.x, strict=True)) for part in plots.cohorts(table).values()]
+    radii = [(six["phantom"], 4.5), (six["phantom"], 15.0)]
+    assert found == [[("spheres", 25), ("spheres", 100)], [("spheres", 0.3), ("spheres", 0.5)], radii]
+    plots.draw_cohorts(table, tmp_path / "cohorts.png")
     assert (tmp_path / "cohorts.png").read_bytes().startswith(b"\x89PNG")
-    plots.draw_cohorts([], tmp_path / "none.png")
+    plots.draw_cohorts(table[:0], tmp_path / "none.png")
 
 
 def test_settings_are_drawn_beside_the_shipped_ones(tmp_path):
-    row = {"average_precision": 0.9, "mass_accuracy": 0.8, "mae_events": 1.0}
     names = ["default", "no_entropy", "alpha_5", "alpha_10", "global", "patch_8"]
-    rows = [row | dict(zip(sweep.KEY, (6, 48, name, 100, 0, "same"))) for name in [*names, "hazard", "events_10"]]
-    rows += [row | dict(zip(sweep.KEY, (2, 48, name, 100, 0, "same"))) for name in ("default", "no_texture")]
-    ((key, part),) = plots.settings(rows).items()
-    assert key == (6, 48) and part.variant.tolist() == names
-    plots.draw_settings(rows, tmp_path / "settings.png")
+    rows = [{"phantom": "spheres-honeycomb-corner", "variant": name} for name in [*names, "hazard", "events_10"]]
+    table = table_of(*rows, {}, {"variant": "no_texture"})
+    ((key, part),) = plots.settings(table).items()
+    assert key == ("spheres-honeycomb-corner", 48) and part.variant.tolist() == names
+    plots.draw_settings(table, tmp_path / "settings.png")
     assert (tmp_path / "settings.png").read_bytes().startswith(b"\x89PNG")
-    plots.draw_settings([], tmp_path / "none.png")
+    plots.draw_settings(table[:0], tmp_path / "none.png")
 
 
 def test_true_masks_leave_no_months_where_time_is_linear_in_volume_until_it_ends(tmp_path):
@@ -373,4 +405,4 @@ def test_true_masks_leave_no_months_where_time_is_linear_in_volume_until_it_ends
             rows.append({"gt_mask": f"{i}.nii.gz", "time": np.clip(62 - 600 * mask.mean(), 2, 60), "event": 1})
         assert 1 < sum(row["time"] == 2 for row in rows) < 20
         pd.DataFrame(rows).to_csv(folder / "cohort.csv", index=False)
-    assert sweep.mae_of_true_masks(tmp_path / "train", tmp_path / "test") == pytest.approx(0, abs=1e-2)
+    assert oracles.mae_of_true_masks(tmp_path / "train", tmp_path / "test") == pytest.approx(0, abs=1e-2)

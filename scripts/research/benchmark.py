@@ -1,81 +1,78 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Time and memory of the network: a training step beside a plain transformer's, a whole CT, and how cost grows."""
+"""Time and memory on CPUs: a CT from its file to its map, a cohort of CTs, training steps beside MONAI's ViT.
+
+Times are medians, each measured in a process of its own. Let nothing else run beside it.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
 import platform
+import resource
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn as nn
-from monai.inferers import SimpleInferer
+from monai.bundle import ConfigParser
 from monai.networks.nets import ViT
 from torch import Tensor
 
-from bundle.errors import InputError
 from bundle.files import write_text
-from bundle.maps import GridShiftInferer
 from bundle.networks import SurvivalMapNet
-from bundle.run.start import keep_memory
+from bundle.run import results, run_parallel
+from bundle.run.start import begin, keep_memory
 from bundle.survival import CenTime, SurvivalMapLoss
+from scripts.jobs import markdown
 
-from . import benchmark_ct
+LUNG = 0.35  # of a chest CT cropped to the lungs that is lung
+WIDE = {"patch_size": 8, "dim": 128, "depth": 4}
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {  # of images of so many voxels a side
+    "as shipped": lambda size: SurvivalMapNet(patch_size=4, dim=64, depth=2, window=2),
+    "wide, windows of 2": lambda size: SurvivalMapNet(**WIDE, window=2),
+    "wide, global attention": lambda size: SurvivalMapNet(**WIDE, window=0),
+    "MONAI's ViT": lambda size: StockViT(**WIDE, size=size),
+}
+CT, SPACING = (512, 512, 300), (0.7, 0.7, 1.0)  # voxels, mm
+STAGES = {  # what belongs together, by the names of transforms and functions
+    "read and check the CT and its lung mask": ["LoadCTd"],
+    "orient": ["Orientationd"],
+    "resample to 3 mm": ["Spacingd"],
+    "quality gate": ["QualityGated"],
+    "lung mask, HU window, crop": ["LungMaskd", "ScaleIntensityRanged", "CropForegroundd", "SelectItemsd"],
+    "network at 64 origins, refinement": ["GridShiftInferer"],
+    "heat, on the scan's grid": ["MapToHeatd", "HeatToScand"],
+    "write the heat map": ["write_heat"],
+    "picture, curve and text of the report": ["heat_figure", "write_png", "patient_section"],
+}
+HEAD = """\
+# Performance
 
-WHAT = """\
-Six questions, each answered by measurements made side by side in one run:
-
-  train step   forward, loss, backward and AdamW. The network with windows and with global attention beside MONAI's ViT
-               and a plain PyTorch transformer (nn.TransformerEncoder, padding mask) of the same patch size, width, depth
-               and MLP, which attend over all patches; with all of the image lung and with 35 % of it. Steps of the
-               rivals alternate, so that a busy machine slows all of them. And one scan of 256 voxels a side.
-  format       the same in bfloat16, and in channels_last.
-  forward      a whole CT, without gradients, in a process of its own: time, and peak memory over that of the imports;
-               once, and from all 64 origins of the patch grid with refinement, as inference does.
-  CT           a CT of 512 x 512 x 300 voxels from its file to the saved heat map: time of every stage, peak memory.
-  cohort       six of them: one by one, reading ahead, and a process a core.
-  scaling      train step of one scan from 32 to 512 voxels a side, fitted to time = a * voxels ** exponent.
-
-Times are medians. Let nothing else run beside it; a loaded machine makes them useless.
-
-examples:
-  python -m scripts.research.benchmark
-  python -m scripts.research.benchmark --quick --json speed.json
-  python -m scripts.research.benchmark --threads 2 --markdown docs/performance.md
+On {cores} {machine} cores ({instructions}), {threads} threads, Python {python}, torch {torch}.
+Made by `python -m scripts.research.benchmark --threads {threads}{quick}`. Times are medians. *Wide* networks have patches
+of 8, dim 128, 4 blocks, 8 heads and an MLP of 256, as MONAI's ViT has here, which attends over all patches.
 """
-
-SHARE = 0.35  # of a chest CT cropped to the lungs that is lung
-SIZE = {"patch_size": 8, "dim": 128, "depth": 4, "num_heads": 8}
-SHIPPED = {"patch_size": 4, "dim": 64, "depth": 2, "window": 2}
-FULL_CT = (256, 480, 480)
-FULL_CT_3MM = (96, 112, 96)
 
 
 class StockViT(nn.Module):
-    """MONAI's ViT with a linear head: a token for every patch, lung or not. Same output as :class:`SurvivalMapNet`.
+    """MONAI's ViT with a linear head: a token for every patch, lung or not. Same output as :class:`SurvivalMapNet`."""
 
-    Args:
-        flash: let PyTorch choose how attention is computed. MONAI's own way, the matrix of all pairs in memory, would take
-            34 GB a block at 256 voxels a side.
-    """
-
-    def __init__(self, patch_size: int, dim: int, depth: int, num_heads: int, size: int, flash: bool = False) -> None:
+    def __init__(self, patch_size: int, dim: int, depth: int, size: int) -> None:
         super().__init__()
-        self.vit = ViT(1, size, patch_size, hidden_size=dim, mlp_dim=2 * dim, num_layers=depth, num_heads=num_heads)
-        for block in self.vit.blocks:
-            block.attn.use_flash_attention = flash
+        self.vit = ViT(1, size, patch_size, hidden_size=dim, mlp_dim=2 * dim, num_layers=depth, num_heads=dim // 16)
         self.head = nn.Linear(dim, 1)
 
     def forward(self, image: Tensor, lung: Tensor | None = None) -> Tensor:
@@ -84,47 +81,9 @@ class StockViT(nn.Module):
         return torch.stack([location, (-location / 15).softmax(1)], 1).unflatten(2, (side, side, side))
 
 
-class PlainTransformer(nn.Module):
-    """What one would write first: a token for every patch of the image, all of them in every layer.
-
-    Patches outside the lung are masked as keys and in the softmin. Same output as :class:`SurvivalMapNet`.
-    """
-
-    def __init__(self, patch_size: int, dim: int, depth: int, num_heads: int, size: int) -> None:
-        super().__init__()
-        self.patch_size = patch_size
-        self.embed = nn.Conv3d(1, dim, patch_size, patch_size)
-        self.position = nn.Parameter(0.02 * torch.randn(1, (size // patch_size) ** 3, dim))
-        layer = nn.TransformerEncoderLayer(dim, num_heads, 2 * dim, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
-        self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, 1))
-
-    def forward(self, image: Tensor, lung: Tensor | None = None) -> Tensor:
-        x = self.embed(image)
-        grid = x.shape[2:]
-        outside = None
-        if lung is not None:
-            outside = nn.functional.avg_pool3d(lung, self.patch_size).flatten(1) < 0.25
-        x = self.encoder(x.flatten(2).transpose(1, 2) + self.position, src_key_padding_mask=outside)
-        location = 60 + 30 * self.head(x)[..., 0]
-        score = -location / 15
-        if outside is not None:
-            score = score.masked_fill(outside, -math.inf)
-        return torch.stack([location, score.softmax(1)], 1).unflatten(2, grid)
-
-
 def build(name: str, size: int) -> nn.Module:
-    """The network called `name`, for images of `size` voxels a side (which only the rivals need to know)."""
     torch.manual_seed(0)
-    return {
-        "plain": lambda: PlainTransformer(**SIZE, size=size),
-        "stock": lambda: StockViT(**SIZE, size=size),
-        "stock flash": lambda: StockViT(**SIZE, size=size, flash=True),
-        "window 2": lambda: SurvivalMapNet(**SIZE, window=2),
-        "global": lambda: SurvivalMapNet(**SIZE, window=0),
-        "shipped": lambda: SurvivalMapNet(**SHIPPED),
-        "patch 32": lambda: SurvivalMapNet(patch_size=32),
-    }[name]()
+    return NETWORKS[name](size)
 
 
 def two_lungs(shape: tuple[int, ...], share: float, batch: int) -> Tensor | None:
@@ -138,23 +97,16 @@ def two_lungs(shape: tuple[int, ...], share: float, batch: int) -> Tensor | None
     return inside.float().expand(batch, 1, *shape).contiguous()
 
 
-def training_step(name: str, size: int, batch: int, share: float, how: str = "float32") -> Callable[[], None]:
-    """One optimisation step on random scans of `size` voxels a side, as a function to time.
-
-    Args:
-        how: ``float32``, ``bfloat16`` (autocast), or ``channels_last``.
-    """
-    network = build(name, size)
-    loss = SurvivalMapLoss(CenTime())
+def training_step(name: str, size: int, batch: int, share: float, bfloat16: bool = False) -> Callable[[], None]:
+    """One optimisation step on random scans of `size` voxels a side, as a function to time."""
+    network, loss = build(name, size), SurvivalMapLoss(CenTime())
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
     image, lung = torch.rand(batch, 1, size, size, size), two_lungs((size, size, size), share, batch)
-    if how == "channels_last":
-        network, image = network.to(memory_format=torch.channels_last_3d), image.to(memory_format=torch.channels_last_3d)
     outcome = torch.tensor([[12.0, 1.0], [30.0, 0.0]]).repeat(-(-batch // 2), 1)[:batch]
 
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=how == "bfloat16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             survival_map = network(image, lung)
         loss(survival_map.float(), outcome).backward()
         optimizer.step()
@@ -176,31 +128,9 @@ def seconds(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, flo
 def prepare(threads: int, keep: bool = True) -> None:
     """Threads, denormals and, unless told otherwise, memory as in a run."""
     torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)  # a trained softmin has denormal weights, which would cost time in a CPU
+    torch.set_flush_denormal(True)
     if keep:
         keep_memory()
-
-
-def alone(task: str, name: str, shape: tuple[int, ...], batch: int, share: float, repeats: int, threads: int) -> dict:
-    """In a fresh process: median time of a forward pass, map or training step, and peak memory over that of the imports."""
-    prepare(threads)
-    before = benchmark_ct.resident("VmRSS")
-    if task == "train":
-        step = training_step(name, shape[0], batch, share)
-    else:
-        network, lung = build(name, max(shape)).eval(), two_lungs(shape, share, batch)
-        image = torch.rand(batch, 1, *shape)
-
-        run = GridShiftInferer(4, network.stride, 1.0, refine=True) if task == "map" else SimpleInferer()
-
-        @torch.no_grad()
-        def step() -> None:
-            run(image, network, lung=lung)
-
-    result = {"seconds": seconds({name: step}, repeats)[name], "peak_gib": None}
-    if before is not None:
-        result["peak_gib"] = benchmark_ct.resident("VmHWM") - before
-    return {"task": task, "network": name, "shape": list(shape), "batch": batch, "lung_share": share, **result}
 
 
 def apart(function: Callable, *args) -> Any:
@@ -209,231 +139,202 @@ def apart(function: Callable, *args) -> Any:
         return pool.submit(function, *args).result()
 
 
-def exponent(voxels: list[int], times: list[float]) -> float:
-    """Slope of log time over log voxels."""
-    return float(np.polyfit(np.log(voxels), np.log(times), 1)[0])
+def resident(field: str) -> float:
+    """Resident memory of this process in GiB, now (``VmRSS``) or at its peak (``VmHWM``); NaN where /proc isn't.
 
-
-def measure_train(keep: bool, repeats: int, quick: bool, threads: int) -> list[dict]:
-    """Steps of the network and of its rivals: 4 scans of 64 voxels a side, and 1 of 256.
-
-    Args:
-        keep: freed memory, as training does, instead of leaving it to malloc's defaults, as a script of one's own would.
+    `getrusage` won't do: its peak starts at that of the parent process.
     """
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return float("nan")
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return int(lines[field].split()[0]) / 2**20
+
+
+def step_times(share: float, keep: bool, repeats: int, threads: int) -> dict[str, float]:
+    """Seconds of a step on 4 scans of 64 voxels a side, by network."""
     prepare(threads, keep)
+    steps = {name: training_step(name, 64, 4, share) for name in NETWORKS}
+    steps["as shipped, bfloat16"] = training_step("as shipped", 64, 4, share, bfloat16=True)
+    return seconds(steps, repeats)
+
+
+def train_steps(repeats: int, threads: int) -> pd.DataFrame:
+    """Training steps of all networks, with all of the image lung and with a part of it."""
     rows = []
-
-    def add(size: int, batch: int, share: float, times: dict[str, float], stock: str) -> None:
-        for name, time_taken in times.items():
-            row = {"network": name, "size": size, "batch": batch, "lung_share": share, "memory_kept": keep, "seconds": time_taken}
-            rows.append({**row, "stock_over_this": times[stock] / time_taken})
-
-    for share in (1.0, SHARE):
-        names = ["window 2", "global", "plain", "stock"]
-        add(64, 4, share, seconds({name: training_step(name, 64, 4, share) for name in names}, repeats), "stock")
-    if not quick and not keep:  # the stock one takes minutes
-        times = seconds({"window 2": training_step("window 2", 256, 1, SHARE)}, 5)
-        step, start = training_step("stock flash", 256, 1, SHARE), time.perf_counter()
-        step()
-        add(256, 1, SHARE, {**times, "stock flash": time.perf_counter() - start}, "stock flash")
-    return rows
+    for share in (1.0, LUNG):
+        plain, kept = (apart(step_times, share, keep, repeats, threads) for keep in (False, True))
+        for name in plain:
+            row = {"network": name, "lung": f"{share:.0%}"}
+            for title, times in (("time", plain), ("with memory kept", kept)):
+                faster = times["MONAI's ViT"] / times[name]
+                row |= {title: f"{1000 * times[name]:.0f} ms", f"{title}: faster than the ViT": f"{faster:.1f} x"}
+            rows.append(row)
+    return pd.DataFrame(rows)
 
 
-def measure_precision(repeats: int, threads: int) -> list[dict]:
-    """Steps of the shipped network and of the wider one in other number and memory formats."""
+def times_by_size(name: str, sizes: list[int], repeats: int, threads: int) -> list[float]:
     prepare(threads)
-    rows = []
-    for name in ("shipped", "window 2"):
-        hows = ("float32", "bfloat16", "channels_last")
-        for how, time_taken in seconds({how: training_step(name, 64, 4, SHARE, how) for how in hows}, repeats).items():
-            rows.append({"network": name, "how": how, "seconds": time_taken})
-    return rows
+    return [seconds({name: training_step(name, size, 1, LUNG)}, repeats)[name] for size in sizes]
 
 
-def measure_scaling(sizes: list[int], repeats: int, threads: int) -> list[dict]:
-    prepare(threads)
+def scaling(sizes: list[int], repeats: int, threads: int) -> pd.DataFrame:
+    """Train step of one scan, by its size; time = a * voxels ** exponent between the two largest sizes."""
     rows = []
-    # Full-grid attention at 256 voxels a side would need tens of GB for one layer's scores.
-    for name, largest in (("window 2", 512), ("global", 128), ("plain", 64)):
+    # Global attention at 256 voxels a side would need tens of GB for one layer's scores.
+    for name, largest in (("wide, windows of 2", 512), ("wide, global attention", 128)):
         mine = [size for size in sizes if size <= largest]
-        times = [seconds({name: training_step(name, size, 1, SHARE)}, repeats)[name] for size in mine]
-        voxels = [size**3 for size in mine]
-        row = {"network": name, "sizes": mine, "seconds": times, "exponent": exponent(voxels, times)}
-        row["exponent_last_step"] = exponent(voxels[-2:], times[-2:])
-        rows.append(row)
-    return rows
+        times = apart(times_by_size, name, mine, repeats, threads)
+        slope = float(np.log(times[-1] / times[-2]) / np.log(mine[-1] / mine[-2]) / 3)
+        cells = {f"{size}³": f"{1000 * t:.0f} ms" for size, t in zip(mine, times, strict=True)}
+        rows.append({"network": name, **cells, "exponent": f"{slope:.2f}"})
+    return pd.DataFrame(rows, columns=["network", *(f"{size}³" for size in sizes), "exponent"]).fillna("–")
 
 
-def measure_all(quick: bool, threads: int) -> dict:
-    """Everything, as plain JSON."""
-    repeats = 3 if quick else 15
-    few = 1 if quick else 5
-    alone_cases = [
-        ("forward", "patch 32", FULL_CT, 1, 1.0),
-        ("forward", "patch 32", FULL_CT, 1, SHARE),
-        ("forward", "shipped", FULL_CT_3MM, 1, SHARE),
-        ("map", "shipped", FULL_CT_3MM, 1, SHARE),
-        ("train", "shipped", (64, 64, 64), 8, 1.0),
-        ("train", "shipped", (64, 64, 64), 8, SHARE),
-        ("train", "window 2", (64, 64, 64), 4, SHARE),
-        ("train", "plain", (64, 64, 64), 4, SHARE),
-        ("train", "stock", (64, 64, 64), 4, SHARE),
+def write_ct(folder: Path, scans: int) -> Path:
+    """A cohort CSV of a CT of a body with two lungs, a lesion and noise, its lung mask given, listed `scans` times."""
+    rng, affine = np.random.default_rng(0), np.diag([-SPACING[0], -SPACING[1], SPACING[2], 1.0])
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n, dtype=np.float32) for n in CT), indexing="ij", sparse=True)
+    lung = ((abs(x) - 0.42) / 0.33) ** 2 + (y / 0.55) ** 2 + (z / 0.9) ** 2 < 1
+    hu = np.where((x / 0.95) ** 2 + (y / 0.75) ** 2 + 0 * z < 1, np.float32(40), np.float32(-1000))
+    hu[lung] = -850
+    hu[(x - 0.4) ** 2 + (y - 0.1) ** 2 + (0.8 * z) ** 2 < 0.012] = 30
+    hu += 25 * rng.standard_normal(CT, dtype=np.float32)
+    nib.save(nib.Nifti1Image(np.clip(hu, -1024, 3071).astype(np.int16), affine), folder / "ct.nii.gz")
+    nib.save(nib.Nifti1Image(lung.astype(np.uint8), affine), folder / "lung.nii.gz")
+    cohort = folder / f"cohort{scans}.csv"
+    rows = [{"patient_id": f"ct{i}", "image": "ct.nii.gz", "lung_mask": "lung.nii.gz"} for i in range(scans)]
+    pd.DataFrame(rows).to_csv(cohort, index=False)
+    return cohort
+
+
+def inference(cohort: Path, output_dir: Path, ahead: int, threads: int) -> ConfigParser:
+    """The shipped inference, ready to run, with everything built."""
+    begin()
+    torch.set_num_threads(threads)
+    parser = ConfigParser()
+    parser.read_config("configs/inference.json")
+    parser.update({"cohort": str(cohort), "output_dir": str(output_dir), "dataset#ahead": ahead})
+    parser.get_parsed_content("evaluator")
+    return parser
+
+
+@contextmanager
+def timed(owner: Any, name: str, spent: np.ndarray) -> Iterator[None]:
+    """Add wall and CPU seconds of every call of `owner.name`."""
+    original: Callable = getattr(owner, name)
+
+    def call(*args, **kwargs):
+        start = np.array([time.perf_counter(), time.process_time()])
+        try:
+            return original(*args, **kwargs)
+        finally:
+            spent[:] += np.array([time.perf_counter(), time.process_time()]) - start
+
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def one_ct(cohort: Path, output_dir: Path, threads: int) -> pd.DataFrame:
+    """Wall and CPU seconds of each stage of one CT, and the peak memory."""
+    parser = inference(cohort, output_dir, 0, threads)
+    parts = [*parser.get_parsed_content("preprocessing").transforms, parser.get_parsed_content("inferer")]
+    parts += parser.get_parsed_content("postprocessing").transforms
+    owners = {type(part).__name__: (type(part), "__call__") for part in parts}
+    spent = {stage: np.zeros(2) for stage in STAGES}
+    with ExitStack() as stack:
+        for stage, names in STAGES.items():
+            for name in names:
+                stack.enter_context(timed(*owners.get(name, (results, name)), spent[stage]))
+        start = time.perf_counter()
+        parser.get_parsed_content("evaluator").run()
+        taken = time.perf_counter() - start
+    rows = {**spent, "everything else": [taken - sum(wall for wall, _ in spent.values()), np.nan], "all": [taken, np.nan]}
+    cells = [{"stage": name, "time": f"{wall:.2f} s", "of a CPU": f"{cpu:.2f} s"} for name, (wall, cpu) in rows.items()]
+    cells.append({"stage": "peak memory", "time": f"{resident('VmHWM'):.2f} GiB", "of a CPU": ""})
+    return pd.DataFrame(cells).replace("nan s", "")
+
+
+def many_cts(cohort: Path, output_dir: Path, ahead: int, threads: int) -> tuple[float, float]:
+    """Seconds of a cohort's inference, and the peak memory."""
+    evaluator, start = inference(cohort, output_dir, ahead, threads).get_parsed_content("evaluator"), time.perf_counter()
+    evaluator.run()
+    return time.perf_counter() - start, resident("VmHWM")
+
+
+def by_processes(cohort: Path, output_dir: Path, jobs: int) -> tuple[float, float]:
+    """The same by `--engine processes`; the memory of all of them, of which they share a part."""
+    parser = inference(cohort, output_dir, 0, 1)
+    names = ("dataset", "network", "inferer", "postprocessing", "writer")
+    parts, start = [parser.get_parsed_content(name) for name in names], time.perf_counter()
+    run_parallel("processes", *parts, jobs)
+    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    return time.perf_counter() - start, resident("VmHWM") + jobs * child
+
+
+def whole_cts(scans: int, threads: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Stages of one CT, and several of them: one by one, reading ahead, and a process a core."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        stages = apart(one_ct, write_ct(folder, 1), folder / "one", threads)
+        cohort = write_ct(folder, scans)
+        runs = {
+            "one by one, 1 thread": apart(many_cts, cohort, folder / "one_thread", 0, 1),
+            f"one by one, {threads} threads": apart(many_cts, cohort, folder / "serial", 0, threads),
+            f"reading ahead, {threads} threads (as shipped)": apart(many_cts, cohort, folder / "ahead", 1, threads),
+            f"--engine processes --jobs {threads}": apart(by_processes, cohort, folder / "processes", threads),
+        }
+        # Bit for bit where as many threads compute; sums of more threads are rounded otherwise.
+        for one, other in (("serial", "ahead"), ("one_thread", "processes")):
+            for file in ("predictions.csv", "maps/ct0_heat.nii.gz"):
+                if (folder / one / file).read_bytes() != (folder / other / file).read_bytes():
+                    raise RuntimeError(f"{file} of {other} is not that of {one}.")
+    first = next(iter(runs.values()))[0]
+    rows = [
+        {"how": how, "time": f"{t:.1f} s", "speed": f"{first / t:.2f} x", "peak memory": f"{gib:.2f} GiB"}
+        for how, (t, gib) in runs.items()
     ]
-    print("measuring whole scans ...", file=sys.stderr)
-    whole = [apart(alone, *case, few, threads) for case in alone_cases]
-    print("measuring whole CTs from file to map ...", file=sys.stderr)
-    ct = benchmark_ct.measure_ct(apart, 2 if quick else 6, threads)
-    print("measuring train steps ...", file=sys.stderr)
-    train = [row for keep in (False, True) for row in apart(measure_train, keep, repeats, quick, threads)]
-    precision = apart(measure_precision, repeats, threads)
-    print("measuring scaling ...", file=sys.stderr)
-    scaling = apart(measure_scaling, [32, 64, 128] if quick else [32, 64, 128, 256, 512], few, threads)
+    return stages, pd.DataFrame(rows)
 
-    mine = [r for r in train if r["network"] == "window 2" and r["lung_share"] == SHARE]
-    ratios = {(r["size"], r["memory_kept"]): r["stock_over_this"] for r in mine}
-    memory = {False: "malloc's defaults", True: "memory kept"}
-    slowest = max(r["seconds"] for r in whole if r["task"] == "forward")
-    peaks = [r["peak_gib"] for r in whole if r["task"] == "forward" and r["peak_gib"] is not None]
-    slope = scaling[0]["exponent_last_step"]
-    aims = [
-        *(
-            {"aim": f"train step of {n}³, 35 % lung, {memory[keep]}, at least 5 x as fast as MONAI's ViT", "measured": r, "met": r >= 5}
-            for (n, keep), r in ratios.items()
-        ),
-        {"aim": "exponent of the cost in voxels at most 1.1 with windows", "measured": slope, "met": slope <= 1.1},
-        {"aim": "forward pass on a whole CT below 3 s", "measured": slowest, "met": slowest < 3},
-    ]
-    if peaks:
-        aims.append({"aim": "and below 2 GiB", "measured": max(peaks), "met": max(peaks) < 2})
-    aims += benchmark_ct.aims(ct)
-    machine = {
-        "processor": platform.machine(),
-        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "quick": quick,
+
+def measured(quick: bool, threads: int) -> str:
+    """The page."""
+    few, repeats, scans = (1, 3, 2) if quick else (5, 15, 6)
+    stages, cohort = whole_cts(scans, threads)
+    sizes = [32, 64, 128] if quick else [32, 64, 128, 256, 512]
+    sections = {
+        "A CT of 512 x 512 x 300 voxels of 0.7 x 0.7 x 1 mm, its lung mask given, from file to saved map": stages,
+        f"A cohort of {scans} such CTs; predictions and maps are the same, bit for bit": cohort,
+        "Training step on 4 scans of 64³, also with freed memory kept, as in training": train_steps(repeats, threads),
+        f"Training step of one scan with {LUNG:.0%} lung by voxels a side": scaling(sizes, few, threads),
     }
-    result = {"machine": machine, "train_step": train, "precision": precision, "alone": whole, "ct": ct}
-    return {**result, "scaling": scaling, "aims": aims}
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths)) + " |"
-
-    return "\n".join([line(header), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, rows)])
-
-
-def markdown(result: dict, command: str) -> str:
-    """The tables of docs/performance.md."""
-    m = result["machine"]
-    labels = {
-        "window 2": "survival map, windows of 2",
-        "global": "survival map, global attention",
-        "plain": "plain PyTorch transformer",
-        "stock": "MONAI's ViT",
-        "stock flash": "MONAI's ViT, flash attention",
-        "shipped": "shipped configuration (patch 4, dim 64, 2 blocks)",
-        "patch 32": "survival map, patch 32",
-    }
-    rows_of_train: dict[tuple, list[str]] = {}
-    for r in result["train_step"]:  # those with malloc's defaults, then those with memory kept
-        cells = rows_of_train.setdefault((r["batch"], r["size"], r["lung_share"], r["network"]), [])
-        cells += [f"{1000 * r['seconds']:.0f} ms", f"{r['stock_over_this']:.1f} x"]
-    train = [
-        [f"{batch} x {size}³", labels[network], f"{share:.0%}", *cells, *["-"] * (4 - len(cells))]
-        for (batch, size, share, network), cells in rows_of_train.items()
-    ]
-    precision = [[labels[r["network"]], r["how"], f"{1000 * r['seconds']:.0f} ms"] for r in result["precision"]]
-    whole = [
-        [
-            {"forward": "forward pass", "map": "map from 64 origins", "train": "train step"}[r["task"]],
-            labels[r["network"]],
-            f"{r['batch']} x " + " x ".join(map(str, r["shape"])),
-            f"{r['lung_share']:.0%}",
-            f"{r['seconds']:.2f} s",
-            "not measured" if r["peak_gib"] is None else f"{r['peak_gib']:.2f} GiB",
-        ]
-        for r in result["alone"]
-    ]
-    sizes = max((r["sizes"] for r in result["scaling"]), key=len)
-    scaling = [
-        [labels[r["network"]]]
-        + [f"{1000 * s:.0f} ms" for s in r["seconds"]]
-        + ["-"] * (len(sizes) - len(r["sizes"]))
-        + [f"{r['exponent']:.2f}", f"{r['exponent_last_step']:.2f}"]
-        for r in result["scaling"]
-    ]
-    aims = [[a["aim"], f"{a['measured']:.2f}", "met" if a["met"] else "missed"] for a in result["aims"]]
-    parts = [
-        "# Performance",
-        f"Made by `{command}` on {m['cores']} {m['processor']} cores ({m['vector_instructions']}), {m['threads']} "
-        f"threads, Python {m['python']}, torch {m['torch']}. Times are medians.",
-        "## Train step",
-        f"Patch {SIZE['patch_size']}, dim {SIZE['dim']}, {SIZE['depth']} blocks, {SIZE['num_heads']} heads, MLP of "
-        f"{2 * SIZE['dim']}: forward, loss, backward and AdamW (fused). MONAI's ViT and the plain transformer attend over "
-        "all patches. At 256³ MONAI's attention would need 34 GB a block for its matrix of all pairs of patches, so there "
-        "PyTorch's flash attention is switched on in it; one step, not repeated. *Memory kept*: glibc keeps freed memory for the "
-        "next arrays (`bundle.run.keep_memory`), as in training by this bundle; a script of one's own has malloc's defaults.",
-        table(["scans", "network", "lung", "time", "faster than MONAI's ViT", "memory kept: time", "faster"], train),
-        "Other formats, on 4 scans of 64³, 35% lung. The configurations train in float32 and in torch's usual order; "
-        "`channels_last` can do nothing for images of one channel whose patches are gathered.",
-        table(["network", "format", "time"], precision),
-        "## Time and peak memory",
-        "Each in a process of its own; memory is what it takes beyond the imports, input and gradients included.",
-        table(["what", "network", "input", "lung", "time", "peak memory"], whole),
-        *benchmark_ct.sections(result["ct"], table),
-        "## Scaling",
-        f"Train step of one scan, patch {SIZE['patch_size']}, {SHARE:.0%} lung, so tokens grow with the voxels; "
-        "time = a * voxels ** exponent. Small scans are all overhead, hence the exponent between the two largest. As in "
-        "training, freed memory is kept (`bundle.run.keep_memory`); without that the kernel clears every page of every "
-        "large array anew, which takes half of the time at 512³.",
-        table(["network", *[f"{n}³" for n in sizes], "exponent", "between the two largest"], scaling),
-        "## Aims",
-        table(["aim", "measured", ""], aims),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m scripts.research.benchmark",
-        description=__doc__,
-        epilog=WHAT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    page = HEAD.format(
+        cores=os.cpu_count(),
+        machine=platform.machine(),
+        instructions=torch.backends.cpu.get_cpu_capability(),
+        threads=threads,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        quick=" --quick" if quick else "",
     )
-    p.add_argument("--quick", action="store_true", help="fewer repeats, up to 128 voxels a side: about 2 minutes")
-    p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads (default: %(default)s)")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
-    p.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there as well")
-    return p
+    return page + "".join(f"\n## {title}\n\n{markdown(table)}" for title, table in sections.items())
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    try:
-        if args.threads < 1:
-            raise InputError(f"--threads must be at least 1, got {args.threads}.")
-        for path in (args.json, args.markdown):
-            if path is not None and not os.access(path.parent, os.W_OK):
-                raise InputError(f"{path.parent} is not a folder one can write to; choose another file.")
-        result = measure_all(args.quick, args.threads)
-        command = "python -m scripts.research.benchmark" + (" --quick" if args.quick else "") + f" --threads {args.threads}"
-        if args.markdown is not None:
-            command += f" --markdown {args.markdown.name if args.markdown.is_absolute() else args.markdown}"
-        text, numbers = markdown(result, command), json.dumps(result, indent=2) + "\n"
-        print(text)
-        print(numbers, end="")
-        if args.json is not None:
-            write_text(args.json, numbers)
-        if args.markdown is not None:
-            write_text(args.markdown, text)
-    except InputError as e:
-        sys.exit(f"error: {e}")
+    p = argparse.ArgumentParser(prog="python -m scripts.research.benchmark", description=__doc__)
+    p.add_argument("--quick", action="store_true", help="fewer repeats and scans, up to 128 voxels a side: about 2 minutes")
+    p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads (default: %(default)s)")
+    p.add_argument("--page", type=Path, default=Path("docs/results/performance.md"), help="to write (default %(default)s)")
+    args = p.parse_args(argv)
+    if args.threads < 1:
+        sys.exit(f"error: --threads must be at least 1, got {args.threads}.")
+    if not os.access(args.page.parent, os.W_OK):
+        sys.exit(f"error: {args.page.parent} is not a folder one can write to; choose another --page.")
+    write_text(args.page, measured(args.quick, args.threads))
+    print(args.page.read_text())
 
 
 if __name__ == "__main__":

@@ -2,21 +2,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Negative controls and causal checks of trained maps: does the map depend on what was learnt, and on the lesion alone?
 
-Takes the weights that scripts.research.sweep left in its folder of work, and held-out phantoms. Writes a table and a picture:
+Takes the weights that scripts.research.sweep left in its folder of work, and held-out phantoms. Writes a page and a picture:
 
 - random weights: the maps of five untrained networks of the same kind, and their rank correlation with the trained one's,
   both relative to the map of a network that knows nothing, which is darker at the borders;
 - shuffled voxels: the map of a scan whose voxels are shuffled, against the lesion's mask;
 - erased: slice by slice, the lesion of those who died is replaced by background; their risk must fall;
 - implanted: slice by slice, a lesion is copied into those who lived; their risk must rise;
-- what protects (13): the honeycomb by which patients live longer must have a later location than what is neither it nor
-  a lesion, and less heat than an even map.
+- what protects: the honeycomb of protective-honeycomb must have a later location than what is neither it nor a lesion,
+  and less heat than an even map.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -29,20 +30,40 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
+from bundle.errors import InputError
 from bundle.files import write_text
 from bundle.maps import GridShiftInferer
 from bundle.metrics.localisation import average_precision
 from bundle.networks import network_from
-from bundle.phantoms.cohort import PhantomCohort
-from bundle.phantoms.cubes import Phantom, PhantomParams
+from bundle.phantoms import PHANTOMS, Phantom, PhantomCohort, PhantomParams, phantom_name
 from bundle.report.pictures import write_png
 from bundle.survival import mean_months, objective_from
-
-from .sweep import HELD_OUT, TRAINED, USUAL_SCANS, cell, name_of_run, phantom_name, usual_size
+from scripts.jobs import markdown
+from scripts.research.sweep import HELD_OUT, TRAINED, name_of_run
+from scripts.research.tables import USUAL_SCANS, cell, label, usual_size
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 UNTRAINED = 5  # networks with random weights
-PROTECTS = 13  # the phantom with a structure that protects
+PROTECTS = "protective-honeycomb"
+SHIPPED = ["spheres", "corner-sphere", "spheres-honeycomb-corner", "texture", PROTECTS]
+HEAD = f"""\
+# Negative controls and causal checks
+
+Maps of held-out phantoms by the weights of the shipped configuration. A map is taken relative to that of *nothing*, by a
+network that gives all patches the same weight, which is darker at the scan's borders as any map is. *Random weights*: the
+rank correlation of {UNTRAINED} untrained networks' maps with the trained one, and their AP: mean (least–greatest network).
+*Shuffled voxels*: AP of the trained map of a scan whose voxels were shuffled. A guess has the mask's *base rate*. What is
+above it was there before anything was learnt: any network answers to brightness, the lesion of `corner-sphere` always lies
+in the same corner, and the spheres of the others seldom at the borders.
+"""
+CAUSAL = """
+Causal check: mean predicted months while a share of the lesion is erased from those who died, or copied into survivors.
+"""
+PROTECTION = """
+What protects: half of the patients of `protective-honeycomb` have a honeycomb, and live longer for it. *Later* is its mean
+location less that of what is neither honeycomb nor lesion, in months; it must be positive. The others are heat a voxel in
+units of an even map's, which must be below 1: mean (least–greatest scan).
+"""
 
 
 class Trained:
@@ -106,21 +127,24 @@ def replaced(scan: Phantom, where: np.ndarray, rng: np.random.Generator) -> np.n
     return hu
 
 
-def controls_of(run: Path, complexity: int, size: int, seed: int, num: int) -> tuple[dict, list[dict]]:
+def held_out(phantom: str, size: int, seed: int, num: int) -> list[Phantom]:
+    return [scan for _, scan in PhantomCohort(phantom, num, seed + HELD_OUT, params=PhantomParams(size=size))]
+
+
+def controls_of(run: Path, phantom: str, size: int, seed: int, num: int) -> tuple[dict, list[dict]]:
     """One row of the table and the points of the curves, from `num` held-out scans."""
     rng = np.random.default_rng(seed)
     trained, untrained = Trained(run), [Trained(run, random=k) for k in range(UNTRAINED)]
-    scans = [phantom for _, phantom in PhantomCohort(complexity, num, seed + HELD_OUT, params=PhantomParams(size=size))]
+    scans = held_out(phantom, size, seed, num)
     dead, alive = [s for s in scans if s.event], [s for s in scans if not s.event]
     nothing = trained.weights_of_nothing(scans[0].image)  # of any scan: looks change nothing in an even map
-    found: dict[str, list] = {name: [] for name in ("ap", "random_rho", "random_ap", "shuffled_ap", "nothing_ap", "base_rate")}
+    found: dict[str, list] = {name: [] for name in ("ap", "rho", "random_ap", "shuffled_ap", "nothing_ap", "base_rate")}
     curves: list[dict] = []
-    for scan, survivor in zip(dead, alive):
+    for scan, survivor in zip(dead, alive, strict=False):
         heat, others = trained.weights(scan.image), [network.weights(scan.image) for network in untrained]
         shuffled = rng.permutation(scan.image.ravel()).reshape(scan.image.shape)
         found["ap"].append(average_precision(heat, scan.gt_mask))
-        said = [(weights / nothing).ravel() for weights in (heat, *others)]
-        found["random_rho"].append([float(spearmanr(said[0], other)[0]) for other in said[1:]])
+        found["rho"].append([spearmanr((heat / nothing).ravel(), (other / nothing).ravel())[0] for other in others])
         found["nothing_ap"].append(average_precision(nothing, scan.gt_mask))
         found["random_ap"].append([average_precision(other, scan.gt_mask) for other in others])
         found["shuffled_ap"].append(average_precision(trained.weights(shuffled), scan.gt_mask))
@@ -130,41 +154,40 @@ def controls_of(run: Path, complexity: int, size: int, seed: int, num: int) -> t
             implanted = survivor.image.copy()
             implanted[part] = scan.image[part]
             for what, hu in (("erased", replaced(scan, part, rng)), ("implanted", implanted)):
-                point = {"complexity": complexity, "what": what, "share": share}
-                curves.append(point | {"months": trained.months(hu)})
-    row = {"phantom": phantom_name(complexity, size), "seed": seed, "scans": len(found["ap"])}
-    # A mean over scans; of random weights one for each network.
-    return row | {name: np.mean(values, 0) for name, values in found.items()}, curves
+                curves.append({"phantom": phantom, "what": what, "share": share, "months": trained.months(hu)})
+    mean = {name: np.mean(values, 0) for name, values in found.items()}  # over scans; of random weights one a network
+    row = {"phantom": label(phantom, size), "seed": seed, "scans": len(found["ap"]), "AP": f"{mean['ap']:.3f}"}
+    row["random weights: rank correlation"] = cell(pd.Series(mean["rho"]), 2)
+    row["random weights: AP"] = cell(pd.Series(mean["random_ap"]), 3)
+    rest = {"shuffled_ap": "shuffled voxels: AP", "nothing_ap": "nothing: AP", "base_rate": "base rate"}
+    return row | {title: f"{mean[name]:.3f}" for name, title in rest.items()}, curves
 
 
 def protection_of(run: Path, size: int, seed: int, num: int) -> dict:
-    """One row about the honeycomb of phantom 13: a number for each of `num` held-out scans that have one.
-
-    `later`: its mean location less that of what is neither honeycomb nor lesion, months. `own` and `refined`: its weight a
-    voxel in units of an even map's, without and with refinement; `rest`: that of what is neither, refined.
-    """
-    trained = Trained(run)
-    found: dict[str, list] = {name: [] for name in ("later", "own", "refined", "rest")}
-    for _, scan in PhantomCohort(PROTECTS, num, seed + HELD_OUT, params=PhantomParams(size=size)):
+    """One row about the honeycomb that protects, from those of `num` held-out scans that have one."""
+    trained, found = Trained(run), []
+    for scan in held_out(PROTECTS, size, seed, num):
         honeycomb = scan.confounder_mask
-        if honeycomb is None or not honeycomb.any():
+        if not honeycomb.any():
             continue
         rest = ~honeycomb & ~scan.gt_mask
         (location, own), (_, refined) = (trained.map_by(trained.network, scan.image, refine) for refine in (False, True))
-        found["later"].append(location[honeycomb].mean() - location[rest].mean())
-        found["own"].append(own[honeycomb].mean() / own.mean())
-        found["refined"].append(refined[honeycomb].mean() / refined.mean())
-        found["rest"].append(refined[rest].mean() / refined.mean())
-    return {"phantom": phantom_name(PROTECTS, size), "seed": seed, "scans": len(found["later"])} | found
+        row = {"later": location[honeycomb].mean() - location[rest].mean()}
+        row["honeycomb, the network alone"] = own[honeycomb].mean() / own.mean()
+        row["honeycomb, refined"] = refined[honeycomb].mean() / refined.mean()
+        found.append(row | {"neither honeycomb nor lesion, refined": refined[rest].mean() / refined.mean()})
+    cells = {name: cell(values, 1 if name == "later" else 3) for name, values in pd.DataFrame(found).items()}
+    return {"phantom": label(PROTECTS, size), "seed": seed, "scans": len(found), **cells}
 
 
 def draw(curves: pd.DataFrame, path: Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for ax, what, title in zip(axes, ("erased", "implanted"), ("lesion erased from the dead", "lesion copied into survivors")):
-        for complexity, group in curves[curves.what == what].groupby("complexity"):
+    titles = {"erased": "lesion erased from the dead", "implanted": "lesion copied into survivors"}
+    for ax, (what, title) in zip(axes, titles.items(), strict=True):
+        for phantom, group in curves[curves.what == what].groupby("phantom", sort=False):
             mean = group.groupby("share").months.mean()
-            ax.plot(100 * mean.index, mean.to_numpy(), marker="o", label=str(complexity))
+            ax.plot(100 * mean.index, mean.to_numpy(), marker="o", label=phantom)
         ax.set_title(title)
         ax.set_xlabel("share of the lesion, %")
     axes[0].set_ylabel("mean predicted time, months")
@@ -172,86 +195,59 @@ def draw(curves: pd.DataFrame, path: Path) -> None:
     write_png(path, figure)
 
 
-def page(table: pd.DataFrame, curves: pd.DataFrame, protection: list[dict], picture: str, command: str) -> str:
-    lines = [
-        "# Negative controls and causal checks",
-        "",
-        f"Maps of held-out phantoms by the weights of the shipped configuration. *Random weights*: the maps of {UNTRAINED} untrained "
-        "networks, the rank correlation of what they say with what the trained one says, and their average precision: mean (least–greatest network). What a map says "
-        "is its weight over that of *nothing*, a map by a network that gives all patches the same weight, which is darker at the scan's borders as any map is. *Shuffled voxels*: average precision "
-        "of the trained map of a scan whose voxels were shuffled. A guess has the mask's *base rate*. What is above it was there before anything was "
-        "learnt, or is known without looking: any network answers to brightness, so that an average precision on bright spheres (2, 6) "
-        "proves little by itself; and the lesion of 4 always lies in the same corner, the spheres of the others seldom at the borders.",
-        "",
-        "| phantom | seed | scans | AP | random weights: rank correlation | AP | shuffled voxels: AP | nothing: AP | base rate |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in table.itertuples():
-        numbers = f"{r.ap:.3f} | {cell(pd.Series(r.random_rho), 2)} | {cell(pd.Series(r.random_ap), 3)} | {r.shuffled_ap:.3f} | {r.nothing_ap:.3f}"
-        lines.append(f"| {r.phantom} | {r.seed} | {r.scans} | {numbers} | {r.base_rate:.3f} |")
-    lines += [
-        "",
-        "Causal check: mean predicted months while the lesion is erased from those who died, and copied into those who lived.",
-        "",
-        f"![predicted time against the share of the lesion]({picture})",
-        "",
-        "| phantom | what | " + " | ".join(f"{share:.0%}" for share in SHARES) + " | monotone |",
-        "|---|---|" + "---|" * (len(SHARES) + 1),
-    ]
-    for (complexity, what), group in curves.groupby(["complexity", "what"]):
-        mean = group.groupby("share").months.mean().to_numpy()
+def causal(curves: pd.DataFrame) -> pd.DataFrame:
+    """Months by the share of the lesion, and whether they go one way only (but for half a month)."""
+    rows = []
+    for (phantom, what), group in curves.groupby(["phantom", "what"], sort=False):
+        mean = group.groupby("share").months.mean()
         steps = np.diff(mean) if what == "erased" else -np.diff(mean)
-        cells = " | ".join(f"{months:.1f}" for months in mean)
-        lines.append(f"| {complexity} | {what} | {cells} | {'yes' if (steps > -0.5).all() else 'no'} |")
-    if protection:
-        lines += [
-            "",
-            "What protects: half of the patients of 13 have a honeycomb, and live longer for it. *Later* is its mean location less that of "
-            "what is neither honeycomb nor lesion, in months, which must be positive; the others are heat a voxel in units of an even map's, which "
-            "must be below 1: mean (least–greatest scan).",
-            "",
-            "| phantom | seed | scans | later | honeycomb, the network alone | honeycomb, refined | neither honeycomb nor lesion, refined |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for row in protection:
-            cells = [cell(pd.Series(row[name]), digits) for name, digits in (("later", 1), ("own", 3), ("refined", 3), ("rest", 3))]
-            lines.append(f"| {row['phantom']} | {row['seed']} | {row['scans']} | {' | '.join(cells)} |")
-    return "\n".join(lines) + f"\n\nMade by `{command}` after the sweep.\n"
+        cells = {f"{share:.0%}": f"{months:.1f}" for share, months in mean.items()}
+        rows.append({"phantom": phantom, "what": what, **cells, "monotone": "yes" if (steps > -0.5).all() else "no"})
+    return pd.DataFrame(rows)
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m scripts.research.controls", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--work", type=Path, default=Path("runs/sweep"), help="folder of work of the sweep (default runs/sweep)")
-    p.add_argument("--complexities", type=int, nargs="+", default=[2, 4, 6, 8, PROTECTS], help="1 to 8, 13 (default 2 4 6 8 13)")
+    p.add_argument("--phantoms", nargs="+", default=SHIPPED, help=f"names or numbers (default {' '.join(SHIPPED)})")
     p.add_argument("--size", type=int, help="voxels a side of the phantoms (default 64)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the runs (default 0)")
     p.add_argument("--train_scans", type=int, default=USUAL_SCANS, help=f"of the runs (default {USUAL_SCANS})")
     p.add_argument("--num", type=int, default=16, help="held-out scans a run (default 16)")
-    p.add_argument("--page", type=Path, default=Path("docs/controls.md"), help="page to write, with a PNG beside it")
-    args = p.parse_args()
-    if set(args.complexities) <= {PROTECTS}:
-        p.error("--complexities needs one of 1 to 8")
+    p.add_argument("--page", type=Path, default=Path("docs/results/controls.md"), help="to write (default %(default)s)")
+    p.add_argument("--picture", type=Path, default=Path("docs/controls.png"), help="to draw (default %(default)s)")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
     torch.set_flush_denormal(True)
     rows, curves, protection = [], [], []
-    for complexity, seed in tqdm(list(product(args.complexities, args.seeds)), unit="run"):
-        size = args.size or usual_size(complexity)
-        run = args.work / "runs" / name_of_run(complexity, size, "default", args.train_scans, seed)
-        if not (run / TRAINED).is_file():
-            raise SystemExit(f"error: {run} is not a finished run; make it with python -m scripts.research.sweep.")
-        if complexity == PROTECTS:
-            protection.append(protection_of(run, size, seed, args.num))
-            continue
-        row, points = controls_of(run, complexity, size, seed, args.num)
-        rows.append(row)
-        curves += points
-    picture = args.page.with_suffix(".png")
-    draw(pd.DataFrame(curves), picture)
-    command = f"python -m scripts.research.controls --complexities {' '.join(map(str, args.complexities))} --seeds {' '.join(map(str, args.seeds))}"
-    command += f" --size {args.size}" if args.size else ""
-    command += f" --num {args.num}" if args.num != p.get_default("num") else ""
-    write_text(args.page, page(pd.DataFrame(rows), pd.DataFrame(curves), protection, picture.name, command))
+    try:
+        names = [phantom_name(phantom) for phantom in args.phantoms]
+        known = [name for name, kind in PHANTOMS.items() if not kind.drawn_outcome and kind.body.FIELD is None]
+        if not set(names) & set(known) or set(names) - {*known, PROTECTS}:
+            raise InputError(f"--phantoms takes {', '.join(known)} and, beside one of them, {PROTECTS}.")
+        for phantom, seed in tqdm(list(product(names, args.seeds)), unit="run"):
+            size = args.size or usual_size(phantom)
+            run = args.work / "runs" / name_of_run(phantom, size, "default", args.train_scans, seed)
+            if not (run / TRAINED).is_file():
+                raise InputError(f"{run} is not a finished run; make it with python -m scripts.research.sweep.")
+            if phantom == PROTECTS:
+                protection.append(protection_of(run, size, seed, args.num))
+            else:
+                row, points = controls_of(run, phantom, size, seed, args.num)
+                rows.append(row)
+                curves += points
+    except InputError as e:
+        sys.exit(f"error: {e}")
+    draw(pd.DataFrame(curves), args.picture)
+    text = f"{HEAD}\n{markdown(pd.DataFrame(rows))}{CAUSAL}\n{markdown(causal(pd.DataFrame(curves)))}"
+    text += f"{PROTECTION}\n{markdown(pd.DataFrame(protection))}" if protection else ""
+    command = " ".join(["python -m scripts.research.controls", *(sys.argv[1:] if argv is None else argv)])
+    write_text(args.page, f"{text}\nMade by `{command}` after the sweep.\n")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kill training, preprocessing, inference and a sweep at random moments, start them again, compare with a run left alone.
 
-Each job first runs uninterrupted (as a user starts it, but for the sweep). Then it runs as a fork of this process, which
-has the imports done, and is killed by SIGKILL: after a random time, or as it flushes or renames its n-th file; it alone,
-or with its children. It is started again, and killed again, until it is left to end. A kill counts as passed when the
-files that the job leaves have the same SHA-256 as those of the uninterrupted run.
+Each job runs as a fork of this process, which has the imports done: once uninterrupted, and then killed by SIGKILL after a
+random time, or as it flushes or renames its n-th file; it alone, or with its children. It is started again, and killed
+again, until it is left to end. A kill counts as passed when the files that the job leaves have the same SHA-256 as those
+of the uninterrupted run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import random
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,13 +30,14 @@ import monai.bundle  # noqa: E402, F401  what the jobs import, so that their for
 import pandas as pd  # noqa: E402
 
 import bundle.run  # noqa: E402, F401
-from bundle.data.fingerprint import describe
-from bundle.files import file_sha256, load_checked
-from scripts import make_phantoms, preprocess
-from scripts.research import sweep  # noqa: E402, F401
+from bundle.data.fingerprint import describe  # noqa: E402
+from bundle.files import file_sha256, load_checked  # noqa: E402
+from scripts import make_phantoms, preprocess  # noqa: E402, F401
+from scripts.jobs import overrides  # noqa: E402
+from scripts.research import sweep  # noqa: E402
 
 TRAIN = ["configs/train.json", "configs/cohort/phantom.json"]
-TINY = {"network_def#dim": 16, "network_def#num_heads": 2, "max_epochs": 4, "val_interval": 1}
+TINY = {"network_def#dim": 16, "max_epochs": 4, "val_interval": 1}
 KILLS_A_RUN = 3
 
 
@@ -59,13 +59,9 @@ class Job:
         sys.argv = [module, *arguments]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
-    def run_alone(self, folder: Path, log: Path) -> None:
-        with open(log, "w") as f:
-            subprocess.run([sys.executable, "-m", *self.arguments(folder)], check=True, stdout=f, stderr=f)
-
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file; of `last.pt` what it holds, to the last bit, as pickle writes equal content in more than one way."""
+    """SHA-256 of a file; of `last.pt` what it holds, to the last bit: pickle writes equal content in several ways."""
     return str(describe(load_checked(path))) if path.name == "last.pt" else file_sha256(path)
 
 
@@ -74,16 +70,8 @@ class Sweep(Job):
 
     def run(self, folder: Path) -> None:
         sweep.VARIANTS["tiny"] = {**TINY, "phantoms": {"size": 16}}
-        page = folder / "page.md"
-        if not page.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            page.write_text("<!-- table -->\n<!-- end of table -->\n")
-        sys.argv = ["sweep", *self.arguments(folder)]
-        sweep.main()
-
-    def run_alone(self, folder: Path, log: Path) -> None:
-        if Attempt(self, folder, log).end() != 0:
-            raise RuntimeError(log.read_text())
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep.main(self.arguments(folder))
 
     def found(self, folder: Path) -> dict[str, str]:
         rows = pd.read_csv(folder / "results.csv").drop(columns="train_seconds")
@@ -150,34 +138,36 @@ class Attempt:
 
 def jobs(work: Path) -> list[Job]:
     """The jobs, and what they need: a cohort, and weights that the first one makes."""
-    cohort, first = str(work / "phantoms" / "cohort.csv"), work / "alone" / "training"
-    small = [text for key, value in TINY.items() for text in (f"--{key}", str(value))]
+    cohort, first = work / "phantoms" / "cohort.csv", work / "alone" / "training"
+    bundle_run = ["monai.bundle", "run"]
 
-    def train(folder: Path, *objective: str) -> list[str]:
-        where = ["--cohort", cohort, "--ckpt_dir", str(folder), "--output_dir", str(folder)]
-        return ["monai.bundle", "run", "--config_file", str([*TRAIN, *objective]), *where, *small]
+    def train(folder: Path, *objective: str, **options: int) -> list[str]:
+        where = {"config_file": [*TRAIN, *objective], "cohort": cohort, "ckpt_dir": folder, "output_dir": folder}
+        return bundle_run + overrides({**where, **TINY, **options})
+
+    def train_cox(folder: Path) -> list[str]:
+        return train(folder, "configs/objective/cox_memory.json", num_workers=1, patience=2)
 
     def prepare(folder: Path) -> list[str]:
-        return ["scripts.preprocess", "--cohort", cohort, "--cache_dir", str(folder), "--config_file", *TRAIN, "--jobs", "2"]
+        where = overrides({"cohort": cohort, "cache_dir": folder, "jobs": 2})
+        return ["scripts.preprocess", *where, "--config_file", *TRAIN]
 
-    def infer(folder: Path) -> list[str]:
-        options = ["--cohort", cohort, "--ckpt", str(first / "model.pt"), "--output_dir", str(folder)]
-        return ["monai.bundle", "run", "--config_file", "configs/inference.json", *options]
+    def infer(folder: Path, **options: object) -> list[str]:
+        where = {"cohort": cohort, "ckpt": first / "model.pt", "output_dir": folder}
+        return bundle_run + overrides({"config_file": "configs/inference.json", **where, **options})
 
     def swept(folder: Path) -> list[str]:
-        where = ["--work", str(folder / "work"), "--results", str(folder / "results.csv"), "--page", str(folder / "page.md")]
-        what = ["--complexities", "2", "--variants", "tiny", "--seeds", "0", "--train_scans", "20", "--test_scans", "4", "--jobs", "2"]
-        return [*where, *what]
+        what = {"phantoms": "spheres", "variants": "tiny", "seeds": 0, "train_scans": 20, "test_scans": 4, "jobs": 2}
+        return overrides({"work": folder / "work", "results": folder / "results.csv", **what})
 
     weights = ("model.pt", "settings.json", "history.csv", "last.pt")
     predictions = ("predictions.csv", "survival_curves.csv", "report.html", "maps/*", "done/*")
-    memory, workers = ["configs/objective/cox_memory.json"], ["--num_workers", "1", "--patience", "2"]
     return [
         Job("training", train, weights),
-        Job("training, Cox with memory, a loading process, early stopping", lambda f: train(f, *memory) + workers, weights),
+        Job("training, Cox with memory, a loading process, early stopping", train_cox, weights),
         Job("preprocessing, two processes", prepare, ("*.pt",)),
         Job("inference", infer, predictions),
-        Job("inference, two processes", lambda f: infer(f) + ["--engine", "processes", "--jobs", "2"], predictions),
+        Job("inference, two processes", lambda folder: infer(folder, engine="processes", jobs=2), predictions),
         Sweep("sweep", swept, ()),
     ]
 
@@ -215,14 +205,14 @@ def kill_and_compare(job: Job, kills: int, alone: dict[str, str], seconds: float
 def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(prog="python -m scripts.research.kill_test", description=__doc__)
     p.add_argument("--kills", type=int, default=6, help="of each job but the sweep (default 6)")
-    p.add_argument("--sweep_kills", type=int, default=3, help="of the sweep, whose parts start as anew (default 3)")
+    p.add_argument("--sweep_kills", type=int, default=3, help="of the sweep, which takes longest (default 3)")
     p.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
     p.add_argument("--work", type=Path, help="folder to work in (default: a temporary one)")
     args = p.parse_args(argv)
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as temporary:
         work = (args.work or Path(temporary)).resolve()
-        make_phantoms.main(["--complexity", "2", "--num", "10", "--size", "16", "--out", str(work / "phantoms")])
+        make_phantoms.main(["--phantom", "spheres", "--num", "10", "--size", "16", "--out", str(work / "phantoms")])
         passed = total = 0
         print("| job | kills | same as uninterrupted |\n|---|---|---|", flush=True)
         for job in jobs(work):
@@ -232,12 +222,10 @@ def main(argv: list[str] | None = None) -> None:
             folder = work / "alone" / job.name.partition(",")[0]
             folder = folder if not folder.exists() else folder.with_name(f"{folder.name}_2")
             log = work / f"{folder.name}.txt"
-            job.run_alone(folder, log)
             start = time.monotonic()
-            if Attempt(job, work / "forked", log).end() != 0 or job.found(work / "forked") != job.found(folder):
-                raise SystemExit(f"error: {job.name} can't be repeated even without a kill, see {log}")
+            if Attempt(job, folder, log).end() != 0:
+                raise SystemExit(f"error: {job.name} failed without a kill, see {log}")
             seconds = time.monotonic() - start
-            shutil.rmtree(work / "forked")
             good = kill_and_compare(job, kills, job.found(folder), seconds, work, rng)
             print(f"| {job.name} | {kills} | {good} |", flush=True)
             passed, total = passed + good, total + kills

@@ -2,20 +2,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """How good the lung mask without weights is: against masks of real scans, lesions of real scans, and chest phantoms.
 
-Writes a page with the tables and a picture with the masks' outlines. Real scans are read from the folder of shared data
-beside the checkout; those that are not there are left out.
+Writes a page with the tables and a picture with the masks' outlines. Real scans that are not there are left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import itk
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from monai.transforms import Compose, Orientationd, Spacingd
@@ -23,11 +22,10 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from bundle.files import write_text
-from bundle.phantoms.chest import Chest
-from bundle.phantoms.cohort import PhantomCohort
-from bundle.phantoms.cubes import Phantom, ball
+from bundle.phantoms import Chest, Phantom, PhantomCohort, ball
 from bundle.report.pictures import write_png
 from bundle.transforms import LoadCTd, fill_thorax, threshold_lung_mask
+from scripts.jobs import markdown
 
 SPACING = 3.0  # mm, that of the shipped configuration
 CHESTS = {  # file or folder: reference, and whether that is the lungs' mask, a lesion's, or boxes around a tumour
@@ -37,10 +35,29 @@ CHESTS = {  # file or folder: reference, and whether that is the lungs' mask, a 
     "ct/chest_lungpetctdx_A0001_ct.nii.gz": ("ct/chest_lungpetctdx_A0001_tumour_boxes.csv", "tumour boxes"),
     "dicom_lungpetctdx_A0002_B40f": ("dicom_lungpetctdx_A0002_B40f_tumour_boxes.csv", "tumour boxes"),
 }
-NO_CHEST = "ct/NOTchest_abdomenpelvis_totalsegmentator_ct.nii.gz"
-SLICE = "dicom_covid_ny_sbu_single_slices/A002304_19010112-135.dcm"
 FULL_CT = (512, 512, 300)
 RADII_MM = (10, 20, 30)
+PAGE = """\
+# Lung masks without weights
+
+What `lung_mask: threshold` finds, and with `lung_mask_fill: true` (*thorax filled*). Seconds are of one processor core.
+{full}
+## Real scans at 3 mm
+
+*Kept* is the share of the reference that lies in the mask. Boxes around a tumour hold chest wall and mediastinum too, so
+that all of a box can't and shouldn't be kept; its *solid part* is what is denser than -400 HU.
+
+{real}
+## Chest phantoms
+
+{num} phantoms `chest` of 64³ voxels of 5 mm, half of which have fibrosis at the pleura.
+
+{parts}
+The same with a solid mass (40 HU) centred on the pleura in the middle half of the lung: the share of it that is kept.
+
+{masses}
+Made by `python -m scripts.research.measure_lung_masks --num {num} --seed {seed}`.
+"""
 
 
 @dataclass
@@ -88,10 +105,8 @@ def read(folder: Path, name: str, reference: str = "", kind: str = "") -> Measur
     keys, modes = ["image"], ["bilinear"]
     if kind == "tumour boxes":
         boxes = torch.zeros_like(data["image"])
-        with open(folder / reference, newline="") as f:
-            for r in csv.DictReader(f):
-                x, y = (slice(int(r[f"{a}min"]), int(r[f"{a}max"]) + 1) for a in "xy")
-                boxes[0, x, y, int(r["slice_index_k"])] = 1
+        for box in pd.read_csv(folder / reference).itertuples():
+            boxes[0, box.xmin : box.xmax + 1, box.ymin : box.ymax + 1, box.slice_index_k] = 1
         data["reference"] = boxes
     elif kind:
         path = {"patient_id": name, "reference": str(folder / reference)}
@@ -101,15 +116,6 @@ def read(folder: Path, name: str, reference: str = "", kind: str = "") -> Measur
     data = Compose([Orientationd(keys, axcodes="RAS", labels=None), Spacingd(keys, pixdim=(SPACING,) * 3, mode=modes)])(data)
     mask = lung_labels(data["reference"].numpy()[0]) if kind else None
     return Measured(Path(name).name, data["image"].numpy()[0], SPACING, mask, kind)
-
-
-def repeated_slice(path: Path) -> Measured:
-    """A single DICOM slice, repeated so that it is a volume."""
-    image = itk.imread(str(path))
-    spacing = image.GetSpacing()[0]
-    plane = np.clip(itk.array_from_image(image)[0], -1024, None).T[::-1, ::-1].astype(np.float32)
-    plane = ndimage.zoom(plane, spacing / SPACING, order=1)
-    return Measured(path.name, np.repeat(plane[:, :, None], 16, 2), SPACING)
 
 
 def with_mass(scan: Phantom, radius: float, costal: bool, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -132,44 +138,35 @@ def with_mass(scan: Phantom, radius: float, costal: bool, rng: np.random.Generat
     return np.where(mass, 40, scan.image), mass
 
 
-def measure_phantoms(num: int, seed: int) -> tuple[list[str], Measured]:
-    """Rows of the two tables of phantoms, and one with a mass for the picture."""
-    scans = [scan for _, scan in PhantomCohort(9, num, seed)]
-    mm = Chest.FIELD / len(scans[0].image)
-    plain = [Measured("phantom", s.image, mm, s.lung_mask, "lungs") for s in tqdm(scans, desc="phantoms")]
-    parts = {}
-    for what in ("gt_mask", "confounder_mask"):
-        parts[what] = [
-            float((m.mask & getattr(s, what)).sum()) / getattr(s, what).sum()
-            for m, s in zip(plain, scans)
-            if getattr(s, what).any()
-        ]
+def measure_parts(scans: list[Phantom]) -> pd.DataFrame:
+    """What of lungs and of disease the masks of phantoms keep."""
+    plain = [Measured("phantom", s.image, Chest.FIELD / len(s.image), s.lung_mask) for s in tqdm(scans, desc="phantoms")]
     dice = [m.dice() for m in plain]
-    rows = [
-        "| | mean | worst |",
-        "|---|---|---|",
-        f"| Dice of the lungs | {np.mean(dice):.3f} | {min(dice):.3f} |",
-        f"| kept of the fibrosis at the pleura (`gt_mask`) | {np.mean(parts['gt_mask']):.3f} | {min(parts['gt_mask']):.3f} |",
-        f"| kept of ground glass and nodules (`confounder_mask`) | {np.mean(parts['confounder_mask']):.3f} | "
-        f"{min(parts['confounder_mask']):.3f} |",
-        f"| seconds | {np.mean([m.seconds for m in plain]):.2f} | {max(m.seconds for m in plain):.2f} |",
-        "",
-        "| radius, mm | at the chest wall | thorax filled | at the mediastinum | thorax filled |",
-        "|---|---|---|---|---|",
-    ]
-    shown = None
+    rows = [{"": "Dice of the lungs", "mean": f"{np.mean(dice):.3f}", "worst": f"{min(dice):.3f}"}]
+    titles = {"gt_mask": "the fibrosis at the pleura", "confounder_mask": "ground glass and nodules"}
+    for name, title in titles.items():
+        masks = [(m.mask, getattr(s, name)) for m, s in zip(plain, scans, strict=True)]
+        kept = [float((mask & part).sum()) / part.sum() for mask, part in masks if part.any()]
+        rows.append({"": f"kept of {title} (`{name}`)", "mean": f"{np.mean(kept):.3f}", "worst": f"{min(kept):.3f}"})
+    taken = [m.seconds for m in plain]
+    return pd.DataFrame([*rows, {"": "seconds", "mean": f"{np.mean(taken):.2f}", "worst": f"{max(taken):.2f}"}])
+
+
+def measure_masses(scans: list[Phantom], seed: int) -> tuple[pd.DataFrame, Measured]:
+    """What of masses at the pleura the masks of phantoms keep, and one of these scans for the picture."""
+    mm, rows, shown = Chest.FIELD / len(scans[0].image), [], None
     for radius in tqdm(RADII_MM, desc="masses"):
-        cells = []
-        for costal in (True, False):
-            kept = []
+        cells = {"radius, mm": radius}
+        for place in ("at the chest wall", "at the mediastinum"):
+            costal, kept = place == "at the chest wall", []
             for i, scan in enumerate(scans):
                 hu, mass = with_mass(scan, radius, costal, np.random.default_rng([seed, radius, i]))
-                m = Measured(f"phantom 9, mass of {radius} mm radius", hu, mm, mass, "mass")
+                m = Measured(f"chest phantom, mass of {radius} mm radius", hu, mm, mass)
                 kept.append((m.kept(), m.kept(filled=True)))
                 shown = m if costal and radius == 20 and i == 0 else shown
-            cells += [f"{np.mean([k[n] for k in kept]):.2f}" for n in (0, 1)]
-        rows.append(f"| {radius} | " + " | ".join(cells) + " |")
-    return rows, shown
+            cells[place], cells[f"{place}, thorax filled"] = (f"{value:.2f}" for value in np.mean(kept, 0))
+        rows.append(cells)
+    return pd.DataFrame(rows), shown
 
 
 def full_ct_seconds(scan: Measured) -> float:
@@ -191,102 +188,53 @@ def draw(scans: list[Measured], path: Path) -> None:
     for ax, scan in zip(axes.flat, scans):
         where = scan.mask if scan.reference is None else scan.reference
         k = int(where.sum((0, 1)).argmax())
-        view = lambda volume: volume[::-1, :, k].T  # noqa: E731  as radiologists look at it: the patient's right is left
-        ax.imshow(view(scan.hu), cmap="gray", vmin=-1100, vmax=250, origin="lower")
+        view = np.s_[::-1, :, k]  # as radiologists look at it: the patient's right is left
+        ax.imshow(scan.hu[view].T, cmap="gray", vmin=-1100, vmax=250, origin="lower")
         for mask, colour in ((scan.filled, "gold"), (scan.reference, "red"), (scan.mask, "cyan")):
             if mask is not None and mask[:, :, k].any():
-                ax.contour(view(mask), [0.5], colors=colour, linewidths=1)
+                ax.contour(mask[view].T, [0.5], colors=colour, linewidths=1)
         ax.set_title(scan.name, fontsize=8)
     write_png(path, figure, dpi=80)
 
 
-def real_rows(scans: list[Measured]) -> list[str]:
-    rows = [
-        "| scan | reference | Dice | kept | of its solid part | … thorax filled | mask, L | … thorax filled | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+def real_table(scans: list[Measured]) -> pd.DataFrame:
+    rows = []
     for s in scans:
-        if s.reference is None:
-            cells = ["none"] + ["–"] * 4
-        else:
-            dice = f"{s.dice():.3f}" if s.kind == "lungs" else "–"
-            solid = ["–"] * 2 if s.kind == "lungs" else [f"{s.kept(solid=True):.3f}", f"{s.kept(True, True):.3f}"]
-            cells = [s.kind, dice, f"{s.kept():.3f}", *solid]
-        size = [f"{s.litres():.2f}", f"{s.litres(filled=True):.2f}"]
-        rows.append("| " + " | ".join([f"`{s.name}`", *cells, *size, f"{s.seconds:.1f}"]) + " |")
-    return rows
-
-
-def page(real: list[str], full: float | None, phantoms: list[str], picture: str, num: int, command: str) -> str:
-    lines = [
-        "# Lung masks without weights",
-        "",
-        "What `lung_mask: threshold` finds (`bundle/transforms/lung_threshold.py`), and with `lung_mask_fill: true` (*thorax filled*). "
-        "`lungmask`'s networks are not measured here: their weights don't come with this repository. Seconds are of one processor core.",
-        "",
-        "## Real scans",
-        "",
-        "At 3 mm, as the network sees them. *Kept* is the share of the reference that lies in the mask. Boxes around a tumour hold "
-        "chest wall and mediastinum too, so that all of a box can't and shouldn't be kept; its *solid part* is what is denser than -400 HU.",
-        "",
-        *real,
-        "",
-    ]
-    if full is not None:
-        lines += [f"A chest of {' x '.join(map(str, FULL_CT))} voxels takes {full:.1f} s without resampling it first.", ""]
-    lines += [
-        f"![outlines of the masks]({picture})",
-        "",
-        "*Cyan: the mask. Red: the reference. Gold: thorax filled.*",
-        "",
-        "## Chest phantoms",
-        "",
-        f"{num} phantoms of complexity 9 (64³ voxels of 5 mm), half of which have fibrosis at the pleura.",
-        "",
-        *phantoms[: phantoms.index("")],
-        "",
-        "The same with a solid mass (40 HU) centred on the pleura in the middle half of the lung: the share of it that is kept.",
-        "",
-        *phantoms[phantoms.index("") + 1 :],
-        "",
-        "## Where it fails",
-        "",
-        "- **What isn't surrounded by lung.** A mass in a corner of the lung (its apex, the angles at the sternum, spine and "
-        "diaphragm) or one that merges with the mediastinum looks like what lies beside the lung. `--lung_mask_fill true` keeps all between "
-        "the lungs, and with it the heart, the mediastinum and what is under the diaphragm's dome.",
-        "- **Consolidation** is as dense as muscle. Where aerated lung surrounds it, it is kept; where it reaches the chest wall over "
-        "a long way, as in the single slice above (repeated to a volume), it isn't.",
-        "- **A scan without a chest** has a mask all the same: gas in the bowel is air inside the body.",
-        "",
-        f"Made by `{command}`.",
-    ]
-    return "\n".join(lines) + "\n"
+        row = {"scan": f"`{s.name}`", "reference": s.kind or "none"}
+        row["Dice"] = f"{s.dice():.3f}" if s.kind == "lungs" else "–"
+        row["kept"] = f"{s.kept():.3f}" if s.kind else "–"
+        lesion = s.kind not in ("", "lungs")
+        row["of its solid part"] = f"{s.kept(solid=True):.3f}" if lesion else "–"
+        row["… thorax filled"] = f"{s.kept(filled=True, solid=True):.3f}" if lesion else "–"
+        row["mask, L"] = f"{s.litres():.2f}"
+        rows.append(row | {"thorax filled, L": f"{s.litres(filled=True):.2f}", "seconds": f"{s.seconds:.1f}"})
+    return pd.DataFrame(rows)
 
 
 def main() -> None:
     p = argparse.ArgumentParser(
-        prog="python -m scripts.research.measure_lung_masks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m scripts.research.measure_lung_masks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of real scans (default ../shared/data)")
     p.add_argument("--num", type=int, default=10, help="phantoms (default 10)")
     p.add_argument("--seed", type=int, default=0, help="of the phantoms (default 0)")
-    p.add_argument("--page", type=Path, default=Path("docs/lung_masks.md"), help="page to write, with a PNG beside it")
+    p.add_argument("--page", type=Path, default=Path("docs/results/lung_masks.md"), help="to write (default %(default)s)")
+    p.add_argument("--picture", type=Path, default=Path("docs/lung_masks.png"), help="to draw (default %(default)s)")
     args = p.parse_args()
-    chests = [
-        read(args.data, name, *reference)
-        for name, reference in tqdm(CHESTS.items(), desc="real scans")
-        if (args.data / name).exists()
-    ]
-    others = [read(args.data, NO_CHEST)] if (args.data / NO_CHEST).exists() else []
-    if (args.data / SLICE).exists():
-        others.append(repeated_slice(args.data / SLICE))
-    phantoms, shown = measure_phantoms(args.num, args.seed)
-    args.page.parent.mkdir(parents=True, exist_ok=True)
-    picture = args.page.with_suffix(".png")
-    draw([*chests, *others, shown], picture)
-    full = full_ct_seconds(chests[-1]) if chests else None
-    command = f"python -m scripts.research.measure_lung_masks --num {args.num} --seed {args.seed}"
-    write_text(args.page, page(real_rows(chests + others), full, phantoms, picture.name, args.num, command))
+    if args.num < 2:
+        sys.exit(f"error: --num is {args.num}; expected at least 2, of which one dies.")
+    here = {name: reference for name, reference in CHESTS.items() if (args.data / name).exists()}
+    chests = [read(args.data, name, *reference) for name, reference in tqdm(here.items(), desc="real scans")]
+    phantoms = [scan for _, scan in PhantomCohort("chest", args.num, args.seed)]
+    masses, shown = measure_masses(phantoms, args.seed)
+    draw([*chests, shown], args.picture)
+    shape = " x ".join(map(str, FULL_CT))
+    full = f"A chest of {shape} voxels takes {full_ct_seconds(chests[-1]):.1f} s at full resolution.\n" if chests else ""
+    tables = {"real": real_table(chests), "parts": measure_parts(phantoms), "masses": masses}
+    tables = {name: markdown(table) for name, table in tables.items()}
+    write_text(args.page, PAGE.format(full=full, num=args.num, seed=args.seed, **tables))
 
 
 if __name__ == "__main__":
