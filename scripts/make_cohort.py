@@ -1,38 +1,39 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Turn a tree of scans and a clinical table into a checked cohort CSV."""
+"""Turn a tree of scans and a clinical table into a checked cohort CSV.
+
+    python -m scripts.make_cohort --layout lung1 --images NSCLC-Radiomics --clinical table.csv --out cohort.csv
+
+layouts
+  lung1  NSCLC-Radiomics: DIR/LUNG1-001/<study>/<series>/*.dcm with CT and RTSTRUCT or SEG; its table of survival in
+         days. The region GTV-1 becomes gt_mask, a NIfTI on the CT's grid.
+  osic   OSIC pulmonary fibrosis: DIR/<Patient>/*.dcm; its table of visits, of which the one nearest to the CT is
+         taken. It has no survival: without columns time (months) and event the cohort is for inference.
+  flat   DIR/<patient_id>.nii.gz (or .nii .nrrd .mha .mhd) with masks <patient_id>_lung, _gt, _confounder, in DIR or
+         folders within; or DIR/<patient_id>/ with DICOM. Table with patient_id, and time (months) and event if known.
+
+All other columns go into the cohort under tidy names. A second run makes only the masks that are missing.
+"""
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from bundle.data.cohort import read_cohort
+from bundle.data import read_cohort
 from bundle.errors import InputError
 from bundle.files import write_atomically
 from bundle.reading.layouts import LAYOUTS, UNITS, Layout, read_clinical, scan_row
+from bundle.reading.tables import raise_faults
 
 _log = logging.getLogger(__name__)
-
-WHAT = """\
-layout
- lung1  NSCLC-Radiomics: DIR/LUNG1-001/<study>/<series>/*.dcm with CT and RTSTRUCT or SEG; its table of survival in
-        days. The region GTV-1 becomes gt_mask, a NIfTI on the CT's grid.
- osic   OSIC pulmonary fibrosis: DIR/<Patient>/*.dcm; its table of visits, of which the one nearest to the CT is
-        taken. It has no survival: without columns time (months) and event the cohort is for inference.
- flat   DIR/<patient_id>.nii.gz (or .nii .nrrd .mha .mhd) with masks <patient_id>_lung, _gt, _confounder, in DIR or
-        folders within; or DIR/<patient_id>/ with DICOM. Table with patient_id, and time (months) and event if known.
-
-All other columns go into the cohort under tidy names. What was done is kept: a second run makes only what is missing.
-"""
 
 
 def make_cohort(layout: Layout, images: Path, table: Path, out: Path, region: str | None, on_fault: str) -> None:
@@ -52,25 +53,21 @@ def make_cohort(layout: Layout, images: Path, table: Path, out: Path, region: st
     if not images.is_dir():
         raise InputError(f"--images {images}: no such folder (expected the folder of the scans)")
     rows, faults = read_clinical(table, layout)
-    scan_faults: list[str] = []
-    cohort: list[dict[str, str]] = []
     masks = out.parent / "masks"
+    cohort, scan_faults = [], []
     with logging_redirect_tqdm():
         for line, row in tqdm(rows.items(), desc="scans", unit="scan", disable=not rows):
             try:
                 files = scan_row(row["patient_id"], images.absolute(), masks.absolute(), region)
+                cohort.append({"patient_id": row["patient_id"], **files, **row})
             except InputError as error:
                 scan_faults.append(f"row {line}: {error}")
-                continue
-            cohort.append({"patient_id": row["patient_id"], **files, **row})
     if on_fault == "skip":
         for fault in scan_faults:
             _log.warning("left out: %s", fault)
     else:
         faults += scan_faults
-    if faults:
-        count = "a fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise InputError(f"{table} has {count}:\n" + "\n".join(f"  {fault}" for fault in faults))
+    raise_faults(table, faults)
     if not cohort:
         raise InputError(f"{table}: no scans remain once scans at fault are left out")
     known = {row["patient_id"] for row in rows.values()}
@@ -78,16 +75,11 @@ def make_cohort(layout: Layout, images: Path, table: Path, out: Path, region: st
     if strangers:
         more = ", ..." if len(strangers) > 5 else ""
         _log.warning("%d folders have no row in the table: %s%s", len(strangers), ", ".join(strangers[:5]), more)
-
-    columns = list(dict.fromkeys(column for row in cohort for column in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(cohort)
+    written = pd.DataFrame(cohort)
 
     def write(temporary: Path) -> None:
-        temporary.write_text(text.getvalue(), encoding="utf-8")
-        read_cohort(temporary, need_outcome="time" in columns)
+        written.to_csv(temporary, index=False)
+        read_cohort(temporary, need_outcome="time" in written)
 
     write_atomically(out, write)
     masked = sum("gt_mask" in row for row in cohort)
@@ -96,35 +88,25 @@ def make_cohort(layout: Layout, images: Path, table: Path, out: Path, region: st
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="python -m scripts.make_cohort",
-        description="Turn a tree of scans and a clinical table into a checked cohort CSV.",
-        epilog=WHAT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m scripts.make_cohort", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--layout", required=True, choices=LAYOUTS, help="see below")
+    p.add_argument("--layout", required=True, choices=LAYOUTS, help="see above")
     p.add_argument("--images", required=True, type=Path, metavar="DIR", help="folder of the scans")
     p.add_argument("--clinical", required=True, type=Path, metavar="CSV", help="clinical table")
     p.add_argument("--out", required=True, type=Path, metavar="CSV", help="cohort to write; masks/ goes beside it")
-    p.add_argument(
-        "--region", default="GTV-1", help="what RTSTRUCT or SEG call the cause of death (lung1; default GTV-1)"
-    )
+    p.add_argument("--region", default="GTV-1", help="what RTSTRUCT or SEG call the cause of death (lung1; default GTV-1)")
     p.add_argument("--on_fault", default="fail", choices=("fail", "skip"), help="skip leaves out scans at fault")
     for name in ("patient", "time", "event"):
-        p.add_argument(f"--{name}_column", metavar="NAME", help="where the table has another name than the layout's")
-    p.add_argument("--time_unit", choices=UNITS, help="where it has another unit than the layout's")
+        p.add_argument(f"--{name}_column", dest=name, metavar="NAME", help="if the table has another name than the layout's")
+    p.add_argument("--time_unit", dest="unit", choices=UNITS, help="if it has another unit than the layout's")
     return p
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    given = {
-        "patient": args.patient_column,
-        "time": args.time_column,
-        "event": args.event_column,
-        "unit": args.time_unit,
-    }
-    layout = replace(LAYOUTS[args.layout], **{key: value for key, value in given.items() if value})
+    given = {name: value for name in ("patient", "time", "event", "unit") if (value := getattr(args, name))}
+    layout = replace(LAYOUTS[args.layout], **given)
     region = args.region if args.layout == "lung1" else None
     try:
         make_cohort(layout, args.images, args.clinical, args.out, region, args.on_fault)
