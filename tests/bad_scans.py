@@ -359,6 +359,7 @@ KINDS: dict[str, Callable[[Path], Path | dict[str, str]]] = {
     "a ZIP archive named .nii.gz": zipped,
     "NIfTI without compression named .nii.gz": lambda f: nifti(f, name="scan.nii").rename(f / "scan.nii.gz"),
     "gzip named .nii": lambda f: nifti(f).rename(f / "scan.nii"),
+    "text named .nii.gz": lambda f: raw(f, "scan.nii.gz", "not a scan"),
     "gzip of something else": lambda f: raw(f, "scan.nii.gz", gzip.compress(b"From: registry\nSubject: your scan\n" * 40)),
     "JSON named .nrrd": lambda f: raw(f, "scan.nrrd", '{"type": "short", "sizes": [24, 20, 16]}'),
     "a web page named .mha": lambda f: raw(f, "scan.mha", "<!doctype html><title>Please log in</title>"),

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from bundle.data import read_cohort, single_scan, split_cohort
+from bundle.data import EventSampler, read_cohort, single_scan, split_cohort
 from bundle.errors import InputError
 
 HEADER = "patient_id,image,time,event"
@@ -126,7 +126,7 @@ def test_faults_of_the_table(write, tmp_path):
     assert "row 2, column sex: 'f' (expected a number" in fault_of(
         write(HEADER + ",sex", "A,a.nii.gz,5,1,f"), clinical={"sex": "numeric"}
     )
-    for clinical in (["sex"], {"sex": "text"}):
+    for clinical in (["sex"], {"sex": "text"}, 5, "sex"):
         assert 'expected each column with its kind, such as {"age": "numeric"' in fault_of(
             write(HEADER + ",sex", "A,a.nii.gz,5,1,f"), clinical=clinical
         )
@@ -135,6 +135,8 @@ def test_faults_of_the_table(write, tmp_path):
     )
     assert "row 2, column fold: '1.5' (expected an integer)" in fault_of(write(HEADER + ",fold", "A,a.nii.gz,5,1,1.5"))
     assert "No such file" in fault_of(tmp_path / "lost.csv")
+    assert "table 5: No such file" in fault_of(5)
+    assert "tmax is 'abc' (expected a number of months)" in fault_of(write(HEADER, "A,a.nii.gz,5,1"), tmax="abc")
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00\x01")
     assert "not a CSV in UTF-8" in fault_of(tmp_path / "binary.csv")
 
@@ -175,8 +177,9 @@ def test_single_scan_is_named_after_its_file(tmp_path, name, patient):
 
 
 def test_single_scan_must_be_there(tmp_path):
-    with pytest.raises(InputError, match="does not exist"):
-        single_scan(tmp_path / "lost.nii.gz")
+    for image in (tmp_path / "lost.nii.gz", 5):
+        with pytest.raises(InputError, match="does not exist"):
+            single_scan(image)
 
 
 def people(deaths: int, censored: int, **columns) -> list[dict]:
@@ -230,3 +233,9 @@ def test_nothing_to_train_or_validate_on_is_refused():
         split_cohort(people(1, 0))
     with pytest.raises(InputError, match="leave none for train"):
         split_cohort(people(2, 2, split="val"))
+
+
+@pytest.mark.parametrize("share", [1, -0.1, "abc", None, True])
+def test_the_share_of_deaths_is_a_number_below_one(share):
+    with pytest.raises(InputError, match=r"min_event_share is .* \(expected a share in \[0, 1\)\)"):
+        EventSampler(None, share)

@@ -113,6 +113,23 @@ def test_the_transform(chest):
     assert QualityGated()(unseen) == unseen
 
 
+def test_limits_are_two_volumes_and_a_length(chest):
+    hu, lung = chest
+    small = scan(hu, lung, notes="")
+    small["image"].affine = small["lung"].affine = torch.diag(torch.tensor([MM / 2, MM / 2, MM / 2, 1.0]))
+    with pytest.raises(InputError, match="lung volume"):
+        QualityGated()(small)
+    assert QualityGated(lung_litres=[0.2, 10])(small)["lung"] is small["lung"]
+    for limits, says in (
+        ({"lung_litres": 5}, r"lung_litres is 5 \(expected two ascending volumes in litres, such as \[0.8, 10\]\)"),
+        ({"lung_litres": [10, 0.3]}, r"lung_litres is \[10, 0.3\]"),
+        ({"lung_litres": "abc"}, "lung_litres is 'abc'"),
+        ({"max_spacing": "x"}, r"max_spacing is 'x' \(expected a number of mm above 0\)"),
+    ):
+        with pytest.raises(InputError, match=says):
+            QualityGated(**limits)
+
+
 def load(config: str, **record: str) -> dict:
     """What a config's preprocessing makes of a record."""
     parser = ConfigParser()
@@ -120,7 +137,7 @@ def load(config: str, **record: str) -> dict:
     try:
         return Compose(parser.get_parsed_content("load_transforms"))(record)
     except Exception as e:
-        raise input_error_of(e) or e
+        raise (input_error_of(e) or e) from None
 
 
 def test_real_chests_pass_and_an_abdomen_does_not(shared_data):

@@ -23,8 +23,9 @@ from scipy.spatial.transform import Rotation
 
 from bundle.errors import InputError
 from bundle.maps import GridShiftInferer
-from bundle.transforms import LoadCTd, LungMaskd, RandOrigind, check_hu
+from bundle.transforms import LoadCTd, LungMaskd, RandOrigind, check_hu, check_preprocessing
 
+from .bad_scans import KINDS
 from .dicom_files import write_series
 
 SHAPE = (12, 10, 8)
@@ -102,62 +103,31 @@ def test_padding_becomes_air_and_masks_become_zero_or_one(tmp_path):
     assert LoadCTd()({"image": save(tmp_path / "one.nii.gz", hu()[..., None])})["image"].shape == (1, *SHAPE)
 
 
-def test_bad_files_are_refused_in_one_sentence(tmp_path):
-    assert "does not exist" in fault_of(str(tmp_path / "lost.nii.gz"))
-    for suffix in (".nii", ".nii.gz", ".nrrd", ".mha"):
-        whole, cut = tmp_path / f"whole{suffix}", tmp_path / f"cut{suffix}"
-        if "nii" in suffix:
-            save(whole, hu())
-        else:
-            itk.imwrite(itk.image_from_array(hu()), str(whole))
-        cut.write_bytes(whole.read_bytes()[: -whole.stat().st_size // 3])
-        assert "truncated" in fault_of(str(cut))
-    (tmp_path / "text.nii.gz").write_text("not a scan")
-    assert "is text (expected gzip-compressed NIfTI)" in fault_of(str(tmp_path / "text.nii.gz"))
-
-    assert "is 2-D, 12 x 10" in fault_of(save(tmp_path / "flat.nii.gz", hu()[:, :, 0]))
-    assert "several volumes or channels, 12 x 10 x 8 x 2" in fault_of(
-        save(tmp_path / "series.nii.gz", np.stack([hu(), hu()], -1))
-    )
-    assert "expected at least 3 slices, rows and columns" in fault_of(save(tmp_path / "thin.nii.gz", hu()[:, :, :2]))
-    for value in (np.nan, np.inf):
-        holed = hu().astype(np.float32)
-        holed[1, 2, 3:5] = value
-        assert "2 voxels are NaN or infinite" in fault_of(save(tmp_path / "holed.nii.gz", holed))
-
-
 @pytest.mark.parametrize(
-    ("spacing", "says"), [((0.05, 2, 2), "0.05 x 2 x 2 mm"), ((2, 2, 30), "2 x 2 x 30 mm (expected 0.1 to 20 mm)")]
+    ("kind", "says"),
+    [
+        ("no such file", "does not exist"),
+        ("truncated .nii", "truncated"),
+        ("truncated .nii.gz", "truncated"),
+        ("truncated .nrrd", "truncated"),
+        ("truncated .mha", "truncated"),
+        ("text named .nii.gz", "is text (expected gzip-compressed NIfTI)"),
+        ("2-D", "is 2-D, 24 x 20"),
+        ("4-D, .nii.gz", "several volumes or channels, 24 x 20 x 16 x 2"),
+        ("two slices, .nrrd", "expected at least 3 slices, rows and columns"),
+        ("NaN among the voxels", "2 voxels are NaN or infinite"),
+        ("infinity among the voxels, .mha", "1 voxel is NaN or infinite"),
+        ("spacing in metres", "0.002 x 0.002 x 0.003 mm"),
+        ("huge spacing", "2 x 2 x 300 mm (expected 0.1 to 20 mm)"),
+        ("two axes that are the same", "sheared by 90 degrees"),
+        ("an empty folder", "no DICOM series"),
+        ("DICOM: slices missing in the middle", "3 slices missing"),
+        ("HU windowed to a picture of 0 to 255", "8-bit"),
+        ("HU + 1024", "HU + 1024"),
+    ],
 )
-def test_absurd_spacing_is_refused(tmp_path, spacing, says):
-    path = save(tmp_path / "scan.nii.gz", hu(), np.diag([*spacing, 1.0]))
-    assert says in fault_of(path)
-
-
-def test_singular_affine_is_refused(tmp_path):
-    affine = np.eye(4)
-    affine[:3, 1] = affine[:3, 0]
-    image = nib.Nifti1Image(hu(), None)
-    image.header.set_sform(affine, code=1)
-    nib.save(image, tmp_path / "scan.nii.gz")
-    assert "sheared by 90 degrees" in fault_of(str(tmp_path / "scan.nii.gz"))
-
-
-def test_dicom_folders(tmp_path, caplog):
-    (tmp_path / "empty").mkdir()
-    assert "no DICOM series" in fault_of(str(tmp_path / "empty"))
-
-    two = tmp_path / "two"
-    write_series(two, hu((12, 10, 4), seed=1), (1, 1, 5), (0, 0, 0))
-    path = write_series(two, hu(), (1, 1, 2), (0, 0, 0))
-    caplog.set_level("INFO")
-    image = LoadCTd()({"patient_id": "P7", "image": path})["image"]
-    np.testing.assert_array_equal(image[0].numpy(), hu())
-    assert "2 DICOM series are there" in caplog.text
-
-    gap = write_series(tmp_path / "gap", hu(), (1, 1, 2), (0, 0, 0))
-    sorted((tmp_path / "gap").iterdir())[3].unlink()
-    assert "1 slice missing" in fault_of(gap)
+def test_a_bad_scan_is_refused_in_one_sentence(tmp_path, kind, says):
+    assert says in fault_of(str(KINDS[kind](tmp_path)))
 
 
 # --- Hounsfield units ----------------------------------------------------------------------------------------------
@@ -197,11 +167,6 @@ def test_ct_with_padding_and_phantoms_are_hounsfield_units():
     assert check_hu(noise.round()) is None
     noise[:500] += 40 * 20
     assert check_hu(noise.round()) is None
-
-
-def test_not_hounsfield_units_is_refused_on_loading(tmp_path):
-    assert "8-bit" in fault_of(save(tmp_path / "grey.nii.gz", np.clip(hu() // 4 + 240, 0, 255).astype(np.uint8)))
-    assert "HU + 1024" in fault_of(save(tmp_path / "stored.nii.gz", hu() + 1024))
 
 
 # --- masks ---------------------------------------------------------------------------------------------------------
@@ -246,12 +211,40 @@ def test_lung_mask_methods(tmp_path):
         ({"method": "lungmask"}, "without weights"),
         ({"method": "lungmask", "weights": "lost.pth"}, "no such file"),
         ({"method": "auto", "weights": "lost.pth"}, "no such file"),
+        ({"method": "auto", "weights": 7}, "lungmask weights 7: no such file"),
     ):
         with pytest.raises(InputError, match=says):
             LungMaskd(**options)
     with pytest.raises(ValueError, match="Orientationd"):
         flipped = MetaTensor(torch.zeros(1, 4, 4, 4), affine=torch.diag(torch.tensor([-1.0, 1, 1, 1])))
         LungMaskd(method="threshold")({"image": flipped})
+
+
+# --- arguments -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"spacing": "abc"}, "spacing is 'abc' (expected one number or three, 0.1 to 20 mm, such as 3 or [3, 3, 3])"),
+        ({"spacing": 0}, "spacing is [0, 0, 0] (expected"),
+        ({"spacing": True}, "spacing is True (expected"),
+        ({"spacing": [3, 3]}, "spacing is [3, 3] (expected"),
+        ({"spacing": [3, 3, "3"]}, "spacing is [3, 3, '3'] (expected"),
+        ({"hu_window": 5}, "hu_window is 5 (expected two ascending HU, such as [-1000, 200])"),
+        ({"hu_window": [200, -1000]}, "hu_window is [200, -1000] (expected"),
+        ({"lung_mask": 7}, "lung_mask is 7 (expected one of auto, given, lungmask, threshold, none)"),
+        ({"margin": "abc"}, "margin is 'abc' (expected a number of mm, at least 0)"),
+        ({"margin": float("nan")}, "margin is nan (expected"),
+        ({"margin": -1}, "margin is -1 (expected"),
+    ],
+)
+def test_an_argument_of_the_wrong_shape_is_one_sentence(given, says):
+    usual = {"spacing": 3.0, "hu_window": [-1000, 200], "lung_mask": "auto", "margin": 6}
+    assert check_preprocessing(**usual)["spacing"] == check_preprocessing(**usual | {"spacing": (3, 3, 3)})["spacing"]
+    with pytest.raises(InputError) as caught:
+        check_preprocessing(**usual | given)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
 # --- the way there and back ----------------------------------------------------------------------------------------

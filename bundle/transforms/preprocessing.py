@@ -38,7 +38,7 @@ def check_preprocessing(
     return {
         "spacing": checked_numbers(
             "spacing",
-            [spacing] * 3 if isinstance(spacing, (int, float)) else spacing,
+            [spacing] * 3 if type(spacing) in (int, float) else spacing,
             3,
             f"one number or three, {least:g} to {most:g} mm, such as 3 or [3, 3, 3]",
             lambda *sides: least <= min(sides) <= max(sides) <= most,
