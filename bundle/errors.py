@@ -32,8 +32,10 @@ def checked_numbers(
     Raises:
         InputError: the value is something else.
 
-    >>> checked_numbers("hu_window", (-1000, 200), 2, "two ascending HU", lambda low, high: low < high)
-    [-1000.0, 200.0]
+    Example::
+
+        >>> checked_numbers("hu_window", (-1000, 200), 2, "two ascending HU", lambda low, high: low < high)
+        [-1000.0, 200.0]
     """
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     real = all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values)
@@ -61,8 +63,10 @@ def unforeseen(patient: str, error: BaseException, doing: str) -> str:
 
     The cause at the bottom of the chain is shown: the errors that MONAI wraps around it only say where.
 
-    >>> unforeseen("P7", ZeroDivisionError("division by zero"), "predicting")
-    'patient P7: ZeroDivisionError while predicting: division by zero'
+    Example::
+
+        >>> unforeseen("P7", ZeroDivisionError("division by zero"), "predicting")
+        'patient P7: ZeroDivisionError while predicting: division by zero'
     """
     while error.__cause__ is not None:
         error = error.__cause__

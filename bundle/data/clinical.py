@@ -32,9 +32,11 @@ def fill_in(x: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> tuple[np
     Returns:
         the rows without gaps, and the covariance (d, d) that the missing values still have, summed over rows.
 
-    >>> rows, left = fill_in(np.array([[2.0, np.nan]]), np.zeros(2), np.array([[1.0, 0.5], [0.5, 1.0]]))
-    >>> rows.tolist(), left[1, 1].item()
-    ([[2.0, 1.0]], 0.75)
+    Example::
+
+        >>> rows, left = fill_in(np.array([[2.0, np.nan]]), np.zeros(2), np.array([[1.0, 0.5], [0.5, 1.0]]))
+        >>> rows.tolist(), left[1, 1].item()
+        ([[2.0, 1.0]], 0.75)
     """
     filled, left = x.copy(), np.zeros_like(covariance)
     gaps = np.isnan(x)
@@ -202,9 +204,11 @@ def encode_clinical(records: Sequence[dict], encoding: Mapping | list[Mapping]) 
         encoding: from :func:`fit_clinical`; with an empty one the records stay as they are. Of an ensemble, those of
             its members, whose vectors are put one after the other.
 
-    >>> patients = [{"patient_id": name, "covariates": {"age": age}} for name, age in (("A", 50.0), ("B", 70.0))]
-    >>> [record["clinical"] for record in encode_clinical(patients, fit_clinical(patients, {"age": "numeric"}))]
-    [[-1.0], [1.0]]
+    Example::
+
+        >>> patients = [{"patient_id": name, "covariates": {"age": age}} for name, age in (("A", 50.0), ("B", 70.0))]
+        >>> [record["clinical"] for record in encode_clinical(patients, fit_clinical(patients, {"age": "numeric"}))]
+        [[-1.0], [1.0]]
     """
     if isinstance(encoding, list):
         joint = [{**record, "clinical": []} for record in records]

@@ -74,13 +74,15 @@ def read_cohort(
     Raises:
         InputError: each fault as ``row N, column X: what (expected ...)``; N is the line in the file.
 
-    >>> import tempfile
-    >>> with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
-    ...     _ = file.write("patient_id,image,time,event,age\nA,a.nii.gz,12.5,1,61\n")
-    ...     file.flush()
-    ...     (record,) = read_cohort(file.name, clinical={"age": "numeric"}, check_files=False)
-    >>> record["patient_id"], record["time"], record["event"], record["covariates"]
-    ('A', 12.5, 1, {'age': 61.0})
+    Example::
+
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
+        ...     _ = file.write("patient_id,image,time,event,age\nA,a.nii.gz,12.5,1,61\n")
+        ...     file.flush()
+        ...     (record,) = read_cohort(file.name, clinical={"age": "numeric"}, check_files=False)
+        >>> record["patient_id"], record["time"], record["event"], record["covariates"]
+        ('A', 12.5, 1, {'age': 61.0})
     """
     path, clinical = str(path), {} if clinical is None else clinical
     _check_options(clinical, tmax, on_fault)

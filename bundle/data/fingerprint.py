@@ -70,9 +70,11 @@ def describe(thing: Any) -> Any:
     An object becomes its class and attributes, and so do the objects that it holds. A string that is the name of a
     file (weights of a network) becomes the SHA-256 of its content.
 
-    >>> from monai.transforms import Flip
-    >>> describe(Flip(spatial_axis=0))["spatial_axis"]
-    0
+    Example::
+
+        >>> from monai.transforms import Flip
+        >>> describe(Flip(spatial_axis=0))["spatial_axis"]
+        0
     """
     if thing is None or isinstance(thing, (bool, int, float)):
         return thing

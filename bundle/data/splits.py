@@ -39,9 +39,11 @@ def split_cohort(records: Sequence[dict], *, fold: int | None = None, seed: int 
     Raises:
         InputError: no such fold; a fold of a cohort with a column `split`; nothing left to train or to validate on.
 
-    >>> cohort = [{"patient_id": f"P{i}", "time": 10.0 + i, "event": i % 2} for i in range(20)]
-    >>> {name: len(part) for name, part in split_cohort(cohort).items()}
-    {'train': 14, 'val': 4, 'test': 2}
+    Example::
+
+        >>> cohort = [{"patient_id": f"P{i}", "time": 10.0 + i, "event": i % 2} for i in range(20)]
+        >>> {name: len(part) for name, part in split_cohort(cohort).items()}
+        {'train': 14, 'val': 4, 'test': 2}
     """
     parts: dict[str, list[dict]] = {name: [] for name in SPLITS}
     if all("split" in record for record in records):
@@ -106,9 +108,11 @@ def stratified_folds(records: Sequence[dict], folds: int, seed: int = 0) -> list
     Raises:
         InputError: fewer patients than folds, or a fold in which nobody died.
 
-    >>> cohort = [{"patient_id": f"P{i}", "time": 10.0 + i, "event": i % 2} for i in range(6)]
-    >>> sorted(stratified_folds(cohort, folds=3))
-    [0, 0, 1, 1, 2, 2]
+    Example::
+
+        >>> cohort = [{"patient_id": f"P{i}", "time": 10.0 + i, "event": i % 2} for i in range(6)]
+        >>> sorted(stratified_folds(cohort, folds=3))
+        [0, 0, 1, 1, 2, 2]
     """
     if folds < 2:
         raise InputError(f"the number of folds is {folds} (expected at least 2).")

@@ -185,8 +185,10 @@ def _malformed(patient: str, region: str | None) -> Iterator[None]:
 def tidy(name: str) -> str:
     """A column's name in lower case with underscores.
 
-    >>> tidy("clinical.T.Stage"), tidy("SmokingStatus")
-    ('clinical_t_stage', 'smoking_status')
+    Example::
+
+        >>> tidy("clinical.T.Stage"), tidy("SmokingStatus")
+        ('clinical_t_stage', 'smoking_status')
     """
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)
     return re.sub(r"[^0-9a-z]+", "_", name.lower()).strip("_")

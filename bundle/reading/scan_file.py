@@ -59,8 +59,10 @@ class _Claim(NamedTuple):
 def scan_stem(name: str) -> str | None:
     """The name of a scan's file without its suffix; None if the suffix is not a scan's.
 
-    >>> scan_stem("P7.NII.gz"), scan_stem("P7.jpg")
-    ('P7', None)
+    Example::
+
+        >>> scan_stem("P7.NII.gz"), scan_stem("P7.jpg")
+        ('P7', None)
     """
     suffix = next((s for s in IMAGE_SUFFIXES if name.lower().endswith(s)), None)
     return name[: -len(suffix)] if suffix else None

@@ -30,8 +30,10 @@ _ELSEWHERE = re.compile("abd|pelvi|head|brain|skull|neck|spine|knee|hip|leg|foot
 def plural(number: int, what: str) -> str:
     """A number of things in words.
 
-    >>> plural(1, "slice"), plural(2, "slice"), plural(2, "series")
-    ('1 slice', '2 slices', '2 series')
+    Example::
+
+        >>> plural(1, "slice"), plural(2, "slice"), plural(2, "series")
+        ('1 slice', '2 slices', '2 series')
     """
     return f"{number} {what}{'' if number == 1 or what == 'series' else 's'}"
 
@@ -227,8 +229,10 @@ def sharp_kernel(kernel: str) -> bool | None:
 
     Siemens and Canon number their kernels, GE names them, Philips has letters.
 
-    >>> sharp_kernel("B31f"), sharp_kernel("FC52"), sharp_kernel("LUNG"), sharp_kernel("")
-    (False, True, True, None)
+    Example::
+
+        >>> sharp_kernel("B31f"), sharp_kernel("FC52"), sharp_kernel("LUNG"), sharp_kernel("")
+        (False, True, True, None)
     """
     name = kernel.upper()
     if re.search("LUNG|BONE|EDGE|SHARP|DETAIL", name) or name in ("D", "E", "L", "YA", "YB", "YC", "YD"):

@@ -105,8 +105,10 @@ def read_slice(path: str) -> Slice | None:
 def without_name(text: str, name: str) -> str:
     """Free text, which is shown, without the words of the patient's name, which must not be.
 
-    >>> without_name("Thorax DOE_JOHN", "Doe^John")
-    'Thorax ***_***'
+    Example::
+
+        >>> without_name("Thorax DOE_JOHN", "Doe^John")
+        'Thorax ***_***'
     """
     words = [re.escape(word) for word in re.split(r"[\^=,\s]+", name) if len(word) > 1]
     letter = r"[^\W\d_]"  # a digit or an underscore ends a word, too

@@ -30,10 +30,12 @@ class Row:
         line: where it is in the file; the header is line 1.
         cells: text by column.
 
-    >>> row = Row(3, {"time": "soon"})
-    >>> row.parse("time", positive, "months as a number > 0")
-    >>> row.faults
-    ["row 3, column time: 'soon' (expected months as a number > 0)"]
+    Example::
+
+        >>> row = Row(3, {"time": "soon"})
+        >>> row.parse("time", positive, "months as a number > 0")
+        >>> row.faults
+        ["row 3, column time: 'soon' (expected months as a number > 0)"]
     """
 
     def __init__(self, line: int, cells: dict[str, str]) -> None:

@@ -98,8 +98,10 @@ def check_hu(image: Tensor) -> str | None:
     Args:
         image: finite values of any shape.
 
-    >>> check_hu(torch.tensor([0.0, 130.0, 255.0]))
-    'values run from 0 to 255 and look like an 8-bit picture or scaled intensities (expected HU: air near -1000, water 0)'
+    Example::
+
+        >>> check_hu(torch.full((4, 4), 7.0))
+        'every voxel is 7 (expected HU of a patient)'
     """
     values = convert_to_tensor(image, track_meta=False).flatten()
     low, high = float(values.min()), float(values.max())

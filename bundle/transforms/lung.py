@@ -28,16 +28,14 @@ LUNG_METHODS = ("auto", "given", "lungmask", "threshold", "none")
 
 
 class LungMaskd(MapTransform):
-    """Write `lung_key`: where the lung is, on the grid of the image, and `lung_mask_source`: how that is known.
+    """Write `lung`, where the lung is, on the grid of the image, and `lung_mask_source`, how that is known.
 
-    The image must be in HU and in RAS order (after `Orientationd`); a given mask must be on the image's grid (named in
-    the same `Orientationd` and `Spacingd`) and leaves the data, as `lung_key` replaces it.
+    `lung` is (1, D, H, W) float32 in {0, 1} with the image's affine and history of transforms, so that `Invertd` brings
+    it back. The image must be in HU and in RAS order (after `Orientationd`). A mask that came with the scan, `lung_mask`,
+    must be on the image's grid (named in the same `Orientationd` and `Spacingd`); it leaves the data.
 
     Args:
         keys: the image; one key.
-        lung_key: (1, D, H, W) float32 in {0, 1} with the image's affine and history of transforms (so that `Invertd`
-            brings it back), written whatever the method.
-        given_key: the mask that came with the scan, if it did.
         method: "given"; "lungmask" (:func:`lungmask_network`); "threshold" (:func:`threshold_lung_mask`); "none" (1
             everywhere, for phantoms without lungs); "auto": the given mask, else lungmask if there are `weights`, else
             threshold.
@@ -52,8 +50,6 @@ class LungMaskd(MapTransform):
     def __init__(
         self,
         keys: KeysCollection = "image",
-        lung_key: str = "lung",
-        given_key: str = "lung_mask",
         method: str = "auto",
         weights: str | Sequence[str] | None = None,
         fill: bool = False,
@@ -63,15 +59,13 @@ class LungMaskd(MapTransform):
         if method == "lungmask" and not weights:
             raise InputError("lung_mask is 'lungmask' without weights (expected a local file, lungmask's state dict)")
         self.weights = _files(weights) if method in ("auto", "lungmask") else ()
-        self.lung_key = lung_key
-        self.given_key = given_key
         self.method = method
         self.fill = fill
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
         data = dict(data)
         image: MetaTensor = data[self.keys[0]]
-        given = data.pop(self.given_key, None)
+        given = data.pop("lung_mask", None)
         source = self.method
         if source == "auto":
             source = "given" if given is not None else "lungmask" if self.weights else "threshold"
@@ -96,7 +90,7 @@ class LungMaskd(MapTransform):
             source += ", thorax filled"
 
         lung = MetaTensor(mask.to(image.device)).copy_meta_from(image)
-        data[self.lung_key] = lung
+        data["lung"] = lung
         data["lung_mask_source"] = source
         return data
 

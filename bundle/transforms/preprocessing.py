@@ -31,8 +31,10 @@ def check_preprocessing(
     Raises:
         InputError: what was given, and what was expected.
 
-    >>> check_preprocessing(3, [-1000, 200], "auto", 6)
-    {'spacing': [3.0, 3.0, 3.0], 'hu_window': [-1000.0, 200.0], 'lung_mask': 'auto', 'margin': 6.0}
+    Example::
+
+        >>> check_preprocessing(3, [-1000, 200], "auto", 6)
+        {'spacing': [3.0, 3.0, 3.0], 'hu_window': [-1000.0, 200.0], 'lung_mask': 'auto', 'margin': 6.0}
     """
     least, most = SPACING_MM
     return {

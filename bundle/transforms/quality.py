@@ -34,8 +34,7 @@ class QualityGated(MapTransform):
     phantoms) is passed on unchecked. :func:`check_quality` says what is checked.
 
     Args:
-        keys: the image, in HU and in RAS order; one key.
-        lung_key: its lung mask, with `lung_mask_source` beside it.
+        keys: the image, in HU and in RAS order; one key. Its lung mask is `lung`, with `lung_mask_source` beside it.
         lung_litres: volume that the lungs may have.
         max_spacing: largest voxel side of the scan on file, mm.
 
@@ -46,12 +45,10 @@ class QualityGated(MapTransform):
     def __init__(
         self,
         keys: KeysCollection = "image",
-        lung_key: str = "lung",
         lung_litres: Sequence[float] = _LUNG_LITRES,
         max_spacing: float = _SPACING_MM[1],
     ) -> None:
         super().__init__(keys)
-        self.lung_key = lung_key
         litres = "two ascending volumes in litres, such as [0.8, 10]"
         low, high = checked_numbers("lung_litres", lung_litres, 2, litres, lambda low, high: 0 <= low < high)
         self.lung_litres = low, high
@@ -64,7 +61,7 @@ class QualityGated(MapTransform):
         image = data[self.keys[0]]
         faults, notes = check_quality(
             convert_to_numpy(image[0]),
-            convert_to_numpy(data[self.lung_key][0]) > 0,
+            convert_to_numpy(data["lung"][0]) > 0,
             affine_to_spacing(image.affine).tolist(),
             affine_to_spacing(image.meta["original_affine"]).tolist(),
             lung_litres=self.lung_litres,
