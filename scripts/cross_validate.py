@@ -149,9 +149,9 @@ class CrossValidation:
         self.models = [self.model(name, configs, training) for name in objectives]
         self.models += [self.model(objectives[0], configs, training, baseline) for baseline in baselines]
         for files, given in [(["configs/evaluate.json"], self.evaluation)] + [(m.files, m.options) for m in self.models]:
-            parser = read_config(files)
-            parser.update({key: literal(value) for key, value in given.items()})
-            check_config(parser, files[0])
+            stacked = read_config(files)
+            stacked.update({key: literal(value) for key, value in given.items()})
+            check_config(stacked, files[0])
         clinical = setting("clinical")
         if baselines and not clinical:
             raise InputError("baselines compare with the use of covariates: name columns with --clinical (see README).")

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -89,12 +88,7 @@ def statistics_of(scans: pd.DataFrame, curves: pd.DataFrame) -> dict:
     metric(torch.from_numpy(pmf).clamp_min(0), torch.tensor(scans[["time", "event"]].to_numpy()))
     found = {name: statistic for name, (statistic, _) in metric.statistics().items()}
     maps = [name for name in LocalisationMetric.SCORES if name in scans and scans[name].notna().any()]
-    return found | {name: partial(mean_of, scans[name]) for name in maps}
-
-
-def mean_of(values: pd.Series, rows: np.ndarray) -> float:
-    """Mean of the drawn rows that have a value."""
-    return float(values.iloc[rows].mean())
+    return found | {name: lambda rows, values=scans[name]: float(values.iloc[rows].mean()) for name in maps}
 
 
 def compare(scores: Sequence[Scores], num_resamples: int, seed: int) -> pd.DataFrame:

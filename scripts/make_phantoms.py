@@ -38,11 +38,6 @@ def what_there_is() -> str:
     return "\n".join([*lines, "", *drawn, "", *examples])
 
 
-def write_volume(path: Path, volume: np.ndarray, affine: np.ndarray) -> None:
-    """Write a NIfTI, whole or not at all."""
-    write_atomically(path, nib.Nifti1Image(volume, affine).to_filename)
-
-
 def write_scan(out: Path, cohort: PhantomCohort, affine: np.ndarray, clinical: bool, index: int) -> dict[str, str]:
     """Draw and write one scan of the cohort and its masks; returns its row."""
     nib.openers.Opener.default_compresslevel = 1  # several times faster, hardly larger
@@ -51,12 +46,13 @@ def write_scan(out: Path, cohort: PhantomCohort, affine: np.ndarray, clinical: b
     row |= {"time": f"{phantom.time:.4g}", "event": phantom.event}
     if phantom.true_risk is not None:
         row["true_risk"] = f"{phantom.true_risk:.4g}"
-    write_volume(out / row["image"], phantom.image, affine)
+    volumes = {"image": phantom.image}
     for name in MASKS:
-        mask = getattr(phantom, name)
-        if mask is not None:
+        if (mask := getattr(phantom, name)) is not None:
             row[name] = f"masks/{patient_id}_{name.removesuffix('_mask')}.nii.gz"
-            write_volume(out / row[name], mask.astype(np.uint8), affine)
+            volumes[name] = mask.astype(np.uint8)
+    for name, volume in volumes.items():
+        write_atomically(out / row[name], nib.Nifti1Image(volume, affine).to_filename)
     return row | (cohort.covariates(index, phantom) if clinical else {})
 
 

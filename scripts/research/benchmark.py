@@ -33,7 +33,7 @@ from torch import Tensor
 
 from bundle.files import write_text
 from bundle.networks import SurvivalMapNet
-from bundle.run import results, run_parallel
+from bundle.run import predict, results
 from bundle.run.start import begin, keep_memory
 from bundle.survival import CenTime, SurvivalMapLoss
 from scripts.jobs import markdown
@@ -81,27 +81,20 @@ class StockViT(nn.Module):
         return torch.stack([location, (-location / 15).softmax(1)], 1).unflatten(2, (side, side, side))
 
 
-def build(name: str, size: int) -> nn.Module:
-    torch.manual_seed(0)
-    return NETWORKS[name](size)
-
-
-def two_lungs(shape: tuple[int, ...], share: float, batch: int) -> Tensor | None:
-    """Two ellipsoids side by side that fill `share` of the image, (batch, 1, *shape); None for all of it."""
-    if share >= 1:
-        return None
-    z, y, x = [torch.linspace(-1, 1, n) for n in shape]
-    radius = (z * z * 0.8)[:, None, None] + (y * y)[:, None] + ((x.abs() - 0.5) / 0.5).square()
-    thinned = radius[::4, ::4, ::4].flatten()
-    inside = radius <= thinned.kthvalue(max(1, round(share * len(thinned))))[0]
-    return inside.float().expand(batch, 1, *shape).contiguous()
+def lung_of(image: Tensor, share: float) -> Tensor | None:
+    """A mask of the first slices, `share` of the image; None for all of it."""
+    lung = torch.zeros_like(image)
+    lung[:, :, : round(share * image.shape[2])] = 1
+    return lung if share < 1 else None
 
 
 def training_step(name: str, size: int, batch: int, share: float, bfloat16: bool = False) -> Callable[[], None]:
     """One optimisation step on random scans of `size` voxels a side, as a function to time."""
-    network, loss = build(name, size), SurvivalMapLoss(CenTime())
+    torch.manual_seed(0)
+    network, loss = NETWORKS[name](size), SurvivalMapLoss(CenTime())
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
-    image, lung = torch.rand(batch, 1, size, size, size), two_lungs((size, size, size), share, batch)
+    image = torch.rand(batch, 1, size, size, size)
+    lung = lung_of(image, share)
     outcome = torch.tensor([[12.0, 1.0], [30.0, 0.0]]).repeat(-(-batch // 2), 1)[:batch]
 
     def step() -> None:
@@ -220,16 +213,16 @@ def inference(cohort: Path, output_dir: Path, ahead: int, threads: int) -> Confi
 
 
 @contextmanager
-def timed(owner: Any, name: str, spent: np.ndarray) -> Iterator[None]:
-    """Add wall and CPU seconds of every call of `owner.name`."""
+def timed(owner: Any, name: str, spent: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the seconds of every call of `owner.name` to a stage."""
     original: Callable = getattr(owner, name)
 
     def call(*args, **kwargs):
-        start = np.array([time.perf_counter(), time.process_time()])
+        start = time.perf_counter()
         try:
             return original(*args, **kwargs)
         finally:
-            spent[:] += np.array([time.perf_counter(), time.process_time()]) - start
+            spent[stage] += time.perf_counter() - start
 
     setattr(owner, name, call)
     try:
@@ -239,38 +232,30 @@ def timed(owner: Any, name: str, spent: np.ndarray) -> Iterator[None]:
 
 
 def one_ct(cohort: Path, output_dir: Path, threads: int) -> pd.DataFrame:
-    """Wall and CPU seconds of each stage of one CT, and the peak memory."""
+    """Seconds of each stage of one CT, and the peak memory."""
     parser = inference(cohort, output_dir, 0, threads)
     parts = [*parser.get_parsed_content("preprocessing").transforms, parser.get_parsed_content("inferer")]
     parts += parser.get_parsed_content("postprocessing").transforms
     owners = {type(part).__name__: (type(part), "__call__") for part in parts}
-    spent = {stage: np.zeros(2) for stage in STAGES}
+    spent = dict.fromkeys(STAGES, 0.0)
     with ExitStack() as stack:
         for stage, names in STAGES.items():
             for name in names:
-                stack.enter_context(timed(*owners.get(name, (results, name)), spent[stage]))
+                stack.enter_context(timed(*owners.get(name, (results, name)), spent, stage))
         start = time.perf_counter()
         parser.get_parsed_content("evaluator").run()
         taken = time.perf_counter() - start
-    rows = {**spent, "everything else": [taken - sum(wall for wall, _ in spent.values()), np.nan], "all": [taken, np.nan]}
-    cells = [{"stage": name, "time": f"{wall:.2f} s", "of a CPU": f"{cpu:.2f} s"} for name, (wall, cpu) in rows.items()]
-    cells.append({"stage": "peak memory", "time": f"{resident('VmHWM'):.2f} GiB", "of a CPU": ""})
-    return pd.DataFrame(cells).replace("nan s", "")
+    rows = {**spent, "everything else": taken - sum(spent.values()), "all": taken}
+    table = pd.DataFrame({"stage": rows.keys(), "time": [f"{value:.2f} s" for value in rows.values()]})
+    table.loc[len(table)] = ["peak memory", f"{resident('VmHWM'):.2f} GiB"]
+    return table
 
 
-def many_cts(cohort: Path, output_dir: Path, ahead: int, threads: int) -> tuple[float, float]:
-    """Seconds of a cohort's inference, and the peak memory."""
-    evaluator, start = inference(cohort, output_dir, ahead, threads).get_parsed_content("evaluator"), time.perf_counter()
-    evaluator.run()
-    return time.perf_counter() - start, resident("VmHWM")
-
-
-def by_processes(cohort: Path, output_dir: Path, jobs: int) -> tuple[float, float]:
-    """The same by `--engine processes`; the memory of all of them, of which they share a part."""
-    parser = inference(cohort, output_dir, 0, 1)
-    names = ("dataset", "network", "inferer", "postprocessing", "writer")
-    parts, start = [parser.get_parsed_content(name) for name in names], time.perf_counter()
-    run_parallel("processes", *parts, jobs)
+def many_cts(cohort: Path, output_dir: Path, ahead: int, threads: int, jobs: int = 0) -> tuple[float, float]:
+    """Seconds of a cohort's inference, and the peak memory of its processes, of which they share a part."""
+    parser, start = inference(cohort, output_dir, ahead, threads), time.perf_counter()
+    evaluator, writer = (parser.get_parsed_content(name) for name in ("evaluator", "writer"))
+    predict("processes" if jobs else "local", evaluator, writer, jobs)
     child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     return time.perf_counter() - start, resident("VmHWM") + jobs * child
 
@@ -285,7 +270,7 @@ def whole_cts(scans: int, threads: int) -> tuple[pd.DataFrame, pd.DataFrame]:
             "one by one, 1 thread": apart(many_cts, cohort, folder / "one_thread", 0, 1),
             f"one by one, {threads} threads": apart(many_cts, cohort, folder / "serial", 0, threads),
             f"reading ahead, {threads} threads (as shipped)": apart(many_cts, cohort, folder / "ahead", 1, threads),
-            f"--engine processes --jobs {threads}": apart(by_processes, cohort, folder / "processes", threads),
+            f"--engine processes --jobs {threads}": apart(many_cts, cohort, folder / "processes", 0, 1, threads),
         }
         # Bit for bit where as many threads compute; sums of more threads are rounded otherwise.
         for one, other in (("serial", "ahead"), ("one_thread", "processes")):

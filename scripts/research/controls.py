@@ -8,15 +8,12 @@ Takes the weights that scripts.research.sweep left in its folder of work, and he
   both relative to the map of a network that knows nothing, which is darker at the borders;
 - shuffled voxels: the map of a scan whose voxels are shuffled, against the lesion's mask;
 - erased: slice by slice, the lesion of those who died is replaced by background; their risk must fall;
-- implanted: slice by slice, a lesion is copied into those who lived; their risk must rise;
-- what protects: the honeycomb of protective-honeycomb must have a later location than what is neither it nor a lesion,
-  and less heat than an even map.
+- implanted: slice by slice, a lesion is copied into those who lived; their risk must rise.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from itertools import product
@@ -37,15 +34,15 @@ from bundle.metrics.localisation import average_precision
 from bundle.networks import network_from
 from bundle.phantoms import PHANTOMS, Phantom, PhantomCohort, PhantomParams, phantom_name
 from bundle.report.pictures import write_png
-from bundle.survival import mean_months, objective_from
+from bundle.run import TrainedModel
+from bundle.survival import mean_months
 from scripts.jobs import markdown
 from scripts.research.sweep import HELD_OUT, TRAINED, name_of_run
 from scripts.research.tables import USUAL_SCANS, cell, label, usual_size
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 UNTRAINED = 5  # networks with random weights
-PROTECTS = "protective-honeycomb"
-SHIPPED = ["spheres", "corner-sphere", "spheres-honeycomb-corner", "texture", PROTECTS]
+SHIPPED = ["spheres", "corner-sphere", "spheres-honeycomb-corner", "texture"]
 HEAD = f"""\
 # Negative controls and causal checks
 
@@ -59,11 +56,6 @@ in the same corner, and the spheres of the others seldom at the borders.
 CAUSAL = """
 Causal check: mean predicted months while a share of the lesion is erased from those who died, or copied into survivors.
 """
-PROTECTION = """
-What protects: half of the patients of `protective-honeycomb` have a honeycomb, and live longer for it. *Later* is its mean
-location less that of what is neither honeycomb nor lesion, in months; it must be positive. The others are heat a voxel in
-units of an even map's, which must be below 1: mean (least–greatest scan).
-"""
 
 
 class Trained:
@@ -75,27 +67,27 @@ class Trained:
     """
 
     def __init__(self, run: Path, random: int | None = None) -> None:
-        settings = json.loads((run / "settings.json").read_text())
-        torch.manual_seed(random or 0)
-        self.network = network_from(settings["network"]).eval()
-        if random is None:
-            self.network.load_state_dict(torch.load(run / "model.pt", map_location="cpu", weights_only=True))
-        self.low, self.high = settings["preprocessing"]["hu_window"]
-        self.sigma = json.loads(Path("configs/inference.json").read_text())["sigma"]
-        self.objective = objective_from(settings["objective"])
+        self.model = TrainedModel(str(run / "model.pt"))
+        self.network = self.model.network.eval()
+        if random is not None:
+            torch.manual_seed(random)
+            self.network = network_from(self.model.settings["network"]).eval()
 
     def image(self, hu: np.ndarray) -> torch.Tensor:
-        hu = torch.from_numpy(hu.astype(np.float32))[None, None]
-        return ((hu - self.low) / (self.high - self.low)).clamp(0, 1)
+        low, high = self.model.preprocessing["hu_window"]
+        return ((torch.from_numpy(hu.astype(np.float32))[None, None] - low) / (high - low)).clamp(0, 1)
 
-    @torch.no_grad()
     def months(self, hu: np.ndarray) -> float:
-        """Mean predicted time, from one origin of the patch grid."""
-        return float(mean_months(self.objective.pmf(self.network(self.image(hu)))))
+        """Mean predicted time, from few origins of the patch grid."""
+        severity = self.model.severity
+        inferer = GridShiftInferer(4, self.network.stride, refine=False, few_origins=True, severity=severity)
+        return float(mean_months(self.model.objective.pmf(inferer(self.image(hu), self.network))))
 
-    def weights(self, hu: np.ndarray) -> np.ndarray:
-        """Weight of each voxel."""
-        return self.map_by(self.network, hu)[1]
+    def weights(self, hu: np.ndarray, network: Callable | None = None) -> np.ndarray:
+        """Weight of each voxel in the map, by its own network or any other."""
+        image = self.image(hu)
+        inferer = GridShiftInferer(4, self.network.stride)
+        return inferer(image, network or self.network, lung=torch.ones_like(image))[0, -1].numpy()
 
     def weights_of_nothing(self, hu: np.ndarray) -> np.ndarray:
         """Weight of each voxel if all patches weigh the same: what is left is the way from patches to voxels."""
@@ -104,13 +96,7 @@ class Trained:
             ones = F.avg_pool3d(torch.ones_like(image), self.network.stride, ceil_mode=True)
             return torch.cat([ones, ones / ones.sum()], 1)
 
-        return self.map_by(even, hu)[1]
-
-    def map_by(self, network: Callable, hu: np.ndarray, refine: bool = True) -> np.ndarray:
-        """Location and weight of each voxel in the map by any network, (2, D, H, W)."""
-        image = self.image(hu)
-        inferer = GridShiftInferer(4, self.network.stride, sigma=self.sigma, refine=refine)
-        return inferer(image, network, lung=torch.ones_like(image))[0, [0, -1]].numpy()
+        return self.weights(hu, even)
 
 
 def first_slices(mask: np.ndarray, share: float) -> np.ndarray:
@@ -127,15 +113,11 @@ def replaced(scan: Phantom, where: np.ndarray, rng: np.random.Generator) -> np.n
     return hu
 
 
-def held_out(phantom: str, size: int, seed: int, num: int) -> list[Phantom]:
-    return [scan for _, scan in PhantomCohort(phantom, num, seed + HELD_OUT, params=PhantomParams(size=size))]
-
-
 def controls_of(run: Path, phantom: str, size: int, seed: int, num: int) -> tuple[dict, list[dict]]:
     """One row of the table and the points of the curves, from `num` held-out scans."""
     rng = np.random.default_rng(seed)
     trained, untrained = Trained(run), [Trained(run, random=k) for k in range(UNTRAINED)]
-    scans = held_out(phantom, size, seed, num)
+    scans = [scan for _, scan in PhantomCohort(phantom, num, seed + HELD_OUT, params=PhantomParams(size=size))]
     dead, alive = [s for s in scans if s.event], [s for s in scans if not s.event]
     nothing = trained.weights_of_nothing(scans[0].image)  # of any scan: looks change nothing in an even map
     found: dict[str, list] = {name: [] for name in ("ap", "rho", "random_ap", "shuffled_ap", "nothing_ap", "base_rate")}
@@ -161,23 +143,6 @@ def controls_of(run: Path, phantom: str, size: int, seed: int, num: int) -> tupl
     row["random weights: AP"] = cell(pd.Series(mean["random_ap"]), 3)
     rest = {"shuffled_ap": "shuffled voxels: AP", "nothing_ap": "nothing: AP", "base_rate": "base rate"}
     return row | {title: f"{mean[name]:.3f}" for name, title in rest.items()}, curves
-
-
-def protection_of(run: Path, size: int, seed: int, num: int) -> dict:
-    """One row about the honeycomb that protects, from those of `num` held-out scans that have one."""
-    trained, found = Trained(run), []
-    for scan in held_out(PROTECTS, size, seed, num):
-        honeycomb = scan.confounder_mask
-        if not honeycomb.any():
-            continue
-        rest = ~honeycomb & ~scan.gt_mask
-        (location, own), (_, refined) = (trained.map_by(trained.network, scan.image, refine) for refine in (False, True))
-        row = {"later": location[honeycomb].mean() - location[rest].mean()}
-        row["honeycomb, the network alone"] = own[honeycomb].mean() / own.mean()
-        row["honeycomb, refined"] = refined[honeycomb].mean() / refined.mean()
-        found.append(row | {"neither honeycomb nor lesion, refined": refined[rest].mean() / refined.mean()})
-    cells = {name: cell(values, 1 if name == "later" else 3) for name, values in pd.DataFrame(found).items()}
-    return {"phantom": label(PROTECTS, size), "seed": seed, "scans": len(found), **cells}
 
 
 def draw(curves: pd.DataFrame, path: Path) -> None:
@@ -224,28 +189,24 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     torch.set_flush_denormal(True)
-    rows, curves, protection = [], [], []
+    rows, curves = [], []
     try:
         names = [phantom_name(phantom) for phantom in args.phantoms]
         known = [name for name, kind in PHANTOMS.items() if not kind.drawn_outcome and kind.body.FIELD is None]
-        if not set(names) & set(known) or set(names) - {*known, PROTECTS}:
-            raise InputError(f"--phantoms takes {', '.join(known)} and, beside one of them, {PROTECTS}.")
+        if not set(names) <= set(known):
+            raise InputError(f"--phantoms takes {', '.join(known)}.")
         for phantom, seed in tqdm(list(product(names, args.seeds)), unit="run"):
             size = args.size or usual_size(phantom)
             run = args.work / "runs" / name_of_run(phantom, size, "default", args.train_scans, seed)
             if not (run / TRAINED).is_file():
                 raise InputError(f"{run} is not a finished run; make it with python -m scripts.research.sweep.")
-            if phantom == PROTECTS:
-                protection.append(protection_of(run, size, seed, args.num))
-            else:
-                row, points = controls_of(run, phantom, size, seed, args.num)
-                rows.append(row)
-                curves += points
+            row, points = controls_of(run, phantom, size, seed, args.num)
+            rows.append(row)
+            curves += points
     except InputError as e:
         sys.exit(f"error: {e}")
     draw(pd.DataFrame(curves), args.picture)
     text = f"{HEAD}\n{markdown(pd.DataFrame(rows))}{CAUSAL}\n{markdown(causal(pd.DataFrame(curves)))}"
-    text += f"{PROTECTION}\n{markdown(pd.DataFrame(protection))}" if protection else ""
     command = " ".join(["python -m scripts.research.controls", *(sys.argv[1:] if argv is None else argv)])
     write_text(args.page, f"{text}\nMade by `{command}` after the sweep.\n")
 

@@ -34,7 +34,7 @@ from bundle.data.fingerprint import describe  # noqa: E402
 from bundle.files import file_sha256, load_checked  # noqa: E402
 from scripts import make_phantoms, preprocess  # noqa: E402, F401
 from scripts.jobs import overrides  # noqa: E402
-from scripts.research import sweep  # noqa: E402
+from scripts.research import sweep  # noqa: E402, F401
 
 TRAIN = ["configs/train.json", "configs/cohort/phantom.json"]
 TINY = {"network_def#dim": 16, "max_epochs": 4, "val_interval": 1}
@@ -61,21 +61,14 @@ class Job:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file; of `last.pt` what it holds, to the last bit: pickle writes equal content in several ways."""
+    """SHA-256 of a file, but for two.
+
+    Of `last.pt` it is what it holds, to the last bit: pickle writes equal content in several ways. Of the sweep's results
+    it is all but the seconds of a training.
+    """
+    if path.name == "results.csv":
+        return pd.read_csv(path).drop(columns="train_seconds").to_csv()
     return str(describe(load_checked(path))) if path.name == "last.pt" else file_sha256(path)
-
-
-class Sweep(Job):
-    """A sweep of a variant so small that it ends; the seconds of a training aren't compared."""
-
-    def run(self, folder: Path) -> None:
-        sweep.VARIANTS["tiny"] = {**TINY, "phantoms": {"size": 16}}
-        folder.mkdir(parents=True, exist_ok=True)
-        sweep.main(self.arguments(folder))
-
-    def found(self, folder: Path) -> dict[str, str]:
-        rows = pd.read_csv(folder / "results.csv").drop(columns="train_seconds")
-        return {"results.csv": rows.to_csv()}
 
 
 class Attempt:
@@ -157,8 +150,8 @@ def jobs(work: Path) -> list[Job]:
         return bundle_run + overrides({"config_file": "configs/inference.json", **where, **options})
 
     def swept(folder: Path) -> list[str]:
-        what = {"phantoms": "spheres", "variants": "tiny", "seeds": 0, "train_scans": 20, "test_scans": 4, "jobs": 2}
-        return overrides({"work": folder / "work", "results": folder / "results.csv", **what})
+        what = {"phantoms": 2, "size": 16, "variants": "epochs_10", "seeds": 0, "train_scans": 20, "test_scans": 4}
+        return ["scripts.research.sweep", *overrides({"work": folder / "work", "results": folder / "results.csv", **what})]
 
     weights = ("model.pt", "settings.json", "history.csv", "last.pt")
     predictions = ("predictions.csv", "survival_curves.csv", "report.html", "maps/*", "done/*")
@@ -168,7 +161,7 @@ def jobs(work: Path) -> list[Job]:
         Job("preprocessing, two processes", prepare, ("*.pt",)),
         Job("inference", infer, predictions),
         Job("inference, two processes", lambda folder: infer(folder, engine="processes", jobs=2), predictions),
-        Sweep("sweep", swept, ()),
+        Job("sweep", swept, ("results.csv",)),
     ]
 
 
@@ -216,13 +209,10 @@ def main(argv: list[str] | None = None) -> None:
         passed = total = 0
         print("| job | kills | same as uninterrupted |\n|---|---|---|", flush=True)
         for job in jobs(work):
-            kills = args.sweep_kills if isinstance(job, Sweep) else args.kills
+            kills = args.sweep_kills if job.name == "sweep" else args.kills
             if not kills:
                 continue
-            folder = work / "alone" / job.name.partition(",")[0]
-            folder = folder if not folder.exists() else folder.with_name(f"{folder.name}_2")
-            log = work / f"{folder.name}.txt"
-            start = time.monotonic()
+            folder, log, start = work / "alone" / job.name, work / f"{job.name}.txt", time.monotonic()
             if Attempt(job, folder, log).end() != 0:
                 raise SystemExit(f"error: {job.name} failed without a kill, see {log}")
             seconds = time.monotonic() - start

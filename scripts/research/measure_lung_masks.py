@@ -67,7 +67,7 @@ class Measured:
     name: str
     hu: np.ndarray
     spacing: float
-    reference: np.ndarray | None = None
+    reference: np.ndarray
     kind: str = ""
     mask: np.ndarray = field(init=False)
     filled: np.ndarray = field(init=False)
@@ -99,23 +99,21 @@ def lung_labels(labels: np.ndarray) -> np.ndarray:
     return (labels > 0) & ((labels & 255) != 0)
 
 
-def read(folder: Path, name: str, reference: str = "", kind: str = "") -> Measured:
+def read(folder: Path, name: str, reference: str, kind: str) -> Measured:
     """A scan of the shared data as the bundle reads it, at 3 mm, with its reference, and its mask."""
     data = LoadCTd(mask_keys=())({"patient_id": name, "image": str(folder / name)})
-    keys, modes = ["image"], ["bilinear"]
     if kind == "tumour boxes":
-        boxes = torch.zeros_like(data["image"])
+        data["reference"] = torch.zeros_like(data["image"])
         for box in pd.read_csv(folder / reference).itertuples():
-            boxes[0, box.xmin : box.xmax + 1, box.ymin : box.ymax + 1, box.slice_index_k] = 1
-        data["reference"] = boxes
-    elif kind:
+            data["reference"][0, box.xmin : box.xmax + 1, box.ymin : box.ymax + 1, box.slice_index_k] = 1
+    else:
         path = {"patient_id": name, "reference": str(folder / reference)}
         data["reference"] = LoadCTd("reference", mask_keys=(), hounsfield=False)(path)["reference"]
-    if kind:
-        keys, modes = ["image", "reference"], ["bilinear", "nearest"]
-    data = Compose([Orientationd(keys, axcodes="RAS", labels=None), Spacingd(keys, pixdim=(SPACING,) * 3, mode=modes)])(data)
-    mask = lung_labels(data["reference"].numpy()[0]) if kind else None
-    return Measured(Path(name).name, data["image"].numpy()[0], SPACING, mask, kind)
+    keys = ["image", "reference"]
+    spacing = Spacingd(keys, pixdim=(SPACING,) * 3, mode=["bilinear", "nearest"])
+    data = Compose([Orientationd(keys, axcodes="RAS", labels=None), spacing])(data)
+    hu, labels = (data[key].numpy()[0] for key in keys)
+    return Measured(Path(name).name, hu, SPACING, lung_labels(labels), kind)
 
 
 def with_mass(scan: Phantom, radius: float, costal: bool, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -186,12 +184,11 @@ def draw(scans: list[Measured], path: Path) -> None:
     for ax in axes.flat:
         ax.axis("off")
     for ax, scan in zip(axes.flat, scans):
-        where = scan.mask if scan.reference is None else scan.reference
-        k = int(where.sum((0, 1)).argmax())
+        k = int(scan.reference.sum((0, 1)).argmax())
         view = np.s_[::-1, :, k]  # as radiologists look at it: the patient's right is left
         ax.imshow(scan.hu[view].T, cmap="gray", vmin=-1100, vmax=250, origin="lower")
         for mask, colour in ((scan.filled, "gold"), (scan.reference, "red"), (scan.mask, "cyan")):
-            if mask is not None and mask[:, :, k].any():
+            if mask[:, :, k].any():
                 ax.contour(mask[view].T, [0.5], colors=colour, linewidths=1)
         ax.set_title(scan.name, fontsize=8)
     write_png(path, figure, dpi=80)
@@ -200,14 +197,15 @@ def draw(scans: list[Measured], path: Path) -> None:
 def real_table(scans: list[Measured]) -> pd.DataFrame:
     rows = []
     for s in scans:
-        row = {"scan": f"`{s.name}`", "reference": s.kind or "none"}
-        row["Dice"] = f"{s.dice():.3f}" if s.kind == "lungs" else "–"
-        row["kept"] = f"{s.kept():.3f}" if s.kind else "–"
-        lesion = s.kind not in ("", "lungs")
-        row["of its solid part"] = f"{s.kept(solid=True):.3f}" if lesion else "–"
-        row["… thorax filled"] = f"{s.kept(filled=True, solid=True):.3f}" if lesion else "–"
-        row["mask, L"] = f"{s.litres():.2f}"
-        rows.append(row | {"thorax filled, L": f"{s.litres(filled=True):.2f}", "seconds": f"{s.seconds:.1f}"})
+        row = {"scan": f"`{s.name}`", "reference": s.kind, "Dice": "–", "kept": f"{s.kept():.3f}"}
+        row |= {
+            "of its solid part": f"{s.kept(solid=True):.3f}",
+            "… thorax filled": f"{s.kept(filled=True, solid=True):.3f}",
+        }
+        if s.kind == "lungs":
+            row |= {"Dice": f"{s.dice():.3f}", "of its solid part": "–", "… thorax filled": "–"}
+        row |= {"mask, L": f"{s.litres():.2f}", "thorax filled, L": f"{s.litres(filled=True):.2f}"}
+        rows.append(row | {"seconds": f"{s.seconds:.1f}"})
     return pd.DataFrame(rows)
 
 

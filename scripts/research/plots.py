@@ -55,8 +55,8 @@ def cohorts(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     for title, values in varied().items():
         found[title] = usual[usual.variant.isin(values)].assign(x=lambda t, v=values: t.variant.map(v))
     # Phantoms of which only the shipped point is there have no curve.
-    by = ["phantom", "size"]
-    return {title: part.groupby(by, sort=False).filter(lambda group: group.x.nunique() > 1) for title, part in found.items()}
+    curves = {title: part.groupby(["phantom", "size"], sort=False) for title, part in found.items()}
+    return {title: groups.filter(lambda group: group.x.nunique() > 1) for title, groups in curves.items()}
 
 
 def settings(rows: pd.DataFrame) -> dict[tuple[str, int], pd.DataFrame]:

@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from functools import partial
 from pathlib import Path
 
@@ -26,15 +26,13 @@ import torch
 from tqdm import tqdm
 
 from bundle.errors import InputError
-from bundle.files import file_sha256, load_checked, write_atomically, write_json, write_text
+from bundle.files import file_sha256, write_atomically, write_json, write_text
 from bundle.metrics.survival import c_index
 from bundle.phantoms import PHANTOMS, PhantomParams, phantom_name
-from bundle.run.settings import settings_file
 from bundle.run.start import exit_on_sigterm
-from bundle.survival.severity import Severity
+from bundle.survival.cox import cox_regression
 from scripts.jobs import locked, overrides, run_jobs, run_module, threads_of
 from scripts.research import tables
-from scripts.research.oracles import heat_ratio, heat_ratio_of_true_volumes
 from scripts.research.plots import draw_maps
 from scripts.research.variants import TESTS, VARIANTS
 
@@ -52,6 +50,13 @@ MAP = [
 # Phantoms in which not all that matters is equally dangerous: the mask of the one, and whether its heat is compared with
 # that of the rest of the lesions or of the whole scan.
 OTHER_MASKS = {"mild-severe": ("gt_severe_mask", "lesions"), "protective-honeycomb": ("confounder_mask", "scan")}
+EXAMPLES = """\
+examples:
+  python -m scripts.research.sweep --phantoms spheres chest --seeds 0 1 2 --size 48 --jobs 2
+  python -m scripts.research.sweep --phantoms spheres --variants objectives --size 48
+  python -m scripts.research.sweep --table
+
+"""
 GROUPS = {name.lower().replace(" ", "-"): name for name in ("Heads", "Objectives", "Single settings", "Other cohorts")}
 
 
@@ -175,18 +180,14 @@ class Runner:
             row["heat_ratio_oracle"] = heat_ratio_of_true_volumes(self.phantoms(phantom, size, train_scans, seed, own))
         return row
 
-    def evaluate(
-        self, phantoms: Path, cohort: pd.DataFrame, run: Path, test: str, mask: str | None
-    ) -> tuple[dict, pd.DataFrame]:
-        """Metrics by name, and those of each scan; a `mask` is scored in the place of the confounder's."""
-        folder, table, model = run / f"test_{test}", phantoms / "cohort.csv", run / "model.pt"
+    def evaluate(self, phantoms: Path, cohort: pd.DataFrame, run: Path, test: str, mask: str | None) -> tuple:
+        """Metrics by name, and a table of those of each scan; a `mask` is scored in the place of the confounder's."""
+        folder, table = run / f"test_{test}", phantoms / "cohort.csv"
         if mask:
             table = phantoms / "cohort_heat_ratio.csv"
             write_text(table, cohort.assign(confounder_mask=cohort[mask]).to_csv(index=False))
-        if TESTS[test].get("weights") == "severity_off":
-            model = without_severity(run, folder)
-        words = {"config_file": "configs/evaluate.json", "cohort": table, "ckpt": model, "output_dir": folder}
-        words |= {"figures": False, **TESTS[test].get("options", {})}
+        words = {"config_file": "configs/evaluate.json", "cohort": table, "output_dir": folder}
+        words |= {"ckpt": run / "model.pt", "figures": False, **TESTS[test].get("options", {})}
         self.python("monai.bundle", "run", *overrides(words), log=folder / "log.txt")
         found = json.loads((folder / "metrics.json").read_text())
         return {**found["survival"], **found["localisation"]}, pd.read_csv(folder / "metrics_per_scan.csv")
@@ -205,20 +206,48 @@ class Runner:
         return phantoms / scan.image, phantoms / scan.gt_mask, next(folder.glob("maps/*_heat.nii.gz"))
 
 
-def without_severity(run: Path, folder: Path) -> Path:
-    """A copy of the weights of a run whose severity says nothing."""
-    weights = torch.load(run / "model.pt", map_location="cpu", weights_only=True)
-    before = Severity(0.0, 1.0).state_dict(prefix="severity.")  # as before the fit
-    if not before.keys() <= weights.keys():
-        raise RuntimeError(f"{run}: its weights have no severity that could be left out.")
-    weights |= before
-    folder.mkdir(exist_ok=True)
-    model = folder / "model.pt"
-    torch.save(weights, model)
-    settings = json.loads((run / "settings.json").read_text())
-    settings["objective"] = load_checked(run / "last.pt")["best_objective"]  # with the variance of training
-    write_json(settings_file(model), {**settings, "weights_sha256": file_sha256(model)})
-    return model
+def read_mask(path: Path) -> np.ndarray:
+    return np.asarray(nib.load(path).dataobj) > 0
+
+
+def heat_ratio(scans: pd.DataFrame, cohort: pd.DataFrame, folder: Path, column: str, other: str) -> float | None:
+    """Heat per voxel in one mask over that in the rest of the lesions, or over the scan's mean.
+
+    Args:
+        scans: `metrics_per_scan.csv` of an evaluation that had this mask in the place of the confounder's.
+        cohort: of the same scans; its masks lie in `folder`.
+        column: of the mask.
+        other: "lesions" or "scan".
+
+    Returns:
+        The median over the scans that have lesions, this mask and the other; None without such a scan.
+    """
+    ratios = []
+    for scan in scans.merge(cohort, on="patient_id").itertuples():
+        if np.isnan(scan.confounder_mass) or np.isnan(scan.mass_accuracy):
+            continue
+        one, lesions = (read_mask(folder / getattr(scan, name)) for name in (column, "gt_mask"))
+        if other == "scan":
+            ratios.append(scan.confounder_mass / one.mean())
+        elif (rest := lesions & ~one).any():
+            heat = max(scan.mass_accuracy - scan.confounder_mass, 0.0)
+            ratios.append(scan.confounder_mass / one.sum() / max(heat / rest.sum(), 1e-12))
+    return float(np.median(ratios)) if ratios else None
+
+
+def heat_ratio_of_true_volumes(train: Path) -> float:
+    """How many times as dangerous severe lesions are than mild ones, as far as the training scans' outcomes tell.
+
+    It is the ratio of the coefficients of Cox's regression on the true volumes of either kind.
+    """
+    cohort, volumes = pd.read_csv(train / "cohort.csv"), []
+    for scan in cohort.itertuples():
+        lesions, severe = read_mask(train / scan.gt_mask), read_mask(train / scan.gt_severe_mask)
+        volumes.append([(lesions & ~severe).mean(), severe.mean()])
+    volumes = torch.tensor(volumes, dtype=torch.float64)
+    scale = volumes.std(0)
+    mild, severe = cox_regression(volumes / scale, torch.tensor(cohort.time), torch.tensor(cohort.event)) / scale
+    return float(severe / mild)
 
 
 def variants_of(names: Sequence[str]) -> list[str]:
@@ -241,17 +270,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m scripts.research.sweep",
         description=__doc__,
-        epilog="\n".join(
-            [
-                "examples:",
-                "  python -m scripts.research.sweep --phantoms spheres chest --seeds 0 1 2 --size 48 --jobs 2",
-                "  python -m scripts.research.sweep --phantoms spheres --variants objectives --size 48",
-                "  python -m scripts.research.sweep --table",
-                "",
-                f"variants, also by group ({', '.join(GROUPS)}):",
-                *lines,
-            ]
-        ),
+        epilog=EXAMPLES + f"variants, also by group ({', '.join(GROUPS)}):\n" + "\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     many = {"nargs": "+", "metavar": "N"}
@@ -259,7 +278,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--size", type=int, help="voxels a side of the phantoms (default 64; chest always has 107)")
     p.add_argument("--variants", nargs="+", default=["default"], help="see below (default: as shipped)")
     p.add_argument("--seeds", type=int, default=[0, 1, 2], **many, help="of network and data (default 0 1 2)")
-    p.add_argument("--tests", nargs="+", default=["same"], choices=TESTS, help="what to measure on (default: same)")
+    p.add_argument("--tests", nargs="+", default=["same"], help=f"to measure on: {', '.join(TESTS)} (default: same)")
     p.add_argument("--train_scans", type=int, default=[tables.USUAL_SCANS], **many, help="scans a run (default 100)")
     p.add_argument("--test_scans", type=int, default=24, help="held-out scans a run (default 24)")
     p.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default 1)")
@@ -281,6 +300,8 @@ def main(argv: list[str] | None = None) -> None:
         sizes |= {name: args.size for name in sizes if args.size and PHANTOMS[name].body.FIELD is None}
         what = [(name, size, variant) for variant in variants_of(args.variants) for name, size in sizes.items()]
         PhantomParams(size=min(sizes.values()))
+        if unknown := set(args.tests) - set(TESTS):
+            raise InputError(f"there is no test {', '.join(unknown)}; --help lists them.")
         if min(args.jobs, args.test_scans, *args.train_scans) < 1:
             raise InputError("--jobs, --test_scans and --train_scans must be at least 1.")
     except InputError as e:
@@ -291,8 +312,11 @@ def main(argv: list[str] | None = None) -> None:
     todo = [key for key in wanted if key not in done]
     runner, failed = Runner(args.work.resolve(), args.test_scans, threads_of(args.jobs)), 0
     exit_on_sigterm()
-    with tqdm(total=len(wanted), initial=len(wanted) - len(todo)) as bar:
-        for row in run_jobs(runner.row, todo, args.jobs):
+    with (
+        tqdm(total=len(wanted), initial=len(wanted) - len(todo)) as bar,
+        closing(run_jobs(runner.row, todo, args.jobs)) as made,
+    ):
+        for row in made:
             if isinstance(row, Exception):
                 failed += 1
                 bar.write(f"failed, the others go on: {row}")

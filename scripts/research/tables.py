@@ -77,21 +77,14 @@ Every run is in [localisation.csv](localisation.csv). Made by `python -m scripts
 
 @dataclass(frozen=True)
 class Target:
-    """What the shipped configuration is to reach on phantoms whose outcome isn't drawn.
-
-    Args:
-        measure, title: a column, and what to call it.
-        how: function of numpy that puts seeds together.
-        side: "at least" or "at most".
-        bound: in general, and in `own` of single phantoms.
-    """
+    """What the shipped configuration is to reach on phantoms whose outcome isn't drawn."""
 
     measure: str
     title: str
-    how: str
+    how: str  # a function of numpy that puts seeds together
     side: str
     bound: float
-    own: dict[str, float] = field(default_factory=dict)
+    own: dict[str, float] = field(default_factory=dict)  # bounds of single phantoms
 
 
 TARGETS = [

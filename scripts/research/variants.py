@@ -14,7 +14,6 @@ VARIANTS: dict[str, dict] = {
     "default": {},
     # heads
     "softmin": {"network_def#head": "softmin"},
-    "mixture": {"network_def#head": "softmin", "objective#mixture": True},
     "attention": {"network_def#head": "attention"},
     "hazard": {"network_def#head": "hazard"},
     "mean": {"network_def#head": "mean", "severity": False},
@@ -49,7 +48,6 @@ VARIANTS: dict[str, dict] = {
     "variance_144": {"objective#variance": 144.0},
     "variance_169": {"objective#variance": 169.0},
     "learn_variance": {"objective#learn_variance": True},
-    "predict_variance": {"objective#predict_variance": True},
     # receptive field and patches
     "no_window": {"network_def#window": 1},
     "window_4": {"network_def#window": 4},
@@ -93,7 +91,7 @@ VARIANTS: dict[str, dict] = {
 # What is measured of one training: other phantoms, moved phantoms, or other options of configs/evaluate.json.
 TESTS: dict[str, dict] = {
     "same": {},
-    "severity_off": {"weights": "severity_off"},
+    "severity_off": {"options": {"inferer#severity": "$None"}},
     "no_refinement": {"options": {"refine": False}},
     "one_grid": {"options": {"refine": False, "shifts": 1}},
     "flip": {"move": lambda volume: volume[::-1]},
@@ -101,7 +99,6 @@ TESTS: dict[str, dict] = {
     "noise_x2": {"phantoms": {"noise": 0.4}},
     "contrast_80": {"phantoms": {"bright": 16.0, "noise": 0.16}},
     "contrast_120": {"phantoms": {"bright": 24.0, "noise": 0.24}},
-    "size_48": {"phantoms": {"size": 48}},
     "size_64": {"phantoms": {"size": 64}},
     "size_96": {"phantoms": {"size": 96}},
 }
