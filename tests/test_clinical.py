@@ -295,15 +295,17 @@ def test_imputed_covariates_of_a_lung_cancer_table_give_its_cox_model(shared_dat
 
 def small(**arguments) -> SurvivalMapNet:
     torch.manual_seed(0)
-    return SurvivalMapNet(patch_size=4, dim=16, num_heads=2, **arguments)
+    return SurvivalMapNet(dim=16, **arguments)
 
 
-def test_the_clinical_head_moves_the_time_and_not_the_map():
-    image, clinical = torch.rand(2, 1, 16, 16, 16), torch.randn(2, 3)
-    plain, net = small(clinical_dim=3), small(clinical_dim=3, clinical_head=True)
-    assert set(net.state_dict()) - set(plain.state_dict()) == {"clinical_months.weight"}
-    before = plain(image, None, clinical)
-    assert torch.equal(net(image, None, clinical), before)  # it starts at zero
+def test_covariates_move_the_time_and_not_the_map():
+    image, clinical, net = torch.rand(2, 1, 16, 16, 16), torch.randn(2, 3), small(clinical_dim=3)
+    assert set(net.state_dict()) - set(small().state_dict()) == {
+        "clinical_months.weight",
+        *(f"blocks.{i}.film.{name}" for i in range(2) for name in ("weight", "bias")),
+    }
+    before = net(image, None, clinical)
+    torch.testing.assert_close(before, net(image, None, 0 * clinical), rtol=0, atol=0)  # they start by saying nothing
     torch.nn.init.normal_(net.clinical_months.weight)
     after = net(image, None, clinical)
     assert torch.equal(after[:, 1], before[:, 1])
@@ -315,17 +317,13 @@ def test_the_clinical_head_moves_the_time_and_not_the_map():
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_film_and_the_clinical_head_learn_from_the_patients_time(head):
-    net = small(clinical_dim=3, clinical_head=True, head=head)
+def test_all_that_covariates_do_is_learnt_from_the_patients_time(head):
+    net = small(clinical_dim=3, head=head)
     location, weight = net(torch.rand(2, 1, 16, 16, 16), None, torch.randn(2, 3)).unbind(1)
     (location * weight).sum((1, 2, 3)).square().sum().backward()
     for block in net.blocks:
         assert block.film.weight.grad.abs().max() > 0
     assert net.clinical_months.weight.grad.abs().max() > 0
-
-
-def test_without_covariates_there_is_no_clinical_head():
-    assert set(small(clinical_head=True).state_dict()) == set(small().state_dict())
 
 
 def test_clinical_net_is_a_survival_map_of_one_time_and_of_the_lung():
@@ -389,7 +387,7 @@ def test_settings_name_one_of_the_networks_there_are():
 TRAIN = ["configs/train.json", "configs/cohort/phantom.json", "configs/clinical/fibrosis.json"]
 CLINICAL_ONLY = [*TRAIN, "configs/network/clinical_only.json"]
 SHORT = {"batch_size": 4, "max_epochs": 3, "val_interval": 1}
-TINY = {"network_def#dim": 16, "network_def#num_heads": 2, **SHORT}
+TINY = {"network_def#dim": 16, **SHORT}
 
 
 def run(config, **override) -> None:

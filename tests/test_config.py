@@ -43,7 +43,7 @@ def checked(config="configs/train.json", **override) -> ConfigParser:
 
 
 @pytest.mark.parametrize("text, value", [("false", False), ("False", False), ("true", True), ("no", False), ("1", True), (0, False)])
-@pytest.mark.parametrize("switch", ["texture", "film_context", "center_tokens", "learn_beta", "clinical_head"])
+@pytest.mark.parametrize("switch", ["texture", "film_context", "center_tokens", "learn_beta"])
 def test_a_switch_of_the_network_is_what_the_command_line_says(switch, text, value):
     parser = checked(**{f"network_def#{switch}": text})
     assert parser.get_parsed_content("network_def").arguments[switch] is value

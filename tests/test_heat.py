@@ -19,10 +19,11 @@ from scipy.stats import entropy
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
+from bundle.errors import InputError
 from bundle.maps import GridShiftInferer, mask_to_scan_space, patch_heat, to_scan_space, to_voxels
 from bundle.maps.refinement import appearance_ratio, bin_of, likelihood_ratio
 from bundle.networks import SurvivalMapNet
-from bundle.survival import death_by, log_pmf
+from bundle.survival import Severity, death_by, log_pmf, severity_numbers
 
 
 def random_map(*grid: int, batch: int = 2) -> Tensor:
@@ -112,6 +113,10 @@ class Brightness(nn.Module):
         return torch.stack([location * (weight > 0), weight], 1)
 
 
+def grids(shifts: int, stride: int, sigma: float = 0.0, refine: bool = False, **kwargs) -> GridShiftInferer:
+    return GridShiftInferer(shifts, stride, sigma, refine, **kwargs)
+
+
 def sphere(size: int, radius: float) -> Tensor:
     axis = (torch.arange(size) - (size - 1) / 2 - 0.7).square()
     return ((axis[:, None, None] + axis[:, None] + axis) <= radius**2).float()[None, None]
@@ -120,7 +125,7 @@ def sphere(size: int, radius: float) -> Tensor:
 def test_one_shift_is_the_network_itself():
     net = SurvivalMapNet(patch_size=4, dim=16).eval()
     image, lung = torch.rand(1, 1, 16, 16, 16), random_lung(16, 16, 16, batch=1)
-    torch.testing.assert_close(GridShiftInferer(1, 4)(image, net, lung=lung), net(image, lung), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(grids(1, 4)(image, net, lung=lung), net(image, lung), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shifts", [2, 4])
@@ -128,12 +133,12 @@ def test_one_shift_is_the_network_itself():
 @pytest.mark.parametrize("masked", [True, False])
 def test_the_mean_of_grids_is_a_survival_map(shifts, shape, masked):
     net = SurvivalMapNet(patch_size=4, dim=16).eval()
-    nn.init.normal_(net.to_location[-1].weight, std=0.2)
+    nn.init.normal_(net.head.to_location[-1].weight, std=0.2)
     lung = None
     if masked:
         lung = random_lung(*shape)
         lung[:, :, 6:] = 0
-    location, weight = GridShiftInferer(shifts, 4)(torch.rand(2, 1, *shape), net, lung=lung).unbind(1)
+    location, weight = grids(shifts, 4)(torch.rand(2, 1, *shape), net, lung=lung).unbind(1)
     assert weight.shape == (2, *[-(-n // 4) * shifts for n in shape])
     torch.testing.assert_close(weight.sum((1, 2, 3)), torch.ones(2))
     assert bool(location.isfinite().all()) and bool(((location != 0) == (weight > 0)).all())
@@ -152,7 +157,7 @@ def test_each_cell_is_the_mean_of_the_patches_that_cover_it(shifts):
     cell = patch // shifts
     image = torch.rand(1, 1, size, size, size)
     network = Brightness(patch, beta=0.2)
-    location, weight = GridShiftInferer(shifts, patch)(image, network)[0]
+    location, weight = grids(shifts, patch)(image, network)[0]
 
     mean, log = torch.zeros(2, *[size // cell] * 3)
     patients = []
@@ -173,9 +178,9 @@ def test_each_cell_is_the_mean_of_the_patches_that_cover_it(shifts):
 @pytest.mark.parametrize("shape", [(12, 12, 12), (13, 9, 10)])
 def test_the_patient_location_is_the_median_of_the_grids(shape):
     net = SurvivalMapNet(patch_size=4, dim=16).eval()
-    nn.init.normal_(net.to_location[-1].weight, std=0.2)
+    nn.init.normal_(net.head.to_location[-1].weight, std=0.2)
     image, lung = torch.rand(2, 1, *shape), random_lung(*shape)
-    location, weight = GridShiftInferer(2, 4)(image, net, lung=lung).unbind(1)
+    location, weight = grids(2, 4)(image, net, lung=lung).unbind(1)
     patients = []
     for shift in product((0, 2), repeat=3):
         pad = [n for start, size in zip(reversed(shift), shape[::-1]) for n in (start, -size % 4)]
@@ -196,17 +201,17 @@ def test_a_patient_is_as_ill_as_most_grids_say(share, seen_by, months):
         said.append(float((location * weight).sum()))
         return torch.stack([location, weight], 1)
 
-    location, weight = GridShiftInferer(2, 4)(image, network).unbind(1)
+    location, weight = grids(2, 4)(image, network).unbind(1)
     assert sum(one < 1 for one in said) == seen_by
     assert float((location * weight).sum()) == pytest.approx(months, abs=1e-3)
 
 
 def test_extra_channels_go_through_the_grids_and_change_nothing_else():
     net = SurvivalMapNet(patch_size=4, dim=16, extra=2).eval()
-    nn.init.normal_(net.to_location[-1].weight, std=0.2)
+    nn.init.normal_(net.head.to_location[-1].weight, std=0.2)
     nn.init.normal_(net.to_extra.weight, std=0.2)
     image, lung = torch.rand(2, 1, 13, 9, 10), random_lung(13, 9, 10)
-    inferer = GridShiftInferer(2, 4, sigma=0.5, refine=True)
+    inferer = grids(2, 4, sigma=0.5, refine=True)
     survival_map = inferer(image, net, lung=lung)
     patients = []
     for shift in product((0, 2), repeat=3):
@@ -215,7 +220,7 @@ def test_extra_channels_go_through_the_grids_and_change_nothing_else():
         patients.append((one[:, 1:3] * one[:, 3:]).sum((2, 3, 4)).detach())
     patient = torch.from_numpy(np.median(torch.stack(patients), 0))
     torch.testing.assert_close((survival_map[:, 1:3] * survival_map[:, 3:]).sum((2, 3, 4)), patient)
-    net.to_extra, net.extra = None, 0
+    net.to_extra = None
     torch.testing.assert_close(survival_map[:, [0, 3]], inferer(image, net, lung=lung))
 
 
@@ -230,21 +235,21 @@ def test_a_wall_one_voxel_thick_stays_thin():
 
     wall = torch.zeros(1, 1, 16, 16, 16)
     wall[:, :, 6] = 1
-    heat = GridShiftInferer(4, 4)(wall, Holds())[0, 1]
+    heat = grids(4, 4)(wall, Holds())[0, 1]
     assert float(heat[6].sum()) > 0.8
 
 
 @pytest.mark.parametrize(
-    "shifts, origins, begin",
+    "shifts, few, begin",
     [
-        (1, None, {0: 1}),
-        (2, None, {0: 4, 6: 4}),
-        (4, None, {0: 16, 2: 16, 5: 16, 7: 16}),
-        (4, 8, {0: 2, 2: 2, 5: 2, 7: 2}),
-        (1, 8, {0: 1}),
+        (1, False, {0: 1}),
+        (2, False, {0: 4, 6: 4}),
+        (4, False, {0: 16, 2: 16, 5: 16, 7: 16}),
+        (4, True, {0: 2, 2: 2, 5: 2, 7: 2}),
+        (1, True, {0: 1}),
     ],
 )
-def test_grids_begin_in_either_half_of_an_attention_window(shifts, origins, begin):
+def test_grids_begin_in_either_half_of_an_attention_window(shifts, few, begin):
     """Windows are two patches of 4 wide: a patch that lies at their front in some grids lies at their back in others."""
     places = []
 
@@ -254,14 +259,14 @@ def test_grids_begin_in_either_half_of_an_attention_window(shifts, origins, begi
 
     image = torch.zeros(1, 1, 12, 12, 12)
     image[..., 11, 11, 11] = 1
-    GridShiftInferer(shifts, 4, origins=origins)(image, network)
+    grids(shifts, 4, few_origins=few)(image, network)
     for axis in (torch.stack(places) - 11).unbind(1):
         assert dict(zip(*(n.tolist() for n in axis.unique(return_counts=True)))) == begin
 
 
 def test_few_origins_say_of_a_patient_what_all_do():
     """Of disease along the faces of a scan, too: how patches cut it depends on the axis, and 0 is where it fits them."""
-    inferers = GridShiftInferer(4, 4), GridShiftInferer(4, 4, origins=8), GridShiftInferer(2, 4)
+    inferers = grids(4, 4), grids(4, 4, few_origins=True), grids(2, 4)
     off = []
     for width in range(1, 7):
         rind = torch.ones(1, 1, 24, 24, 24)
@@ -272,11 +277,58 @@ def test_few_origins_say_of_a_patient_what_all_do():
     assert eight < 0.25 * two_an_axis, (eight, two_an_axis)
 
 
-def test_the_lung_and_other_named_volumes_move_with_the_image():
+SEVERITY = Severity(-5.0, 120.0, -1e6, [0.0] * 8, [1.0] * 8, [0.1, 5.0, 1.0, -1.0, 0.3, 2.0, -3.0, 4.0], offset=2.0)
+
+
+def ill_network(**kwargs) -> SurvivalMapNet:
+    """Patches in danger, more and less so, everywhere."""
+    net = SurvivalMapNet(patch_size=4, dim=16, **kwargs).eval()
+    nn.init.normal_(net.head.to_location[-1].weight, std=0.3)
+    nn.init.constant_(net.head.bias, 40.0)
+    return net
+
+
+@pytest.mark.parametrize("head", ["lse", "softmin", "attention", "hazard"])
+def test_severity_is_fitted_to_and_used_with_the_same_numbers(head):
+    """The medians of those of 8 origins; what all origins say of the patient is moved by what these tell, once."""
+    net, image, lung = ill_network(head=head), torch.rand(2, 1, 13, 18, 16), random_lung(13, 18, 16)
+    few, every = grids(4, 4, few_origins=True), grids(4, 4)
+    _, numbers = few.read(image, net, lung=lung)
+    plain, same = every.read(image, net, lung=lung)
+    assert len(few.origins) == 8 and len(every.origins) == 64 and set(few.origins) < set(every.origins)
+    torch.testing.assert_close(same, numbers, rtol=0, atol=0)
+    each = []
+    for origin in few.origins:
+        pad = [n for start, size in zip(origin[::-1], (16, 18, 13)) for n in (start + 4 * (start % 2), -size % 4)]
+        moved, inside = F.pad(image, pad, mode="replicate"), F.pad(lung, pad)
+        with torch.no_grad():
+            one = net(moved, inside)
+            share = F.avg_pool3d(F.pad(inside, [n for size in inside.shape[:1:-1] for n in (0, -size % 4)]), 4)[:, 0]
+            share = share * (one[:, 1] > 0)
+            each.append(severity_numbers(one, net.danger(one, share), share))
+    torch.testing.assert_close(numbers, torch.from_numpy(np.median(torch.stack(each), 0)))
+    found = grids(4, 4, severity=SEVERITY)(image, net, lung=lung)
+    torch.testing.assert_close(found[:, 1], plain[:, 1], rtol=0, atol=0)
+    inside = plain[:, 1] > 0
+    months = SEVERITY(numbers).view(2, 1, 1, 1) * inside
+    torch.testing.assert_close(found[:, 0], plain[:, 0] + months)
+    assert float(months.abs().max()) > 0.1 and bool((found[:, 0][~inside] == 0).all())
+
+
+def test_several_networks_have_a_severity_each():
+    ill, other, image = ill_network(clinical_dim=2), ill_network(clinical_dim=2), torch.rand(1, 1, 16, 16, 16)
+    clinical = torch.randn(1, 2)
+    plain = grids(2, 4)(image, ill, clinical=clinical)
+    inferer = grids(2, 4, severity={ill: SEVERITY, other: None})
+    assert float((inferer(image, ill, clinical=clinical) - plain)[:, 0].abs().min()) > 0.1
+    torch.testing.assert_close(inferer(image, other, clinical=clinical), grids(2, 4)(image, other, clinical=clinical))
+
+
+def test_the_lung_moves_with_the_image():
     """A network that only looks at the lung: its weights must stay around the middle of the lung."""
     lung = torch.zeros(1, 1, 16, 16, 16)
     lung[..., 4:12, 4:12, 4:12] = 1
-    weight = GridShiftInferer(2, 4)(torch.rand(1, 1, 16, 16, 16), Brightness(4, beta=0.0), lung=lung)[0, 1]
+    weight = grids(2, 4)(torch.rand(1, 1, 16, 16, 16), Brightness(4, beta=0.0), lung=lung)[0, 1]
     place = torch.arange(8) * 2 + 0.5
     for axis in range(3):
         others = [n for n in range(3) if n != axis]
@@ -290,7 +342,7 @@ def test_sharper_than_one_grid_on_a_sphere():
     network = Brightness(patch, beta=0.1)
     score = {}
     for shifts in (1, 2, 4):
-        survival_map = GridShiftInferer(shifts, patch)(image, network)
+        survival_map = grids(shifts, patch)(image, network)
         heat = to_voxels(patch_heat(survival_map, torch.ones(1)), patch // shifts, (32, 32, 32), None)
         score[shifts] = average_precision_score(truth.flatten(), heat.flatten())
         torch.testing.assert_close(heat.sum(), torch.tensor(1.0))
@@ -304,7 +356,7 @@ def test_smoothing_is_a_gaussian_whose_width_is_in_cells():
             weight[0, 6, 6, 6] = 1.0
             return torch.stack([torch.full_like(weight, 40.0), weight], 1)
 
-    location, weight = GridShiftInferer(1, 4, sigma=1.5)(torch.zeros(1, 1, 52, 52, 52), Point())[0]
+    location, weight = grids(1, 4, sigma=1.5)(torch.zeros(1, 1, 52, 52, 52), Point())[0]
     place, line = torch.arange(13.0), weight.sum((1, 2))
     assert float((place * line).sum()) == pytest.approx(6, abs=1e-4)
     # The Gaussian is cut at three sigma, which costs 3 % of its variance.
@@ -316,19 +368,19 @@ def test_refinement_finds_the_bright_voxels_within_hot_patches():
     image = torch.full((1, 1, 16, 16, 16), 0.2)
     image[:, :, 7, 2:14, 2:14] = 1.0
     network = Brightness(4, beta=0.2)
-    plain, refined = (GridShiftInferer(4, 4, refine=refine)(image, network) for refine in (False, True))
+    plain, refined = (grids(4, 4, refine=refine)(image, network) for refine in (False, True))
     wall = image[0, 0] > 0.5
     assert float(refined[0, 1][wall].sum()) > 2 * float(plain[0, 1][wall].sum())
     for survival_map in (plain, refined):
         assert float(survival_map[0, 1].sum()) == pytest.approx(1, abs=1e-5)
     torch.testing.assert_close((plain[:, 0] * plain[:, 1]).sum(), (refined[:, 0] * refined[:, 1]).sum())
-    flipped = GridShiftInferer(4, 4, refine=True)(image.flip(3), network)
+    flipped = grids(4, 4, refine=True)(image.flip(3), network)
     torch.testing.assert_close(flipped[:, 1].flip(2)[0, :, 8], refined[0, 1, :, 8], rtol=0.5, atol=1e-4)
 
 
 def test_refinement_leaves_alone_what_brightness_does_not_explain():
     image, lung = torch.full((1, 1, 16, 16, 16), 0.5), random_lung(16, 16, 16, batch=1)
-    plain, refined = (GridShiftInferer(4, 4, refine=r)(image, Brightness(4, 0.2), lung=lung) for r in (False, True))
+    plain, refined = (grids(4, 4, refine=r)(image, Brightness(4, 0.2), lung=lung) for r in (False, True))
     torch.testing.assert_close(refined, plain)
 
 
@@ -347,7 +399,7 @@ def test_refinement_finds_nothing_in_a_map_that_knows_nothing(masked):
             return torch.stack([40 * weight, weight / weight.sum()], 1)
 
     lung = lung if masked else None
-    plain, refined = (GridShiftInferer(4, 4, 0.5, refine=r)(image, Even(), lung=lung)[0, 1] for r in (False, True))
+    plain, refined = (grids(4, 4, 0.5, refine=r)(image, Even(), lung=lung)[0, 1] for r in (False, True))
     torch.testing.assert_close(refined, plain, rtol=1e-3, atol=0)
 
 
@@ -446,7 +498,7 @@ def test_refinement_adds_the_less_the_less_a_map_says(monkeypatch):
     weight = even * torch.where(image > 0.9, torch.tensor([1.5, 200.0]).view(2, 1, 1, 1), 1.0)
     inside = torch.ones_like(image) > 0
     ratio = appearance_ratio(image, inside, weight, even)
-    monkeypatch.setattr("bundle.maps.grid_shift.SAYS_ENOUGH", 1e-9)
+    monkeypatch.setattr("bundle.maps.refinement.SAYS_ENOUGH", 1e-9)
     looks = appearance_ratio(image, inside, weight, even)
     divergence = entropy(weight[0].flatten().numpy(), even[0].flatten().numpy())  # normalises both
     assert divergence < 0.05 and float(ratio[0].max()) < 1.2 < float(looks[0].max())
@@ -456,7 +508,7 @@ def test_refinement_adds_the_less_the_less_a_map_says(monkeypatch):
 
 @pytest.mark.parametrize("shifts, stride", [(3, 4), (0, 4), (8, 4)])
 def test_shifts_that_do_not_divide_the_stride_are_refused(shifts, stride):
-    with pytest.raises(ValueError, match="must divide the stride"):
+    with pytest.raises(InputError, match="must divide the stride"):
         GridShiftInferer(shifts, stride)
 
 

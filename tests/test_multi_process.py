@@ -23,7 +23,7 @@ from bundle.run.distributed import RankBatches
 
 from .conftest import absolute_table
 
-SMALL = ("--network_def#dim", "16", "--network_def#num_heads", "2", "--max_epochs", "3", "--val_interval", "1")
+SMALL = ("--network_def#dim", "16", "--max_epochs", "3", "--val_interval", "1")
 
 
 def launch(root: Path, processes: int, configs: list[str], *args: str, wait: bool = True):

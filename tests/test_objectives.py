@@ -25,7 +25,7 @@ from torchsurv.loss.momentum import Momentum
 from bundle.errors import InputError
 from bundle.networks import ClinicalNet, SurvivalMapNet
 from bundle.networks.heads import HEADS
-from bundle.run.finish import finish_training
+from bundle.run import Finish
 from bundle.survival import OBJECTIVES, CenTime, Cox, CoxMemory, objective_from, patient_numbers, seen_until
 from bundle.survival.cox import breslow_baseline, partial_log_likelihood
 from bundle.survival.discrete import DeepHit, Logistic, LogisticHazard, deephit_ranking
@@ -192,7 +192,7 @@ def test_every_file_of_configs_makes_the_objective_of_its_name(root):
         config.read_config([str(root / "configs" / "train.json"), str(root / "configs" / "objective" / f"{name}.json")])
         objective = config.get_parsed_content("objective")
         assert objective.name == name and objective.tmax == 100
-        assert config.get_parsed_content("network_def").extra == objective.extra
+        assert config.get_parsed_content("network_def").arguments["extra"] == objective.extra
 
 
 def test_settings_without_a_name_are_those_of_centime():
@@ -204,8 +204,6 @@ def test_settings_without_a_name_are_those_of_centime():
     [
         lambda: CenTime(tmax=1),
         lambda: CenTime(mixture=True, predict_variance=True),
-        lambda: CenTime(predict_variance="true"),
-        lambda: LogisticHazard(learn_variance="false"),
         lambda: Classical(variance=-1.0),
         lambda: Cox(scale=0.0),
         lambda: Cox(ties="exact"),
@@ -261,7 +259,7 @@ def test_every_objective_learns_with_every_head(name, head):
         arguments["clinical"] = torch.tensor([[2.0], [1.5], [1.0], [0.5], [-1.0], [-1.0]])
         net = ClinicalNet(1, extra=objective.extra)
     else:
-        net = SurvivalMapNet(dim=8, depth=1, num_heads=1, head=head, extra=objective.extra)
+        net = SurvivalMapNet(dim=8, depth=1, head=head, extra=objective.extra)
     parameters = [*net.parameters(), *objective.parameters()]
     optimizer = torch.optim.Adam(parameters, 0.01)
     losses = []
@@ -278,13 +276,13 @@ def test_every_objective_learns_with_every_head(name, head):
 
 
 def test_a_mixture_needs_a_head_that_mixes():
-    outcome = OUTCOMES["ties"]
-    for head in ("hazard", "mean"):
-        with pytest.raises(InputError, match=f"mixture has no meaning with the head {head}"):
-            CenTime(mixture=True).check(outcome, head)
-    for head in ("softmin", "lse", None):
+    outcome, heads = OUTCOMES["ties"], {name: SurvivalMapNet(dim=8, head=name).head for name in HEADS}
+    for name in ("hazard", "mean"):
+        with pytest.raises(InputError, match=f"mixture has no meaning with the head {type(heads[name]).__name__}"):
+            CenTime(mixture=True).check(outcome, heads[name])
+    for head in (heads["softmin"], heads["lse"], heads["attention"], None):
         CenTime(mixture=True).check(outcome, head)
-    CenTime().check(outcome, "mean")
+    CenTime().check(outcome, heads["mean"])
 
 
 def test_censored_just_below_tmax_is_alive_in_the_month_before():
@@ -671,10 +669,18 @@ def test_a_linear_model_ranks_as_well_as_lifelines_cox_fit(kind, name, shared_da
 def test_a_mixture_over_patches_is_left_without_severity():
     """Severity's variance is that of one number a patient; a mixture is as wide as patches differ."""
     settings = {"name": "centime", **CenTime(mixture=True).arguments}
-    net = SurvivalMapNet(dim=16, head="softmin")
-    assert finish_training(net, settings, None, torch.device("cpu")) == settings
+    finish = Finish(SurvivalMapNet(dim=16, head="softmin"), None, torch.device("cpu"))
+    assert finish(settings) == {"objective": settings, "severity": None}
+
+
+def test_severity_needs_a_head_whose_map_shows_danger():
+    net = SurvivalMapNet(dim=16, head="mean")
+    with pytest.raises(InputError, match="severity can't be read off the maps of the head mean: add --severity false"):
+        Finish(net, None, torch.device("cpu"))
+    assert not Finish(net, None, torch.device("cpu"), severity=False).severity
+    assert not Finish(ClinicalNet(2), None, torch.device("cpu")).severity
 
 
 @pytest.mark.parametrize("file", ["objective/logistic.json", "network/clinical_only.json"])
 def test_what_has_no_fit_after_training_sees_the_cohorts_own_share_of_deaths(file):
-    assert json.loads(Path("configs", file).read_text())["min_event_share"] == 0
+    assert json.loads(Path("configs", file).read_text())["train#sampler#min_event_share"] == 0

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 
 import numpy as np
@@ -22,7 +24,7 @@ from bundle.survival import (
     survival_curve,
 )
 from bundle.survival.objectives import centime_log_likelihood, neighbour_difference, occlusion_inconsistency, weight_entropy
-from bundle.survival.severity import Severity
+from bundle.survival.severity import minkowski_functionals, severity_from
 
 TMAX = 30
 
@@ -313,6 +315,8 @@ def test_loss_is_the_objective_and_its_regularisers():
 
 # ------------------------------------------------------------------------------------------------------- severity
 
+RANGE = (-5.0, 120.0)
+
 
 def severity_data(num: int, noise: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Numbers of patients all of whom die at a linear function of them, (num, 8), outcomes, and that function."""
@@ -326,8 +330,7 @@ def severity_data(num: int, noise: float, seed: int = 0) -> tuple[torch.Tensor, 
 
 def test_severity_fit_is_least_squares_where_many_die_well_within_the_range():
     numbers, outcome, slope = severity_data(300, noise=2.0)
-    severity = Severity(-5.0, 120.0)
-    variance = fit_severity(severity, numbers, outcome, CenTime(), months=1e4)
+    severity, variance = fit_severity(numbers, outcome, CenTime(), RANGE, months=1e4)
     design = np.column_stack([numbers.numpy(), np.ones(300)])
     target = outcome[:, 0].numpy()
     expected = design @ np.linalg.lstsq(design, target, rcond=None)[0]
@@ -335,7 +338,15 @@ def test_severity_fit_is_least_squares_where_many_die_well_within_the_range():
     np.testing.assert_allclose(found, expected, atol=0.5)  # it has no slope for what tells nothing, least squares has
     assert variance == pytest.approx(((target - expected) ** 2).mean(), rel=0.02)
     # The first takes back the location, which tells nothing; of the others one may seem to tell something.
-    assert float(severity.slope[slope == 0][1:].abs().median()) < 0.01
+    assert float(torch.tensor(severity.slope)[slope == 0][1:].abs().median()) < 0.01
+
+
+def test_severity_goes_through_json():
+    numbers, outcome, _ = severity_data(80, noise=1.0)
+    severity, _ = fit_severity(numbers, outcome, CenTime(), RANGE)
+    again = severity_from(json.loads(json.dumps(dataclasses.asdict(severity))))
+    assert again == severity and torch.equal(again(numbers), severity(numbers))
+    assert severity_from(None) is None
 
 
 def test_severity_fit_to_few_deaths_foretells_others_better_than_least_squares():
@@ -343,8 +354,7 @@ def test_severity_fit_to_few_deaths_foretells_others_better_than_least_squares()
     found, plain = [], []
     for seed in range(5):
         numbers, outcome, slope = severity_data(25, noise=4.0, seed=seed)
-        severity = Severity(-5.0, 120.0)
-        fit_severity(severity, numbers, outcome, CenTime())
+        severity, _ = fit_severity(numbers, outcome, CenTime(), RANGE)
         design = np.column_stack([numbers.numpy(), np.ones(25)])
         line = np.linalg.lstsq(design, outcome[:, 0].numpy(), rcond=None)[0]
         others, _, _ = severity_data(200, noise=0.0, seed=100 + seed)
@@ -359,8 +369,7 @@ def test_severity_fit_learns_from_the_dead_and_leaves_survivors_where_they_are()
     survivors = numbers.clone()
     survivors[:, 0] = 118
     both = torch.cat([numbers, survivors]), torch.cat([outcome, torch.tensor([[99.0, 0.0]]).expand(80, 2)])
-    severity = Severity(-5.0, 120.0)
-    variance = fit_severity(severity, *both, CenTime())
+    severity, variance = fit_severity(*both, CenTime(), RANGE)
     assert torch.equal(severity(survivors), torch.zeros(80))
     assert float((numbers[:, 0] + severity(numbers) - outcome[:, 0]).abs().mean()) < 0.7
     assert 1 <= variance < 2
@@ -371,10 +380,9 @@ def test_severity_fit_isnt_led_astray_by_deaths_that_a_line_puts_before_the_earl
     numbers, outcome, slope = severity_data(300, noise=0.5)
     numbers[:60, 1] += 12  # the line says -27 months and less
     outcome[:60, 0] = 2
-    severity = Severity(-5.0, 120.0)
-    fit_severity(severity, numbers, outcome, CenTime(), months=1e4)
+    severity, _ = fit_severity(numbers, outcome, CenTime(), RANGE, months=1e4)
     found = numbers[:, 0] + severity(numbers)
-    assert float(severity.earliest) == 2 and float(found.min()) == pytest.approx(2)
+    assert severity.earliest == 2 and float(found.min()) == pytest.approx(2)
     assert bool((found[:60] < 2.1).all())
     torch.testing.assert_close(found[60:], 45 + numbers[60:, 1:] @ slope[1:], atol=0.5, rtol=0)
 
@@ -386,9 +394,9 @@ def test_severity_fit_takes_the_patients_extra_numbers_as_given():
     numbers[:, 1:] = numbers[:, 1:] * 0.01  # nothing to explain the times by
     outcome[:, 0] = (50 + torch.randn(400) * torch.where(sure, 3.0, 9.0)).round()
     numbers[:, 0] = 50 + torch.randn(400) * 1e-3
-    objective = CenTime(predict_variance=True)
     extra = torch.where(sure, 0.0, math.log(9.0)).unsqueeze(1)
-    assert fit_severity(Severity(-5.0, 120.0), numbers, outcome, objective, extra=extra) == pytest.approx(9, rel=0.2)
+    _, variance = fit_severity(numbers, outcome, CenTime(predict_variance=True), RANGE, extra=extra)
+    assert variance == pytest.approx(9, rel=0.2)
 
 
 def test_severity_makes_nothing_of_maps_that_differ_by_rounding_only():
@@ -397,22 +405,37 @@ def test_severity_makes_nothing_of_maps_that_differ_by_rounding_only():
     one = torch.tensor([24.5, 1.0, 6.0, 3.0, 1.0, 0.001, 0.12, 1.13])
     numbers = one + 1e-5 * torch.randn(60, 8, generator=generator)
     time = (20 + 1e5 * (numbers[:, 0] - one[0]) + 10 * torch.rand(60, generator=generator)).clamp(1, 90).round()
-    severity = Severity(-5.0, 120.0)
-    fit_severity(severity, numbers, torch.stack([time, torch.ones(60)], 1), CenTime())
+    severity, _ = fit_severity(numbers, torch.stack([time, torch.ones(60)], 1), CenTime(), RANGE)
     moved = severity(one + 1e-5 * torch.randn(50, 8, generator=generator))
     assert float(moved.max() - moved.min()) < 1.0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_severity_of_a_network_on_a_gpu_is_fitted_to_numbers_on_the_cpu():
+def test_severity_is_the_same_of_numbers_on_a_gpu():
     numbers, outcome, _ = severity_data(80, noise=0.5)
-    here, there = Severity(-5.0, 120.0), Severity(-5.0, 120.0).cuda()
-    assert fit_severity(there, numbers, outcome, CenTime()) == fit_severity(here, numbers, outcome, CenTime())
-    torch.testing.assert_close(there(numbers.cuda()).cpu(), here(numbers))
+    severity, _ = fit_severity(numbers, outcome, CenTime(), RANGE)
+    torch.testing.assert_close(severity(numbers.cuda()).cpu(), severity(numbers))
 
 
 def test_severity_fit_without_deaths_moves_nobody():
-    severity = Severity(-5.0, 120.0)
     numbers, outcome = torch.full((9, 8), 118.0), torch.tensor([[99.0, 0.0]]).expand(9, 2)
-    assert fit_severity(severity, numbers, outcome, CenTime(variance=25.0)) == 25.0
-    assert float(severity(torch.full((1, 8), 20.0))) == 0
+    assert fit_severity(numbers, outcome, CenTime(variance=25.0), RANGE) == (None, 25.0)
+
+
+def body(*boxes: tuple[slice, slice, slice], size: int = 16) -> Tensor:
+    x = torch.zeros(1, size, size, size)
+    for box in boxes:
+        x[(0, *box)] = 1
+    return x
+
+
+def test_minkowski_functionals_of_bodies_that_are_known():
+    box = (slice(2, 5), slice(0, 4), slice(3, 8))  # 3 x 4 x 5, touching the border
+    expected = torch.tensor([[60.0, 94.0, 12.0, 1.0]])
+    torch.testing.assert_close(minkowski_functionals(body(box)), expected)
+    apart = (slice(8, 11), slice(8, 12), slice(10, 15))
+    torch.testing.assert_close(minkowski_functionals(body(box, apart)), 2 * expected)
+    torch.testing.assert_close(minkowski_functionals(body(box, apart) / 2), expected)  # the mean over thresholds
+    ring = body((slice(2, 7), slice(2, 7), slice(2, 4))) - body((slice(4, 5), slice(4, 5), slice(2, 4)))
+    shell = body((slice(2, 7), slice(2, 7), slice(2, 7))) - body((slice(4, 5), slice(4, 5), slice(4, 5)))
+    assert minkowski_functionals(torch.cat([ring, shell]))[:, 3].tolist() == [0.0, 2.0]

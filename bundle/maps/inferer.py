@@ -4,17 +4,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import product
+from typing import Any
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from monai.inferers import Inferer
 from monai.networks.layers import GaussianFilter
 from torch import Tensor
 
-from bundle.maps.refinement import appearance_ratio
+from bundle.errors import InputError
+from bundle.maps.refinement import refined
+from bundle.networks.patches import share_of_lung, to_grid
+from bundle.survival import Severity, severity_numbers
 
 __all__ = ["GridShiftInferer"]
+
+FEW = 8  # origins that tell severity
+
+
+def in_lung(survival_map: Tensor) -> Tensor:
+    """Which patches are tokens, (B, 1, d, h, w)."""
+    return (survival_map[:, -1:] > 0) | (survival_map[:, :1] != 0)
 
 
 class GridShiftInferer(Inferer):
@@ -27,10 +40,9 @@ class GridShiftInferer(Inferer):
        arithmetic mean of the weights would keep it blurred. A cell that patches reach in only a share of the grids, at
        the lung's border, has its weight times that share squared.
     2. **Smoothing** by a Gaussian.
-    3. **Refinement** within patches. A wall one voxel thick makes every patch around it hot, and the air beside it looks
-       like air elsewhere; of a lesion that the network is sure of in some places only, the rest looks like these. Cells
-       have their weight times :func:`appearance_ratio`, a naive Bayes factor that asks the scan itself how its hot places
-       differ, in brightness and in texture, from those of a map which is even; such a map it leaves as it is.
+    3. **Refinement** within patches; see :func:`bundle.maps.refinement.refined`.
+    4. **Severity** moves all locations of a scan by the same months. Its numbers are read off the maps of 8 of the origins,
+       spread evenly, and their median counts: the same 8 in its fit and in use.
 
     The patient's location is the median of the grids', and so are extra channels of the map: a lesion of a patch or two
     that some grids cut up, and don't see, would otherwise come out years too late. The result is a survival map like any
@@ -41,58 +53,90 @@ class GridShiftInferer(Inferer):
         stride: of the network's patch grid, in voxels.
         sigma: of the Gaussian, in cells; 0 for none.
         refine: do step 3.
-        origins: take so many of the `shifts³` origins only, spread evenly (a Sobol sequence); None for all.
-        keys: names of the volumes among the network's keyword arguments; they move with the image.
+        few_origins: run 8 of the `shifts³` origins only, those that tell severity.
+        severity: of the network's weights; for several networks, that of each in a dict; None for none.
 
     Raises:
-        ValueError: `shifts` doesn't divide `stride`.
+        InputError: `shifts` doesn't divide `stride`.
     """
 
     def __init__(
         self,
         shifts: int,
         stride: int,
-        sigma: float = 0.0,
-        refine: bool = False,
-        origins: int | None = None,
-        keys: tuple[str, ...] = ("lung",),
+        sigma: float = 1.25,
+        refine: bool = True,
+        few_origins: bool = False,
+        severity: Severity | Mapping[nn.Module, Severity | None] | None = None,
     ) -> None:
         super().__init__()
         if shifts < 1 or stride % shifts:
-            raise ValueError(f"shifts ({shifts}) must divide the stride of the patch grid ({stride}).")
+            raise InputError(f"shifts ({shifts}) must divide the stride of the patch grid ({stride}).")
         self.shifts = shifts
         self.stride = stride
         self.sigma = sigma
         self.refine = refine
-        self.origins = list(product(range(shifts), repeat=3))
-        if origins is not None and origins < len(self.origins):
-            # Not the sequence's first, among which is the corner that all axes share.
-            places = torch.quasirandom.SobolEngine(3).fast_forward(origins).draw(origins)
-            self.origins = (places * shifts).int().tolist()
-        self.keys = keys
+        self.severity = severity
+        every = list(product(range(shifts), repeat=3))
+        # Not the Sobol sequence's first, among which is the corner that all axes share.
+        places = torch.quasirandom.SobolEngine(3).fast_forward(FEW).draw(FEW)
+        self.few = [tuple(place) for place in (places * shifts).int().tolist()] if FEW < len(every) else every
+        self.origins = self.few if few_origins else every
 
-    def __call__(self, inputs: Tensor, network: torch.nn.Module, *args, **kwargs) -> Tensor:
-        inputs = inputs.detach().as_subclass(Tensor)  # no metadata on every operation
-        cell = self.stride // self.shifts
-        grid = [-(-size // self.stride) * self.shifts for size in inputs.shape[2:]]
-        scans = inputs.shape[0]
-        total, patients = torch.zeros(()), []
-        for origin in self.origins:
-            # Every other origin lies a patch further out: windows of attention, two patches wide, begin in either half.
-            shift = [start + self.shifts * (start % 2) for start in origin]
-            # In front the shift, behind what makes the unshifted grid whole, so that every grid covers the image.
-            sides = [(start * cell, -size % self.stride) for start, size in zip(shift, inputs.shape[2:])]
-            pad = [n for side in reversed(sides) for n in side]
-            moved = {k: F.pad(v, pad) if k in self.keys and v is not None else v for k, v in kwargs.items()}
+    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """The combined survival map of scans (B, 1, D, H, W); a `lung` among the keyword arguments moves with them."""
+        severity = self.severity.get(network) if isinstance(self.severity, Mapping) else self.severity
+        if severity is None:
+            return self.combine(self.maps(inputs, network, *args, **kwargs), inputs, kwargs.get("lung"))
+        survival_map, numbers = self.read(inputs, network, *args, **kwargs)
+        months = severity(numbers).view(-1, 1, 1, 1, 1)
+        return torch.cat([survival_map[:, :1] + months * in_lung(survival_map), survival_map[:, 1:]], 1)
+
+    def read(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The combined map without severity, and the numbers that tell it, (B, 8)."""
+        maps, numbers = self.maps(inputs, network, *args, **kwargs), []
+        for origin in self.few:
+            image, lung = to_grid(*self.shifted(origin, inputs, kwargs.get("lung")), self.stride)
+            share = share_of_lung(image, lung, self.stride)
             with torch.no_grad():
-                survival_map = network(F.pad(inputs, pad, mode="replicate"), *args, **moved)
-            said, weight = survival_map[:, :-1], survival_map[:, -1:]
-            patients.append((said * weight).sum((2, 3, 4)))
-            inside = (weight > 0) | (said[:, :1] != 0)
+                danger = network.danger(maps[origin], share, kwargs.get("clinical"))
+            numbers.append(severity_numbers(maps[origin], danger, share))
+        return self.combine(maps, inputs, kwargs.get("lung")), torch.stack(numbers).quantile(0.5, 0)
+
+    def maps(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> dict[tuple[int, ...], Tensor]:
+        """What the network says with the patch grid at each origin, (B, C, d, h, w)."""
+        found, inputs = {}, inputs.detach().as_subclass(Tensor)  # no metadata on every operation
+        for origin in self.origins:
+            image, lung = self.shifted(origin, inputs, kwargs.get("lung"))
+            moved = kwargs if lung is None else {**kwargs, "lung": lung}
+            with torch.no_grad():
+                found[origin] = network(image, *args, **moved)
+        return found
+
+    def shift(self, origin: tuple[int, ...]) -> list[int]:
+        """Cells of the combined map that lie in front of the scan with the patch grid at an origin, an axis each.
+
+        Every other origin lies a patch further out: windows of attention, two patches wide, begin in either half.
+        """
+        return [start + self.shifts * (start % 2) for start in origin]
+
+    def shifted(self, origin: tuple[int, ...], inputs: Tensor, lung: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Scan and lung with the patch grid at an origin: in front the shift, behind what makes the unshifted grid whole."""
+        cell, sizes = self.stride // self.shifts, inputs.shape[2:]
+        sides = [(start * cell, -size % self.stride) for start, size in zip(self.shift(origin), sizes, strict=True)]
+        pad = [n for side in reversed(sides) for n in side]
+        return F.pad(inputs, pad, mode="replicate"), None if lung is None else F.pad(lung, pad)
+
+    def combine(self, maps: dict[tuple[int, ...], Tensor], inputs: Tensor, lung: Tensor | None) -> Tensor:
+        """Steps 1 to 3, from what the network says at each origin."""
+        size = [-(-n // self.stride) * self.shifts for n in inputs.shape[2:]]
+        total = torch.zeros(())
+        for origin, survival_map in maps.items():
+            said, weight, inside = survival_map[:, :-1], survival_map[:, -1:], in_lung(survival_map)
             log = torch.where(inside, weight.clamp_min(torch.finfo(weight.dtype).tiny).log(), 0.0)
             part = torch.cat([said, log, inside.to(said.dtype)], 1)
-            for axis, start in zip((2, 3, 4), shift):
-                part = part.repeat_interleave(self.shifts, axis).narrow(axis, start, grid[axis - 2])
+            for axis, start in zip((2, 3, 4), self.shift(origin), strict=True):
+                part = part.repeat_interleave(self.shifts, axis).narrow(axis, start, size[axis - 2])
             total = total + part
         said, log_weight, count = total[:, :-2], total[:, -2], total[:, -1]
         inside = count > 0
@@ -100,19 +144,14 @@ class GridShiftInferer(Inferer):
         reached = 2 * count.clamp_min(1).log()
         weight = self.smooth(log_weight / count.clamp_min(1) + reached, inside)
         if self.refine:
-            pad = [n for size, cells in zip(inputs.shape[:1:-1], grid[::-1]) for n in (0, cells * cell - size)]
-            lung = kwargs.get(self.keys[0]) if self.keys else None
-            lung = F.pad(torch.ones_like(inputs) if lung is None else lung.to(inputs.dtype), pad)
-            amount = F.avg_pool3d(lung, cell)[:, 0]
-            brightness = F.avg_pool3d(F.pad(inputs, pad) * lung, cell)[:, 0] / amount.clamp_min(1e-6)
             even = self.smooth(reached, inside)
-            weight = weight * appearance_ratio(brightness, inside & (amount > 0), weight, even)
-            weight = weight / weight.sum((1, 2, 3), keepdim=True)
-        weight, inside, count = weight.unsqueeze(1), inside.unsqueeze(1), count.unsqueeze(1)
-        said = said / count.clamp_min(1)
-        off = torch.stack(patients).quantile(0.5, 0) - (said * weight).sum((2, 3, 4))
-        said = (said + off.view(scans, -1, 1, 1, 1)) * inside
-        return torch.cat([said, weight], 1)
+            image = inputs.detach().as_subclass(Tensor)
+            weight = refined(weight, even, inside, image, lung, self.stride // self.shifts)
+        said = said / count.clamp_min(1).unsqueeze(1)
+        patients = [(m[:, :-1] * m[:, -1:]).sum((2, 3, 4)) for m in maps.values()]
+        off = torch.stack(patients).quantile(0.5, 0) - (said * weight.unsqueeze(1)).sum((2, 3, 4))
+        said = (said + off[:, :, None, None, None]) * inside.unsqueeze(1)
+        return torch.cat([said, weight.unsqueeze(1)], 1)
 
     def smooth(self, log_weight: Tensor, inside: Tensor) -> Tensor:
         """Softmax over the cells of each scan that are `inside`, smoothed by the Gaussian; (B, d, h, w)."""

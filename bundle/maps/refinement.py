@@ -1,56 +1,58 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
-"""A finer survival map from the voxels' own share in each patch."""
+"""Refinement: what cells of a map look like tells which of them a hot patch is hot for."""
 
 from __future__ import annotations
 
-import numpy as np
+import math
+
 import torch
 import torch.nn.functional as F
 from monai.networks.layers import GaussianFilter
 from torch import Tensor
 
+__all__ = ["appearance_ratio", "refined"]
+
 BINS = 24  # an axis of a histogram of two numbers; 64 of one
-
-
 SAYS_ENOUGH = 0.5  # nats between a map and an even one, from which on looks count in full
 
 
-def bin_of(values: Tensor, bins: int) -> Tensor:
-    """Which of so many equal bins from the 0.1st to the 99.9th percentile each of the values (n,) is in."""
-    ordered = values.sort()[0]
-    low, high = ordered[int(0.001 * (len(ordered) - 1))], ordered[int(0.999 * (len(ordered) - 1))]
-    return ((values - low) / (high - low).clamp_min(1e-6) * bins).long().clamp(0, bins - 1)
+def refined(weight: Tensor, even: Tensor, inside: Tensor, image: Tensor, lung: Tensor | None, cell: int) -> Tensor:
+    """Weights times :func:`appearance_ratio`; they sum to 1 over a scan.
 
-
-def likelihood_ratio(where: Tensor, shape: tuple[int, ...], weight: Tensor, even: Tensor, sigma: float) -> Tensor:
-    """How much more common what a cell looks like is where the weight lies than where it would lie if all patches weighed
-    the same, (n,): the ratio of two histograms, one weighted by `weight` and one by `even`, both smoothed.
+    A wall one voxel thick makes every patch around it hot, and the air beside it looks like air elsewhere. Of a lesion that
+    the network is sure of in some places only, the rest looks like these. So the scan itself is asked how its hot places
+    differ, in brightness and in texture, from those of a map which is even.
 
     Args:
-        where: place of each cell in the flattened histogram, (n,).
-        shape: of the histogram.
-        weight: not negative, (n,).
-        even: the weights of a map that knows nothing, (n,). They are smaller at the lung's border; next to equal ones,
-            such a map would seem to have found whatever only lies further in.
-        sigma: of the Gaussian that smooths the histograms, in bins.
+        weight: of the cells, 0 outside, (B, d, h, w).
+        even: the weights of a map that knows nothing, (B, d, h, w).
+        inside: which cells are in the map, (B, d, h, w).
+        image: (B, 1, D, H, W), HU window scaled to [0, 1].
+        lung: (B, 1, D, H, W) in {0, 1}; None for no mask.
+        cell: side of a cell in voxels.
     """
-    share = torch.stack([torch.bincount(where, w.double(), int(np.prod(shape))) for w in (weight, even)])
-    share = (share / share.sum(1, keepdim=True)).float().view(1, 2, *shape)
-    share = GaussianFilter(len(shape), sigma, truncated=4.0)(share)[0].flatten(1) + 1e-6
-    return (share[0] / share[1])[where]
+    sizes = zip(image.shape[:1:-1], weight.shape[:0:-1], strict=True)
+    pad = [n for voxels, cells in sizes for n in (0, cells * cell - voxels)]
+    lung = F.pad(torch.ones_like(image) if lung is None else lung.to(image.dtype), pad)
+    amount = F.avg_pool3d(lung, cell)[:, 0]
+    brightness = F.avg_pool3d(F.pad(image, pad) * lung, cell)[:, 0] / amount.clamp_min(1e-6)
+    weight = weight * appearance_ratio(brightness, inside & (amount > 0), weight, even)
+    return weight / weight.sum((1, 2, 3), keepdim=True)
 
 
 def appearance_ratio(brightness: Tensor, inside: Tensor, weight: Tensor, even: Tensor) -> Tensor:
     """By how much the looks of each cell speak for it, (B, d, h, w); 1 outside.
 
-    The product of two :func:`likelihood_ratio`, of the cell's brightness (between 0.6 and 3, lest a few rare voxels outshine a
-    lesion of mixed brightness; squared), and of mean and standard deviation in the 3 x 3 x 3 cells around it (between 0.1
-    and 10; its root, as neighbours share most of these cells). Looks don't overrule what the network says: what it
-    finds safer than the median cell gains no more by them than the median cell does. Otherwise a structure that protects,
-    but is as bright as a lesion, would be shown as danger. And the less a map says the less looks add to it: the ratio has the
-    power of the Kullback-Leibler divergence between the map and an even one, over :data:`SAYS_ENOUGH`, at most 1. Otherwise
-    a map of noise, which some brightness happens to have a little more of, would come out as a sharp one.
+    The product of two :func:`likelihood_ratio`. The first is of the cell's brightness, squared, and between 0.6 and 3, so
+    that a few rare voxels don't outshine a lesion of mixed brightness. The second is of mean and standard deviation in the
+    3 x 3 x 3 cells around it, its root, as neighbours share most of these cells, and between 0.1 and 10.
+
+    Looks don't overrule what the network says. What it finds safer than the median cell gains no more by them than the
+    median cell does; otherwise a structure that protects, but is as bright as a lesion, would be shown as danger. And the
+    less a map says, the less looks add to it: the ratio has the power of the Kullback-Leibler divergence between the map
+    and an even one, over :data:`SAYS_ENOUGH`, at most 1. Otherwise a map of noise, which some brightness happens to have a
+    little more of, would come out as a sharp one.
 
     Args:
         brightness: of the cells, (B, d, h, w), HU window scaled to [0, 1].
@@ -76,3 +78,29 @@ def appearance_ratio(brightness: Tensor, inside: Tensor, weight: Tensor, even: T
         divergence = F.kl_div(e.log(), w, reduction="sum")
         ratio[i][lung] = looks.pow((divergence / SAYS_ENOUGH).clamp(0, 1))
     return ratio
+
+
+def bin_of(values: Tensor, bins: int) -> Tensor:
+    """Which of so many equal bins from the 0.1st to the 99.9th percentile each of the values (n,) is in."""
+    ordered = values.sort()[0]
+    low, high = ordered[int(0.001 * (len(ordered) - 1))], ordered[int(0.999 * (len(ordered) - 1))]
+    return ((values - low) / (high - low).clamp_min(1e-6) * bins).long().clamp(0, bins - 1)
+
+
+def likelihood_ratio(where: Tensor, shape: tuple[int, ...], weight: Tensor, even: Tensor, sigma: float) -> Tensor:
+    """How much more common a cell's looks are where the weight lies than in an even map, (n,).
+
+    The ratio of two smoothed histograms, one weighted by `weight` and one by `even`: a naive Bayes factor.
+
+    Args:
+        where: place of each cell in the flattened histogram, (n,).
+        shape: of the histogram.
+        weight: not negative, (n,).
+        even: the weights of a map that knows nothing, (n,). They are smaller at the lung's border. Next to equal ones, such
+            a map would seem to have found whatever only lies further in.
+        sigma: of the Gaussian that smooths the histograms, in bins.
+    """
+    share = torch.stack([torch.bincount(where, w.double(), math.prod(shape)) for w in (weight, even)])
+    share = (share / share.sum(1, keepdim=True)).float().view(1, 2, *shape)
+    share = GaussianFilter(len(shape), sigma, truncated=4.0)(share)[0].flatten(1) + 1e-6
+    return (share[0] / share[1])[where]

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from bundle.errors import InputError
+from bundle.networks.patches import share_of_lung, to_grid
 
 __all__ = ["ClinicalNet"]
 
@@ -25,27 +25,15 @@ class ClinicalNet(nn.Module):
         hidden: hidden units, 0 for a linear function.
         stride: side of the map's cells in voxels.
         loc_bias: location in months that an untrained network gives; learnt, as the bias of a linear layer.
-        loc_scale: months per unit of its output.
         extra: further numbers that an objective asks for, bounded by 3, 0 in an untrained network.
 
     Raises:
         InputError: there are no clinical columns.
         ValueError: in `forward`, an input has another shape, or a scan has no lung.
-
-    Shape:
-        image (B, 1, D, H, W), only its size matters; lung (B, 1, D, H, W) in {0, 1}, None for no mask; clinical
-        (B, clinical_dim). Output (B, 2 + extra, d, h, w): location in months, extra numbers, weight;
-        d = ceil(D / stride) and so on.
     """
 
     def __init__(
-        self,
-        clinical_dim: int,
-        hidden: int = 0,
-        stride: int = 4,
-        loc_bias: float = 60.0,
-        loc_scale: float = 30.0,
-        extra: int = 0,
+        self, clinical_dim: int, hidden: int = 0, stride: int = 4, loc_bias: float = 60.0, extra: int = 0
     ) -> None:
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
@@ -54,38 +42,29 @@ class ClinicalNet(nn.Module):
             raise InputError("a network of clinical covariates needs some: name columns in the key clinical.")
         self.clinical_dim = clinical_dim
         self.stride = stride
-        self.loc_scale = loc_scale
+        self.unit = 30.0  # months of a layer's output of 1, which can move by tens of months in a training
         width = hidden or clinical_dim
         self.hidden = nn.Sequential(nn.Linear(clinical_dim, hidden), nn.GELU()) if hidden > 0 else nn.Identity()
         self.to_location = nn.Linear(width, 1)
         nn.init.normal_(self.to_location.weight, std=0.01)
-        nn.init.constant_(self.to_location.bias, loc_bias / loc_scale)  # in units that let it move by tens of months
+        nn.init.constant_(self.to_location.bias, loc_bias / self.unit)
         # With a bias: the average patient, whose covariates are 0, has a shape of their own.
         self.to_extra = nn.Linear(width, extra) if extra > 0 else None
         if self.to_extra is not None:
             nn.init.zeros_(self.to_extra.weight)
             nn.init.zeros_(self.to_extra.bias)
-        self.severity: nn.Module | None = None  # there is no disease on the map to read it off
-
-    def set_beta_factor(self, factor: float) -> None:
-        """Nothing: the schedule of the softmin's steepness has nothing to set."""
 
     def forward(self, image: Tensor, lung: Tensor | None = None, clinical: Tensor | None = None) -> Tensor:
-        if image.dim() != 5 or image.shape[1] != 1:
-            raise ValueError(f"image must be (B, 1, D, H, W), got {list(image.shape)}.")
+        """The survival map of each scan; arguments and shapes as for :class:`~bundle.networks.SurvivalMapNet`."""
+        image, lung = to_grid(image, lung, self.stride)
         if clinical is None or clinical.shape[1] != self.clinical_dim:
             raise ValueError(f"clinical must be a vector of length {self.clinical_dim} a scan.")
-        inside = torch.ones_like(image) if lung is None else lung.to(image.dtype)
-        if not torch.jit.is_scripting():
-            inside = inside.as_subclass(Tensor)  # MONAI's MetaTensor would drag its metadata along
-        s = self.stride
-        inside = F.pad(inside, [0, -image.shape[4] % s, 0, -image.shape[3] % s, 0, -image.shape[2] % s])
-        inside = (F.avg_pool3d(inside, s) > 0).to(inside.dtype)
+        inside = (share_of_lung(image, lung, self.stride, 0.0) > 0).to(image.dtype).unsqueeze(1)
         total = inside.sum((2, 3, 4), keepdim=True)
         if bool((total == 0).any()):
             raise ValueError("a scan of the batch has no lung voxel.")
         x = self.hidden(clinical.to(inside.dtype))
-        said = [self.loc_scale * self.to_location(x)]
+        said = [self.unit * self.to_location(x)]
         if self.to_extra is not None:
             said.append(3 * torch.tanh(self.to_extra(x)))
         return torch.cat([torch.cat(said, 1)[:, :, None, None, None] * inside, inside / total], 1)

@@ -1,110 +1,237 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Heads: from one number a patch to the patient's location, and to the weight of each patch in it.
+"""Heads: from tokens to a location in months and a weight for every patch.
 
-Every head takes what the patches say, (B, N), and `lung`, the share of lung in each of them, (B, N), 0 for what is no
-token; and gives locations in months and the logs of the weights, both (B, N). Whatever the head, the patient's location
-is the weighted sum of the map's locations. Weights are heat per volume of lung: of a patch that is half lung no more
-than that half of it is heated when they are brought to the voxels, and in means over the lung it counts half.
+Whatever the head, the patient's location is the weighted sum of the map's locations. A patch's weight doesn't depend on
+how much of it is lung; in means over the lung a patch counts by its share of lung.
+
+A new head is a subclass of :class:`Head` with an entry in :data:`HEADS`.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
+import torch.nn as nn
 from torch import Tensor
 
-__all__ = ["HEADS", "attention_head", "bounded", "hazard_head", "mean_head", "softmin_head"]
+from bundle.errors import InputError
+from bundle.networks.patches import on_grid
 
-HEADS = ("lse", "softmin", "attention", "hazard", "mean")
-
-
-def bounded(tokens: Tensor, low: Tensor, high: float) -> Tensor:
-    """Squash months to (low, high) by a sigmoid of slope 1 in the middle."""
-    return low + (high - low) * torch.sigmoid((tokens - 0.5 * (low + high)) * 4 / (high - low))
+__all__ = ["HEADS", "AdditiveHazards", "AttentionPooling", "Head", "LogMeanExp", "MeanPooling", "Softmin"]
 
 
-def log_softmax(score: Tensor, lung: Tensor) -> Tensor:
-    """Log-softmax of `score` over the patches of lung; -1e9 and less elsewhere."""
-    return F.log_softmax(score.masked_fill(lung == 0, -1e9), 1)
+def token_mlp(dim: int, hidden_layers: int) -> nn.Sequential:
+    """MLP from a token to one number, near 0 in an untrained network."""
+    layers: list[nn.Module] = [nn.LayerNorm(dim)]
+    for _ in range(hidden_layers):
+        layers += [nn.Linear(dim, dim, bias=False), nn.GELU()]
+    last = nn.Linear(dim, 1, bias=False)
+    nn.init.normal_(last.weight, std=0.01)
+    return nn.Sequential(*layers, last)
 
 
-def log_share(lung: Tensor) -> Tensor:
-    """Log of the share of lung in each patch; -1e9 of none."""
-    return lung.log().clamp_min(-1e9)
+def softmax_in_lung(score: Tensor, share: Tensor) -> Tensor:
+    """Softmax of scores (B, N) over the patches with a share of lung; 0 elsewhere."""
+    return score.masked_fill(share == 0, -math.inf).softmax(1)
 
 
-def moved_to(patient: Tensor, location: Tensor, log_weight: Tensor, lung: Tensor) -> Tensor:
-    """All locations moved by the same months, so that their weighted sum is `patient` (B, 1)."""
-    return location + patient - (location * log_weight.exp() * (lung > 0)).sum(1, keepdim=True)
+def mean_in_lung(values: Tensor, share: Tensor) -> Tensor:
+    """Mean over the lung, (B, 1), of values (B, N) of patches."""
+    return (values * share).sum(1, keepdim=True) / share.sum(1, keepdim=True)
 
 
-def softmin_head(location: Tensor, lung: Tensor, beta: Tensor, lse: bool) -> tuple[Tensor, Tensor]:
-    """Weights ``softmax(-beta * (loc_i - median))``: the most dangerous patches speak for the patient.
+def moved_to(patient: Tensor, location: Tensor, weight: Tensor) -> Tensor:
+    """Locations (B, N), all moved by the same months so that their weighted sum is `patient` (B, 1)."""
+    return location + patient - (location * weight).sum(1, keepdim=True)
 
-    With `lse` all locations of a scan move together until their weighted sum is the log-mean-exp
+
+class Head(nn.Module):
+    """What all heads have in common: an MLP that gives every token a number of months.
+
+    Subclasses turn these months into locations and weights in `weigh`. One from whose maps the danger of a patch can be
+    read has a method `danger` too; :mod:`bundle.survival.severity` needs it.
+
+    Args:
+        dim: length of a token.
+        layers: hidden layers of the MLP, 1 or 2.
+        loc_range: months between which a patch's location lies. An untrained network says half of the upper bound.
+        beta: steepness of the softmin per month, for heads that have one.
+        learn_beta: learn it, starting there.
+
+    Raises:
+        InputError: an argument is out of range.
+    """
+
+    mixes = True  # whether its weighted patches can be read as a mixture of distributions
+
+    def __init__(self, dim: int, layers: int, loc_range: Sequence[float], beta: float, learn_beta: bool) -> None:
+        super().__init__()
+        if layers not in (1, 2):
+            raise InputError(f"head_layers must be 1 or 2, got {layers}.")
+        if len(loc_range) != 2 or not loc_range[0] < loc_range[1] / 2:
+            raise InputError(f"loc_range must be two months, the first below half of the second, got {loc_range}.")
+        if beta <= 0:
+            raise InputError(f"beta must be positive (per month), got {beta}.")
+        self.low, self.high = float(loc_range[0]), float(loc_range[1])
+        self.unit = 30.0  # months of a layer's output of 1: locations can move by tens of months in a training
+        self.to_location = token_mlp(dim, layers)
+        self.bias = nn.Parameter(torch.tensor(self.high / 2))
+
+    def months(self, x: Tensor, index: Tensor, share: Tensor) -> Tensor:
+        """Months that each patch says, not bounded, (B, N)."""
+        return on_grid(self.unit * self.to_location(x)[:, 0] + self.bias, index, list(share.shape)).flatten(1)
+
+    def forward(self, x: Tensor, index: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        """Location in months and weight of each patch of a batch.
+
+        Args:
+            x: tokens, (M, dim).
+            index: grid cell of each token, (M, 4) = (scan, z, y, x).
+            share: share of lung in each patch, (B, d, h, w), 0 for what is no token.
+
+        Returns:
+            both (B, d, h, w). Weights are 0 outside the lung; locations have no meaning there.
+        """
+        location, weight = self.weigh(self.months(x, index, share), share.flatten(1))
+        return location.view_as(share), weight.view_as(share)
+
+
+class BoundedHead(Head):
+    """A head whose locations lie between a lower bound that it learns and a fixed upper one.
+
+    The lower bound starts where `loc_range` has it. Where it is too high for lesions to explain the deaths, what isn't
+    diseased has to. At the bound all patches of a lesion weigh the same, so that the map covers it whole.
+    """
+
+    def __init__(self, dim: int, layers: int, loc_range: Sequence[float], beta: float, learn_beta: bool) -> None:
+        super().__init__(dim, layers, loc_range, beta, learn_beta)
+        self.lower = nn.Parameter(torch.tensor(self.low / self.unit))
+
+    def bounded(self, months: Tensor) -> Tensor:
+        """Months squashed between the bounds by a sigmoid of slope 1 in the middle."""
+        low = self.unit * self.lower
+        return low + (self.high - low) * torch.sigmoid((months - 0.5 * (low + self.high)) * 4 / (self.high - low))
+
+    def danger(self, location: Tensor, weight: Tensor, share: Tensor) -> Tensor:
+        """From 0 at the upper bound to 1 at the lower one, (B, N), from a map's locations and weights."""
+        return (self.high - location) / (self.high - self.unit * self.lower)
+
+
+class Softmin(BoundedHead):
+    """Weights ``softmax(-beta * loc_i)``: the most dangerous patches speak for the patient.
+
+    The patient's location is a mean that forgets how many patches are diseased.
+    """
+
+    def __init__(self, dim: int, layers: int, loc_range: Sequence[float], beta: float, learn_beta: bool) -> None:
+        super().__init__(dim, layers, loc_range, beta, learn_beta)
+        self.beta = beta
+        self.log_beta = nn.Parameter(torch.tensor(math.log(beta)), requires_grad=learn_beta)
+
+    def set_beta_factor(self, factor: float) -> None:
+        """Set beta to what it started from times `factor`, for a schedule: with a low beta every patch learns."""
+        with torch.no_grad():
+            self.log_beta.fill_(math.log(factor * self.beta))
+
+    def softmin(self, months: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        location = self.bounded(months)
+        return location, softmax_in_lung(-self.log_beta.exp() * location, share)
+
+    def weigh(self, months: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        """Location and weight of each patch, from months and share of lung, all (B, N)."""
+        return self.softmin(months, share)
+
+
+class LogMeanExp(Softmin):
+    """Weights of :class:`Softmin`; the patient's location is the log-mean-exp of the patches'.
+
     ``-1/beta * (logsumexp(-beta * loc_i) - log N)``: every patch brings a hazard ``exp(beta * (t - loc_i))``, hazards add
-    up, and twice the diseased patches mean a shorter life. Without it the sum is a mean that forgets how many patches
-    are diseased.
-
-    Args:
-        location: months, (B, N).
-        lung: share of lung in each patch, (B, N).
-        beta: steepness per month, a scalar.
-        lse: log-mean-exp rather than a weighted mean.
+    up, and twice the diseased patches mean a shorter life. All locations of a scan move together until their weighted sum
+    is that number.
     """
-    # Centring leaves the softmin as it is and keeps its exponents small.
-    median = torch.where(lung > 0, location, torch.full_like(location, torch.nan)).detach().nanmedian(1, True)[0]
-    score = -beta * (location - median)
-    log_weight = log_softmax(score, lung)
-    if lse:
-        mean = (score + log_share(lung)).logsumexp(1, True) - lung.sum(1, keepdim=True).log()
-        location = moved_to(median - mean / beta, location, log_weight, lung)
-    return location, log_weight
+
+    def log_mean_exp(self, location: Tensor, share: Tensor) -> Tensor:
+        beta = self.log_beta.exp()
+        total = (share.log() - beta * location).logsumexp(1, keepdim=True)
+        return (share.sum(1, keepdim=True).log() - total) / beta
+
+    def weigh(self, months: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        location, weight = self.softmin(months, share)
+        return moved_to(self.log_mean_exp(location, share), location, weight), weight
+
+    def danger(self, location: Tensor, weight: Tensor, share: Tensor) -> Tensor:
+        patient = (location * weight).sum(1, keepdim=True)
+        moved = self.log_mean_exp(location, share) - patient  # what `weigh` moved them by moves their log-mean-exp too
+        return (self.high - location + moved) / (self.high - self.unit * self.lower)
 
 
-def attention_head(location: Tensor, score: Tensor, lung: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights ``softmax(score_i)`` by an MLP of their own, apart from the one that says months: attention pooling.
+class AttentionPooling(BoundedHead):
+    """Weights ``softmax(score_i)`` by an MLP of their own, apart from the one that says months.
 
-    Ilse et al., ICML 2018. Nothing ties a patch's weight to its danger: the map shows what the network read, which may
-    be healthy tissue as well.
+    Nothing ties a patch's weight to its danger: the map shows what the network read, which may be healthy tissue as well.
 
-    Args:
-        location: months, (B, N).
-        score: logits of the weights, (B, N).
-        lung: share of lung in each patch, (B, N).
+    Source: Ilse et al., Attention-based deep multiple instance learning, ICML 2018.
     """
-    return location, log_softmax(score, lung)
+
+    def __init__(self, dim: int, layers: int, loc_range: Sequence[float], beta: float, learn_beta: bool) -> None:
+        super().__init__(dim, layers, loc_range, beta, learn_beta)
+        self.to_score = token_mlp(dim, layers)
+
+    def forward(self, x: Tensor, index: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        location = self.bounded(self.months(x, index, share))
+        score = on_grid(self.to_score(x)[:, 0], index, list(share.shape)).flatten(1)
+        return location.view_as(share), softmax_in_lung(score, share.flatten(1)).view_as(share)
 
 
-def hazard_head(danger: Tensor, lung: Tensor, log_rate: Tensor, high: float) -> tuple[Tensor, Tensor]:
-    """Additive hazards: a patient's hazard is a constant 1 / high plus the mean of what each patch adds, never below 0.
+class AdditiveHazards(Head):
+    """A patient's hazard is a constant ``1 / high`` plus the mean of what each patch adds, which is never below 0.
 
     The location is the mean survival time ``1 / hazard`` of ``S(t) = exp(-hazard * t)``, and the heat of a voxel its exact
-    share of what the voxels of the lung add.
-
-    Args:
-        danger: in (0, 1), (B, N); a patch adds ``exp(log_rate) * danger / high`` per month.
-        lung: share of lung in each patch, (B, N).
-        log_rate: a scalar.
-        high: months that a patient without danger lives on average.
+    share of what the voxels of the lung add. A patch adds ``rate * danger_i / high`` per month, danger in (0, 1).
     """
-    log_weight = log_softmax(danger.log(), lung)
-    mean = (danger * lung).sum(1, keepdim=True) / lung.sum(1, keepdim=True)
-    return moved_to(high / (1 + log_rate.exp() * mean), high * (1 - danger), log_weight, lung), log_weight
+
+    mixes = False
+
+    def __init__(self, dim: int, layers: int, loc_range: Sequence[float], beta: float, learn_beta: bool) -> None:
+        super().__init__(dim, layers, loc_range, beta, learn_beta)
+        # An untrained patch adds 5 % of the largest hazard, exp(3) / high: patients start at about half of `high`.
+        self.log_rate = nn.Parameter(torch.tensor(3.0))
+
+    def weigh(self, months: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        danger = torch.sigmoid((self.bias - months) / self.unit - 3)
+        weight = softmax_in_lung(danger.log(), share)
+        patient = self.high / (1 + self.log_rate.exp() * mean_in_lung(danger, share))
+        return moved_to(patient, self.high * (1 - danger), weight), weight
+
+    def danger(self, location: Tensor, weight: Tensor, share: Tensor) -> Tensor:
+        patient = (location * weight).sum(1, keepdim=True)
+        mean = (self.high / patient - 1) / self.log_rate.exp()
+        return weight * mean / mean_in_lung(weight, share)
 
 
-def mean_head(tokens: Tensor, lung: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+class MeanPooling(Head):
     """Global average pooling and a linear layer, which has no map of its own; the map is its Grad-CAM.
 
-    After average pooling every token has the same gradient, the weights of the linear layer, so that Grad-CAM (Selvaraju
-    et al., ICCV 2017) is ``relu`` of what a token adds to the danger, `bias` minus its own number.
+    After average pooling every token has the same gradient, the weights of the linear layer, so that Grad-CAM is ``relu`` of
+    what a token adds to the danger, the bias minus its own months. Locations have no bounds.
 
-    Args:
-        tokens: months, (B, N), not bounded.
-        lung: share of lung in each patch, (B, N).
-        bias: months that a token of nothing stands for, a scalar.
+    Source: Selvaraju et al., Grad-CAM, ICCV 2017.
     """
-    log_weight = log_softmax((bias - tokens).detach().clamp_min(1e-6).log(), lung)
-    patient = (tokens * lung).sum(1, keepdim=True) / lung.sum(1, keepdim=True)
-    return moved_to(patient, tokens, log_weight, lung), log_weight
+
+    mixes = False
+
+    def weigh(self, months: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        weight = softmax_in_lung((self.bias - months).detach().clamp_min(1e-6).log(), share)
+        return moved_to(mean_in_lung(months, share), months, weight), weight
+
+
+HEADS = {
+    "lse": LogMeanExp,
+    "softmin": Softmin,
+    "attention": AttentionPooling,
+    "hazard": AdditiveHazards,
+    "mean": MeanPooling,
+}

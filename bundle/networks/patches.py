@@ -12,12 +12,80 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from bundle.errors import InputError
+
+__all__ = ["PatchEmbed", "Position", "mean_of_scans", "on_grid", "share_of_lung", "to_grid"]
+
+HISTOGRAM_BINS = 13  # 100 HU from one to the next in the default window
+CONTRAST = 30.0  # a standard deviation of 1/30 of the HU window (40 HU in the default window) has log 0
+FREQUENCIES = (math.pi / 2, math.pi)  # no finer ones, by which a small cohort's lesions could be learnt by heart
+
+
+def to_grid(image: Tensor, lung: Tensor | None, stride: int) -> tuple[Tensor, Tensor | None]:
+    """Check image and lung, and pad them at the end to whole cells of the patch grid.
+
+    Args:
+        image: (B, 1, D, H, W).
+        lung: the same shape, in {0, 1}; None for no mask.
+        stride: side of a cell in voxels.
+
+    Returns:
+        both, of the image's type; the lung is None where all of the padded volume is lung.
+
+    Raises:
+        ValueError: an input has another shape.
+    """
+    if image.dim() != 5 or image.shape[1] != 1:
+        raise ValueError(f"image must be (B, 1, D, H, W), got {list(image.shape)}.")
+    if lung is not None and lung.shape != image.shape:
+        raise ValueError(f"lung must have the shape of the image, {list(image.shape)}, got {list(lung.shape)}.")
+    if not torch.jit.is_scripting():
+        # MONAI's MetaTensor would drag its metadata through every operation.
+        image = image.as_subclass(Tensor)
+        lung = lung if lung is None else lung.as_subclass(Tensor)
+    pad = [0, -image.shape[4] % stride, 0, -image.shape[3] % stride, 0, -image.shape[2] % stride]
+    if max(pad) > 0:
+        image = F.pad(image, pad, mode="replicate")
+    if lung is not None:
+        lung = F.pad(lung, pad)
+        lung = None if bool(lung.amin() > 0) else lung.to(image.dtype)
+    return image, lung
+
+
+def share_of_lung(image: Tensor, lung: Tensor | None, stride: int, least: float = 0.25) -> Tensor:
+    """Share of lung in each cell of the grid, (B, d, h, w); less than `least` is none.
+
+    A lung thinner than a cell keeps the cells that have most of it. Image and lung as :func:`to_grid` gives them.
+    """
+    if lung is None:
+        grid = [image.shape[2] // stride, image.shape[3] // stride, image.shape[4] // stride]
+        return torch.ones([image.shape[0]] + grid, dtype=image.dtype, device=image.device)
+    share = F.avg_pool3d(lung, stride)[:, 0]
+    return share * (share >= share.flatten(1).amax(1).clamp(1e-6, least).view(-1, 1, 1, 1))
+
+
+def mean_of_scans(x: Tensor, counts: list[int]) -> Tensor:
+    """Mean token of each scan, (B, dim), of tokens (M, dim) that lie scan by scan, `counts` of each."""
+    return torch.stack([tokens.mean(0) for tokens in x.split(counts)])
+
+
+def on_grid(values: Tensor, index: Tensor, shape: list[int]) -> Tensor:
+    """What tokens say, (M, ...), in the cells `index` (M, 4) of a batch's grid of `shape` (B, d, h, w); 0 elsewhere."""
+    grid = torch.zeros(shape + list(values.shape[1:]), dtype=values.dtype, device=values.device)
+    grid[index[:, 0], index[:, 1], index[:, 2], index[:, 3]] = values
+    return grid
+
 
 def soft_histogram(values: Tensor, inside: Tensor, bins: int) -> Tensor:
     """Shares of the values (M, N) around each of `bins` (at least 2) levels evenly spaced from 0 to 1, (M, bins).
 
     A value between two levels counts in part for either, and beyond them for the last one. `inside` (M, N) in {0, 1} says
     which values count; where none does, all shares are 0.
+
+    Example::
+
+        >>> soft_histogram(torch.tensor([[0.0, 0.25, 1.0, 0.9]]), torch.tensor([[1.0, 1.0, 1.0, 0.0]]), 3)
+        tensor([[0.5000, 0.1667, 0.3333]])
     """
     place = values.clamp(0.0, 1.0) * (bins - 1)
     weight = inside / inside.sum(1, keepdim=True).clamp_min(1.0)
@@ -26,10 +94,16 @@ def soft_histogram(values: Tensor, inside: Tensor, bins: int) -> Tensor:
 
 
 def neighbours_correlation(centred: Tensor, inside: Tensor, variance: Tensor, side: int) -> Tensor:
-    """How alike voxels next to each other are within a patch, (M, 1): 1 if smooth, 0 for white noise, below if they alternate.
+    """How alike neighbouring voxels are in each patch, (M, 1): 1 if smooth, 0 for white noise, below if they alternate.
 
-    One less the mean squared difference of neighbours along all axes (the variogram at a distance of one voxel) over twice
-    the variance. `centred`, `inside` (M, side**3), `variance` (M, 1); only pairs with both in `inside` count.
+    One less the mean squared difference of neighbours along all axes over twice the variance. That mean is the variogram
+    at a distance of one voxel. Only pairs with both voxels inside count.
+
+    Args:
+        centred: voxels less their mean, (M, side**3).
+        inside: which voxels count, (M, side**3) in {0, 1}.
+        variance: of those, (M, 1).
+        side: of a patch in voxels.
     """
     cube, mask = centred.view(-1, side, side, side), inside.view(-1, side, side, side)
     total, pairs = torch.zeros_like(variance), torch.zeros_like(variance)
@@ -43,42 +117,42 @@ def neighbours_correlation(centred: Tensor, inside: Tensor, variance: Tensor, si
 class PatchEmbed(nn.Module):
     """Overlapping 3-D patches of the lung become tokens; HU and texture both survive the embedding.
 
-    Every patch is described by its voxels, the same voxels standardised within the patch, their mean and the log of
-    their standard deviation, and with a `narrow_window` by its voxels once more, in that window: what is a few HU brighter
-    than healthy lung hardly shows in a wide one. With `texture` two things enter as well that hold wherever in a patch its
-    walls lie, which a linear layer on voxels would have to learn place by place: the histogram of its lung voxels, how much
-    of it is wall and how much air, and how alike neighbours are. No normalisation comes before the first linear layer: it
-    would blow up the noise of an empty patch until it looks like a lesion. Voxels outside the lung carry no evidence: they
-    are replaced by the mean of the patch's lung voxels. Gathered voxels and a Linear do the work of a convolution, because
-    a `Conv3d` with one input channel has a very slow backward on CPUs.
+    A patch is described by its voxels, the same voxels standardised within the patch, their mean and the log of their
+    standard deviation. No normalisation comes before the first linear layer: it would blow up the noise of an empty patch
+    until it looks like a lesion. Voxels outside the lung carry no evidence: they are replaced by the mean of the patch's
+    lung voxels. Gathered voxels and a Linear do the work of a convolution, because a `Conv3d` with one input channel has a
+    very slow backward on CPUs.
 
     Args:
         patch_size: patch side in voxels.
         stride: distance between patches in voxels, at most `patch_size`.
         dim: length of a token.
-        narrow_window: two values of the image between which voxels run from -1 to 1 once more; from there they go back to
-            0 over half its width, as what lies beyond is for the wide window to tell: held at 1, all that is bright would
-            look alike, and lesions of two kinds would be learnt as one. None for no second window.
-        texture: describe patches by their histogram and the correlation of neighbouring voxels as well.
+        narrow_window: two values of the image between which voxels enter once more, running from -1 to 1: what is a few HU
+            brighter than healthy lung hardly shows in a wide window. Beyond them they go back to 0 over half the window's
+            width. Held at 1, all that is bright would look alike, and lesions of two kinds would be learnt as one. None for
+            no second window.
+        texture: describe a patch by the histogram of its lung voxels and by the correlation of neighbouring voxels as well.
+            They hold wherever in the patch its walls lie, which a linear layer on voxels would have to learn place by place.
+
+    Raises:
+        InputError: an argument is out of range.
     """
 
     def __init__(
-        self,
-        patch_size: int,
-        stride: int,
-        dim: int,
-        narrow_window: Sequence[float] | None = None,
-        texture: bool = False,
+        self, patch_size: int, stride: int, dim: int, narrow_window: Sequence[float] | None = None, texture: bool = True
     ) -> None:
         super().__init__()
-        self.narrow_window = None if narrow_window is None else (float(narrow_window[0]), float(narrow_window[1]))
-        self.texture = texture
-        self.bins = 13  # 100 HU from one to the next in the default window
+        if patch_size < 1:
+            raise InputError(f"patch_size must be at least 1 voxel, got {patch_size}.")
+        if narrow_window is not None and not (len(narrow_window) == 2 and 0 <= narrow_window[0] < narrow_window[1] <= 1):
+            raise InputError(f"narrow_window must be two ascending shares of the HU window, in [0, 1], got {narrow_window}.")
         self.patch_size = patch_size
         self.stride = stride
+        self.narrow_window = None if narrow_window is None else (float(narrow_window[0]), float(narrow_window[1]))
+        self.texture = texture
+        self.bins = HISTOGRAM_BINS
+        self.contrast = CONTRAST
         self.run = math.gcd(patch_size, stride)  # voxels in a row that no patch's border cuts
-        # A standard deviation of 1/30 of the HU window (40 HU in the default window) has log 0.
-        self.contrast = 30.0
         numbers = (2 if narrow_window is None else 3) * patch_size**3 + 2 + (self.bins + 1 if texture else 0)
         self.layers = nn.Sequential(nn.Linear(numbers, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
 
@@ -100,6 +174,7 @@ class PatchEmbed(nn.Module):
         return volume.reshape(-1, self.run).index_select(0, runs).view(index.shape[0], p * p * p)
 
     def forward(self, image: Tensor, lung: Tensor | None, index: Tensor) -> Tensor:
+        """Tokens (M, dim) at the grid cells `index`; image and lung as :func:`to_grid` gives them."""
         if lung is None and self.patch_size > self.stride:
             lung = torch.ones_like(image)  # patches at the border reach beyond the scan, where there is no lung
         x = self.gather(image, index, True)
@@ -128,13 +203,29 @@ class PatchEmbed(nn.Module):
         return self.layers(torch.cat(features, 1))
 
 
-def mean_of_scans(x: Tensor, counts: list[int]) -> Tensor:
-    """Mean token of each scan, (B, dim), of tokens (M, dim) that lie scan by scan, `counts` of each."""
-    return torch.stack([tokens.mean(0) for tokens in x.split(counts)])
+class Position(nn.Linear):
+    """Where a patch lies, from Fourier features of low frequency.
 
+    Scaled down, position is learnt late, when the patch itself has said what it can. Lesions of a small cohort cluster, and a
+    network that learns where they were misses the one that lies elsewhere.
+    """
 
-def on_grid(values: Tensor, index: Tensor, shape: list[int]) -> Tensor:
-    """What tokens say, (M, ...), in the cells `index` (M, 4) of a batch's grid of `shape` (B, d, h, w); 0 elsewhere."""
-    grid = torch.zeros(shape + list(values.shape[1:]), dtype=values.dtype, device=values.device)
-    grid[index[:, 0], index[:, 1], index[:, 2], index[:, 3]] = values
-    return grid
+    def __init__(self, dim: int) -> None:
+        super().__init__(3 + 6 * len(FREQUENCIES), dim)
+        self.frequencies = FREQUENCIES
+
+    def forward(self, index: Tensor, counts: list[int]) -> Tensor:
+        """Grid cells (M, 4) that lie scan by scan, `counts` of each -> (M, dim).
+
+        Centres run from -1 to 1 over the box around the tokens of each scan. So they hold for any grid, and padding a scan to
+        the size of others in its batch doesn't move its patches.
+        """
+        boxes: list[Tensor] = []
+        for cell in index[:, 1:].split(counts):
+            first = cell.amin(0)
+            boxes.append((2 * (cell - first) + 1) / (cell.amax(0) - first + 1) - 1)
+        centre = torch.cat(boxes)
+        features = [centre]
+        for frequency in self.frequencies:
+            features += [torch.sin(frequency * centre), torch.cos(frequency * centre)]
+        return F.linear(0.1 * torch.cat(features, 1).to(self.weight.dtype), self.weight, self.bias)

@@ -5,6 +5,7 @@
 from bundle.run import distributed
 from bundle.run.checkpoint import BestModel, CollapseGuard, Patience, RunCheckpoint
 from bundle.run.engine import ScanEvaluator, prepare_batch
+from bundle.run.finish import Finish
 from bundle.run.parallel import run_parallel
 from bundle.run.predict import cores, evaluate, predict
 from bundle.run.results import PredictionWriter
@@ -20,7 +21,7 @@ from bundle.run.scans import (
 from bundle.run.settings import load_weights, preprocessing_settings, read_settings, training_settings
 from bundle.run.start import begin, exit_on_sigterm, folder_of, make_folder, require
 from bundle.run.trained import Ensemble, TrainedModel
-from bundle.run.training import Finish, censoring_weights, check_outcomes, parameter_groups, usual_epochs
+from bundle.run.training import censoring_weights, check_outcomes, parameter_groups, usual_epochs
 
 __all__ = [
     "BestModel",

@@ -1,72 +1,89 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What comes before and after the epochs of a training."""
+"""The last step of a training: what can only be fitted to finished maps of the training scans."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import ignite.distributed as idist
 import torch
+import torch.nn as nn
 from monai.data import DataLoader
 from monai.transforms import Compose, RandomizableTrait
+from torch import Tensor
 from tqdm import tqdm
 
 from bundle.data.cache import ScanCache
+from bundle.errors import InputError
 from bundle.maps import GridShiftInferer
 from bundle.run.engine import prepare_batch
 from bundle.survival import fit_severity, objective_from, patient_numbers
 
-__all__ = ["fill_caches", "finish_training"]
+__all__ = ["Finish"]
 
 
-def finish_training(network: torch.nn.Module, settings: dict, dataset: ScanCache, device: torch.device) -> dict:
-    """Last step of a training: what can only be fitted to finished maps of the training scans.
+class Finish:
+    """Fit severity, or the baseline hazard of proportional hazards, to the maps of the training scans.
 
-    That is severity (the months that the disease on the maps stands for, and how sure that is) for an objective whose
-    locations are months, unless it is a mixture over patches, which is as wide as these differ; and the baseline hazard of
-    proportional hazards. What maps say of a patient is the median over 8 origins of the patch grid, as in inference over
-    all: each axis begins where it does there, and equally often, lest disease that lies along a face of the scan be given
-    other months in inference than here.
+    Severity is the months that the disease on the maps stands for, and how sure that is. It is for objectives whose locations
+    are months, but not for a mixture over patches, which is as wide as these differ. Scans are read without random transforms,
+    from 8 origins of the patch grid.
 
     Args:
-        network: trained; its severity is set.
-        settings: name and arguments of the objective, as learnt.
-        dataset: training scans; read without random transforms.
+        network: trained.
+        dataset: training scans.
         device: of the network.
+        severity: fit it where it has a meaning.
 
-    Returns:
-        the settings of the objective with what was fitted.
+    Raises:
+        InputError: severity can't be read off the maps of this network's head.
     """
-    objective = objective_from(settings)
-    severity = network.severity if hasattr(objective, "variance") and not getattr(objective, "mixture", False) else None
-    if severity is None and not hasattr(objective, "fit_baseline"):
-        return settings
-    network.eval()
-    plain = copy.copy(dataset)
-    fixed = [t for t in dataset.transform.flatten().transforms if not isinstance(t, RandomizableTrait)]
-    plain.transform = Compose(fixed)
-    loader = DataLoader(plain, batch_size=1)
-    inferer = GridShiftInferer(math.gcd(4, network.stride), network.stride, origins=8)
-    read: list[torch.Tensor] = []
-    hook = severity and severity.register_forward_pre_hook(lambda module, args: read.append(args[0].cpu()))
-    numbers, patients, known = [], [], []
-    try:
+
+    def __init__(self, network: nn.Module, dataset: ScanCache, device: torch.device, severity: bool = True) -> None:
+        self.network = network
+        self.dataset = dataset
+        self.device = device
+        head = getattr(network, "head", None)  # there is none, and no disease on the map, without a look at the scan
+        self.severity = severity and head is not None
+        if self.severity and not hasattr(head, "danger"):
+            name = network.arguments["head"]
+            raise InputError(f"severity can't be read off the maps of the head {name}: add --severity false.")
+
+    def __call__(self, objective: dict) -> dict:
+        """What of `settings.json` is fitted last: ``objective`` and ``severity``.
+
+        Args:
+            objective: settings of the objective, as learnt.
+        """
+        fitted = objective_from(objective)
+        severe = self.severity and hasattr(fitted, "variance") and not getattr(fitted, "mixture", False)
+        if not severe and not hasattr(fitted, "fit_baseline"):
+            return {"objective": objective, "severity": None}
+        location, extra, outcome, numbers = self.read(severe)
+        if not severe:
+            fitted.fit_baseline(location, outcome)
+            return {"objective": {**objective, **fitted.arguments}, "severity": None}
+        severity, variance = fit_severity(numbers, outcome, fitted, self.network.arguments["loc_range"], extra=extra)
+        return {"objective": {**objective, "variance": variance}, "severity": severity and dataclasses.asdict(severity)}
+
+    def read(self, severe: bool) -> tuple[Tensor, ...]:
+        """Location, extra numbers, outcome and, if severe, the numbers that tell severity, of each training scan."""
+        self.network.eval()
+        plain = copy.copy(self.dataset)
+        fixed = [t for t in self.dataset.transform.flatten().transforms if not isinstance(t, RandomizableTrait)]
+        plain.transform = Compose(fixed)
+        loader = DataLoader(plain, batch_size=1)
+        stride = self.network.stride
+        inferer = GridShiftInferer(math.gcd(4, stride), stride, sigma=0, refine=False, few_origins=True)
+        rows = []
         for batch in tqdm(loader, desc="finishing", unit="scan", disable=idist.get_rank() > 0):
-            image, outcome, _, extra = prepare_batch(batch, device)
-            with torch.no_grad():
-                survival_map = inferer(image, network, **extra)
-            patients.append(patient_numbers(survival_map.cpu()))
-            known.append(outcome.cpu())
-            if severity:
-                numbers.append(torch.stack(read).quantile(0.5, 0))
-                read.clear()
-    finally:
-        if hook:
-            hook.remove()
-    (location, extra), outcome = map(torch.cat, zip(*patients)), torch.cat(known)
-    if severity:
-        return {**settings, "variance": fit_severity(severity, torch.cat(numbers), outcome, objective, extra=extra)}
-    objective.fit_baseline(location, outcome)
-    return {**settings, **objective.arguments}
+            image, outcome, _, inputs = prepare_batch(batch, self.device)
+            if severe:
+                survival_map, numbers = inferer.read(image, self.network, **inputs)
+            else:
+                survival_map = numbers = inferer(image, self.network, **inputs)
+            rows.append([part.cpu() for part in (*patient_numbers(survival_map), outcome, numbers)])
+        return tuple(map(torch.cat, zip(*rows, strict=True)))

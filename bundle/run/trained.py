@@ -18,7 +18,7 @@ from bundle.data.clinical import clinical_kinds, clinical_names
 from bundle.errors import InputError
 from bundle.networks import network_from
 from bundle.run.settings import differences, load_weights, read_settings
-from bundle.survival import Objective, objective_from
+from bundle.survival import Objective, objective_from, severity_from
 
 __all__ = ["Ensemble", "TrainedModel"]
 
@@ -35,6 +35,7 @@ class TrainedModel:
     Attributes:
         settings: from :func:`~bundle.run.read_settings`.
         network, objective: as trained, on the device.
+        severity: of the weights; None for none.
 
     Raises:
         InputError: weights or settings are missing, damaged, or don't belong together.
@@ -44,6 +45,7 @@ class TrainedModel:
         self.settings = read_settings(ckpt)
         self.network: nn.Module = load_weights(network_from(self.settings["network"]), ckpt).to(device)
         self.objective: Objective = objective_from(self.settings["objective"]).to(device)
+        self.severity = severity_from(self.settings.get("severity"))
 
     @property
     def preprocessing(self) -> dict:
@@ -74,6 +76,7 @@ class Ensemble:
             patients that any of them has seen.
         networks: a :class:`Member` each.
         objectives: one each.
+        severity: of each network; None for none.
         network: the first of the networks.
 
     Raises:
@@ -91,6 +94,7 @@ class Ensemble:
             end = start + len(clinical_names(member.settings["clinical"]))
             self.networks.append(Member(member.network, start, end))
             start = end
+        self.severity = {network: member.severity for network, member in zip(self.networks, members, strict=True)}
         self.network = members[0].network
 
     preprocessing = TrainedModel.preprocessing
@@ -152,6 +156,12 @@ class Member(nn.Module):
         self.start = start
         self.end = end
 
+    def own(self, clinical: Tensor | None) -> Tensor | None:
+        return clinical[:, self.start : self.end] if self.end > self.start and clinical is not None else None
+
     def forward(self, image: Tensor, lung: Tensor | None = None, clinical: Tensor | None = None) -> Tensor:
-        own = clinical[:, self.start : self.end] if self.end > self.start and clinical is not None else None
-        return self.network(image, lung, own)
+        return self.network(image, lung, self.own(clinical))
+
+    def danger(self, survival_map: Tensor, share: Tensor, clinical: Tensor | None = None) -> Tensor:
+        """See :meth:`bundle.networks.SurvivalMapNet.danger`."""
+        return self.network.danger(survival_map, share, self.own(clinical))

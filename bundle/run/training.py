@@ -9,12 +9,10 @@ import math
 import torch
 import torch.nn as nn
 
-from bundle.data import ScanCache
-from bundle.run.finish import finish_training
 from bundle.run.scans import outcomes
 from bundle.survival import Objective, seen_until
 
-__all__ = ["Finish", "censoring_weights", "check_outcomes", "parameter_groups", "usual_epochs"]
+__all__ = ["censoring_weights", "check_outcomes", "parameter_groups", "usual_epochs"]
 
 OBJECTIVE_SPEED = 5  # an objective has few parameters, which are far from where they start
 
@@ -50,22 +48,3 @@ def check_outcomes(objective: Objective, network: nn.Module, records: list[dict]
 def censoring_weights(records: list[dict], tmax: int, ipcw: bool) -> list[float] | None:
     """P(C >= t) at t = 1..tmax months of the training scans, for weights against censoring; None without `ipcw`."""
     return seen_until(outcomes(records), tmax) if ipcw else None
-
-
-class Finish:
-    """Last step of a training; see :func:`~bundle.run.finish.finish_training`.
-
-    Args:
-        network: with the best weights in it, when it is called.
-        dataset: training scans.
-        device: of the network.
-    """
-
-    def __init__(self, network: nn.Module, dataset: ScanCache, device: torch.device) -> None:
-        self.network = network
-        self.dataset = dataset
-        self.device = device
-
-    def __call__(self, objective: dict) -> dict:
-        """What of `settings.json` is fitted, from the settings of the objective as learnt."""
-        return {"objective": finish_training(self.network, objective, self.dataset, self.device)}

@@ -16,7 +16,7 @@ from bundle.survival.readout import (
     restricted_mean_months,
     survival_curve,
 )
-from bundle.survival.severity import fit_severity
+from bundle.survival.severity import Severity, fit_severity, severity_from, severity_numbers
 
 __all__ = [
     "OBJECTIVES",
@@ -28,6 +28,7 @@ __all__ = [
     "Logistic",
     "LogisticHazard",
     "Objective",
+    "Severity",
     "SurvivalMapLoss",
     "death_by",
     "fit_severity",
@@ -39,6 +40,8 @@ __all__ = [
     "quantile_months",
     "restricted_mean_months",
     "seen_until",
+    "severity_from",
+    "severity_numbers",
     "softmin_beta",
     "survival_curve",
 ]

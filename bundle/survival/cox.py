@@ -11,6 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from bundle.errors import InputError
+from bundle.survival.minimise import minimise
 from bundle.survival.objectives import Objective, learnt_factor, whole_months
 from bundle.survival.readout import months, patient_numbers
 
@@ -54,17 +55,7 @@ def cox_regression(x: Tensor, time: Tensor, event: Tensor) -> Tensor:
     By L-BFGS from 0, in the type of `x`; covariates should be of about the same spread. Shapes of `time` and `event`, and
     the source, as in :func:`partial_log_likelihood`.
     """
-    slopes = torch.zeros_like(x[0]).requires_grad_(True)
-    optimizer = torch.optim.LBFGS([slopes], max_iter=100, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = -partial_log_likelihood(x @ slopes, time, event) / len(x)
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return slopes.detach()
+    return minimise(lambda slopes: -partial_log_likelihood(x @ slopes, time, event) / len(x), torch.zeros_like(x[0]), 100)
 
 
 def breslow_baseline(log_hazard: Tensor, time: Tensor, event: Tensor, tmax: int) -> Tensor:

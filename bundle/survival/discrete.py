@@ -7,28 +7,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
 from bundle.errors import InputError
+from bundle.survival.kaplan_meier import kaplan_meier_censoring
 from bundle.survival.objectives import MonthsObjective, Objective, classical_log_likelihood, whole_months
 from bundle.survival.readout import months, patient_numbers
 
 __all__ = ["DeepHit", "Logistic", "LogisticHazard", "deephit_ranking", "seen_until"]
-
-
-def shape_of_intervals(survival_map: Tensor, tmax: int) -> tuple[Tensor, Tensor]:
-    """Location, (B, 1), and the extra number of the interval that each month lies in, (B, tmax)."""
-    location, extra = patient_numbers(survival_map)
-    interval = torch.arange(tmax, device=extra.device) * extra.shape[1] // tmax
-    return location.unsqueeze(1), extra[:, interval]
-
-
-def check_intervals(intervals: int, tmax: int) -> int:
-    if not 1 <= intervals <= tmax:
-        raise InputError(f"intervals must be from 1 to tmax ({tmax}), got {intervals}.")
-    return intervals
 
 
 def deephit_ranking(pmf: Tensor, time: Tensor, event: Tensor, sigma: float) -> Tensor:
@@ -51,21 +41,43 @@ def deephit_ranking(pmf: Tensor, time: Tensor, event: Tensor, sigma: float) -> T
     return (eta * pair).sum() / pair.sum().clamp_min(1)
 
 
-class DeepHit(MonthsObjective):
+class IntervalsObjective(MonthsObjective):
+    """A distribution over months of free shape: the map has an extra number for each of some intervals up to tmax.
+
+    The location says when. The extra numbers start at 0 and are bounded, and make the shape free.
+
+    Args:
+        tmax, variance, learn_variance: as for :class:`~bundle.survival.objectives.MonthsObjective`.
+        intervals: of equal width up to tmax, to a month.
+    """
+
+    def __init__(self, tmax: int, variance: float, learn_variance: bool, intervals: int) -> None:
+        super().__init__(tmax, variance, learn_variance)
+        if not 1 <= intervals <= tmax:
+            raise InputError(f"intervals must be from 1 to tmax ({tmax}), got {intervals}.")
+        self.extra = intervals
+
+    @property
+    def arguments(self) -> dict:
+        return {**super().arguments, "intervals": self.extra}
+
+    def shape(self, survival_map: Tensor) -> tuple[Tensor, Tensor]:
+        """Location, (B, 1), and the extra number of the interval that each month lies in, (B, tmax)."""
+        location, extra = patient_numbers(survival_map)
+        interval = torch.arange(self.tmax, device=extra.device) * self.extra // self.tmax
+        return location.unsqueeze(1), extra[:, interval]
+
+
+class DeepHit(IntervalsObjective):
     """DeepHit with one cause of death: classical likelihood of a free distribution over months, and a ranking loss.
 
-    ``P(T = t)`` is a softmax over t = 1..tmax of ``-(t - location)^2 / 2 variance + x_k``, with x_k the map's extra
-    channel of the interval k that t lies in. So the location says when, and the extra channels, which start at 0 and
-    are bounded, make the shape free. Loss: :func:`classical_log_likelihood`, plus `alpha` times
-    :func:`deephit_ranking`.
+    ``P(T = t)`` is a softmax over t = 1..tmax of ``-(t - location)^2 / 2 variance + x_k``, with x_k the extra number of the
+    interval k that t lies in. Loss: :func:`classical_log_likelihood`, plus `alpha` times :func:`deephit_ranking`.
 
     Source: Lee et al., DeepHit, AAAI 2018.
 
     Args:
-        tmax: last month of the distribution; above the largest time in the cohort.
-        variance: of the normal that shapes start from, months squared.
-        learn_variance: learn it, starting there.
-        intervals: of equal width up to tmax, to a month.
+        tmax, variance, learn_variance, intervals: as for :class:`IntervalsObjective`.
         alpha: weight of the ranking loss.
         sigma: of the ranking loss; the smaller, the more a wrong order costs.
     """
@@ -81,21 +93,20 @@ class DeepHit(MonthsObjective):
         alpha: float = 1.0,
         sigma: float = 0.1,
     ) -> None:
-        super().__init__(tmax, variance, learn_variance)
+        super().__init__(tmax, variance, learn_variance, intervals)
         if alpha < 0 or sigma <= 0:
             raise InputError(f"need alpha >= 0 and sigma > 0, got {alpha} and {sigma}.")
-        self.extra = check_intervals(intervals, tmax)
         self.alpha = alpha
         self.sigma = sigma
 
     @property
     def arguments(self) -> dict:
-        return {**super().arguments, "intervals": self.extra, "alpha": self.alpha, "sigma": self.sigma}
+        return {**super().arguments, "alpha": self.alpha, "sigma": self.sigma}
 
     def log_pmf(self, survival_map: Tensor) -> Tensor:
-        location, extra = shape_of_intervals(survival_map, self.tmax)
+        location, shape = self.shape(survival_map)
         normal = -0.5 * (months(self.tmax, location) - location).square() / self.spread()
-        return torch.log_softmax(normal + extra, 1)
+        return torch.log_softmax(normal + shape, 1)
 
     def forward(self, survival_map: Tensor, outcome: Tensor) -> Tensor:
         time, event = outcome.unbind(1)
@@ -104,23 +115,19 @@ class DeepHit(MonthsObjective):
         return loss + self.alpha * deephit_ranking(log_p.exp(), whole_months(time, event, self.tmax), event, self.sigma)
 
 
-class LogisticHazard(MonthsObjective):
+class LogisticHazard(IntervalsObjective):
     """Discrete-time hazards: in every month those still alive die with some probability, the month's hazard h_t.
 
     ``P(T = t) = h_t prod_{s<t} (1 - h_s)``, and who is censored at c has ``prod_{s<=c} (1 - h_s)``. The hazards are
-    ``logit h_t = (t - location) / s - log s + x_k``: x_k is the map's extra channel of the interval k that t lies in;
-    it starts at 0 and is bounded, so that the location says when. Without it these are about the hazards of Gompertz's
-    distribution, whose standard deviation s pi / sqrt(6) is that of `variance`. Whoever is alive at tmax - 1 dies at
-    tmax.
+    ``logit h_t = (t - location) / s - log s + x_k``, with x_k the extra number of the interval k that t lies in. Without it
+    these are about the hazards of Gompertz's distribution, whose standard deviation s pi / sqrt(6) is that of `variance`.
+    Whoever is alive at tmax - 1 dies at tmax.
 
     Source: Gensheimer and Narasimhan, A scalable discrete-time survival model for neural networks, PeerJ 2019, with
     intervals of a month; some of them share a free number.
 
     Args:
-        tmax: last month of the distribution; above the largest time in the cohort.
-        variance: months squared.
-        learn_variance: learn it, starting there.
-        intervals: of equal width up to tmax, to a month.
+        tmax, variance, learn_variance, intervals: as for :class:`IntervalsObjective`.
     """
 
     name = "logistic_hazard"
@@ -128,17 +135,12 @@ class LogisticHazard(MonthsObjective):
     def __init__(
         self, tmax: int = 100, variance: float = 36.0, learn_variance: bool = False, intervals: int = 20
     ) -> None:
-        super().__init__(tmax, variance, learn_variance)
-        self.extra = check_intervals(intervals, tmax)
-
-    @property
-    def arguments(self) -> dict:
-        return {**super().arguments, "intervals": self.extra}
+        super().__init__(tmax, variance, learn_variance, intervals)
 
     def log_pmf(self, survival_map: Tensor) -> Tensor:
-        location, extra = shape_of_intervals(survival_map, self.tmax)
+        location, shape = self.shape(survival_map)
         scale = torch.as_tensor(6 * self.spread(), dtype=location.dtype, device=location.device).sqrt() / math.pi
-        logit = (months(self.tmax, location) - location) / scale - scale.log() + extra
+        logit = (months(self.tmax, location) - location) / scale - scale.log() + shape
         alive = F.pad(F.logsigmoid(-logit)[:, :-1].cumsum(1), [1, 0])
         # log h_tmax = 0: all who are left die in the last month
         return alive + F.pad(F.logsigmoid(logit)[:, :-1], [0, 1])
@@ -150,18 +152,19 @@ class LogisticHazard(MonthsObjective):
 def seen_until(outcome: Tensor, tmax: int) -> list[float]:
     """P(C >= t) at t = 1..tmax: Kaplan and Meier's estimate that a patient is not yet censored before month t.
 
-    In a month deaths come before censorings. 1 for nobody. (torchsurv's estimator raises without deaths.)
+    In a month deaths come before censorings. 1 for nobody.
 
     Args:
         outcome: (time in months, event) of the training scans, (N, 2).
         tmax: last month.
+
+    Example::
+
+        >>> [round(p, 2) for p in seen_until(torch.tensor([[1.0, 0], [2, 1], [3, 0]]), 3)]
+        [1.0, 0.67, 0.67]
     """
     time, event = outcome.double().unbind(1)
-    bins, t = time.round().clamp_min(1), months(tmax, time).unsqueeze(1)
-    censored = ((bins == t) & (event == 0)).sum(1)
-    at_risk = (bins >= t + event).sum(1)
-    stay = (1 - censored / at_risk.clamp_min(1).double()).cumprod(0)
-    return [1.0, *stay[:-1].tolist()]
+    return kaplan_meier_censoring(time.round().clamp_min(1), event).evaluate(np.arange(tmax)).tolist()
 
 
 class Logistic(Objective):
@@ -232,7 +235,7 @@ class Logistic(Objective):
         loss = F.binary_cross_entropy_with_logits(logit, died.to(logit.dtype), reduction="none")
         return (weight * loss).sum() / total
 
-    def check(self, outcome: Tensor, head: str | None = None) -> None:
+    def check(self, outcome: Tensor, head: nn.Module | None = None) -> None:
         died, known = self.answer(outcome)
         yes, no = int(died.sum()), int((known - died).sum())
         if min(yes, no) == 0:

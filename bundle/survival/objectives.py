@@ -86,13 +86,6 @@ def learnt_factor(x: Tensor) -> Tensor:
     return torch.exp(3 * torch.tanh(x / 3))
 
 
-def check_switches(**switches: bool) -> None:
-    """Raise an InputError for a switch that is no bool: on a command line "false" is a text, and would be true."""
-    for name, value in switches.items():
-        if not isinstance(value, bool):
-            raise InputError(f"{name} must be True or False (with a capital letter on a command line), got {value}.")
-
-
 class Objective(nn.Module):
     """A readout of survival maps (B, C, d, h, w), and a loss to train them by.
 
@@ -129,8 +122,16 @@ class Objective(nn.Module):
         """Loss, the mean over patients, of a survival map given `outcome` (B, 2) = (time in months, event)."""
         raise NotImplementedError
 
-    def check(self, outcome: Tensor, head: str | None = None) -> None:
-        """Raise an InputError if this can't be learnt from the `outcome` (N, 2) of the training scans, by that head."""
+    def check(self, outcome: Tensor, head: nn.Module | None = None) -> None:
+        """Refuse what can't be learnt.
+
+        Args:
+            outcome: (time in months, event) of the training scans, (N, 2).
+            head: of the network, such as :class:`~bundle.networks.heads.Softmin`; None if it has none.
+
+        Raises:
+            InputError: this objective can't be learnt from those scans, or not by that head.
+        """
         if not bool((outcome[:, 1] > 0).any()):
             raise InputError(f"none of the {len(outcome)} training scans has event 1; {self.name} learns from deaths.")
 
@@ -146,7 +147,6 @@ class MonthsObjective(Objective):
 
     def __init__(self, tmax: int, variance: float, learn_variance: bool) -> None:
         super().__init__(tmax)
-        check_switches(learn_variance=learn_variance)
         if variance <= 0:
             raise InputError(f"variance must be above 0 months squared, got {variance}.")
         self.variance = variance
@@ -190,7 +190,6 @@ class CenTime(MonthsObjective):
         predict_variance: bool = False,
     ) -> None:
         super().__init__(tmax, variance, learn_variance)
-        check_switches(mixture=mixture, predict_variance=predict_variance)
         if alpha_censored < 0:
             raise InputError(f"alpha_censored can't be negative, got {alpha_censored}.")
         if mixture and predict_variance:
@@ -216,12 +215,12 @@ class CenTime(MonthsObjective):
         weight = torch.where(event > 0, 1.0, self.alpha_censored)
         return -(weight * likelihood).mean()
 
-    def check(self, outcome: Tensor, head: str | None = None) -> None:
+    def check(self, outcome: Tensor, head: nn.Module | None = None) -> None:
         super().check(outcome, head)
-        if self.mixture and head in ("hazard", "mean"):
+        if self.mixture and not getattr(head, "mixes", True):
             raise InputError(
-                f'mixture has no meaning with the head {head}, which adds up or averages what patches say: they have no '
-                'distributions to mix (expected the head "softmin" or "lse").'
+                f"mixture has no meaning with the head {type(head).__name__}, which adds up or averages what patches say: "
+                'they have no distributions to mix (expected the head "softmin", "lse" or "attention").'
             )
 
 
@@ -284,7 +283,7 @@ class SurvivalMapLoss(nn.Module):
 
     ``objective(map) - entropy * H(weights) + smoothness * (L2 difference of neighbouring locations)``.
     The entropy *bonus* keeps the first lucky patch from taking all the weight, and with it all the gradient. `occlusion`
-    adds :func:`occlusion_inconsistency` of those who died; it is there to compare with (docs/claims.md).
+    adds :func:`occlusion_inconsistency` of those who died; it is there to compare with.
 
     Args:
         objective: a module such as :class:`CenTime`.
