@@ -59,6 +59,23 @@ def chest(spacing=(4.0, 4.0, 4.0), size=(300.0, 220.0, 240.0)) -> tuple[torch.Te
     return torch.from_numpy(hu + np.random.default_rng(0).normal(0, 20, hu.shape)).float()[None], parts
 
 
+def masked(hu: torch.Tensor, spacing=(4, 4, 4)) -> np.ndarray:
+    """Where the threshold segmentation sees lung."""
+    return threshold_lung_mask(hu, spacing)[0].numpy() > 0
+
+
+def grid(hu: torch.Tensor) -> list[np.ndarray]:
+    """x, y, z of each voxel of 4 mm."""
+    return np.meshgrid(*(4 * np.arange(n) for n in hu.shape[1:]), indexing="ij")
+
+
+def fill(hu: torch.Tensor, where, value: float) -> torch.Tensor:
+    """The same scan with other values in a region."""
+    changed = hu.clone()
+    changed[0][torch.from_numpy(where)] = value
+    return changed
+
+
 def dice(a, b) -> float:
     a, b = np.asarray(a) > 0.5, np.asarray(b) > 0.5
     return 2 * (a & b).sum() / (a.sum() + b.sum())
@@ -79,28 +96,23 @@ def test_threshold_finds_both_lungs_with_their_lesions_and_nothing_else(spacing)
 
 def test_threshold_on_one_lung_fused_lungs_and_none():
     hu, parts = chest()
-    one = hu.clone()
-    one[0][torch.from_numpy(parts["left"])] = 40  # white-out
-    assert dice(threshold_lung_mask(one, (4, 4, 4))[0], parts["right"]) > 0.95
+    assert dice(masked(fill(hu, parts["left"], 40)), parts["right"]) > 0.95  # white-out
 
     fused = hu.clone()
     fused[0, 30:46, 26:29, 30:36] = -850
-    assert dice(threshold_lung_mask(fused, (4, 4, 4))[0], parts["lungs"]) > 0.95
+    assert dice(masked(fused), parts["lungs"]) > 0.95
 
-    none = hu.clone()
-    none[0][torch.from_numpy(parts["lungs"])] = 40
+    none = fill(hu, parts["lungs"], 40)
     for empty in (none, torch.full((1, 16, 16, 16), -1000.0), torch.full((1, 16, 16, 16), 40.0)):
-        assert not threshold_lung_mask(empty, (4, 4, 4)).any()
+        assert not masked(empty).any()
 
 
 def test_trachea_is_left_out_where_it_opens_into_a_lung_or_lies_against_it():
     hu, parts = chest()
-    x, y, z = np.meshgrid(*(4 * np.arange(n) for n in hu.shape[1:]), indexing="ij")
+    x, y, z = grid(hu)
     trachea = (np.hypot(x - 142, y - 110) < 9) & (z > 120)  # a wall of one voxel between it and the right lung
     bronchus = (np.hypot(y - 110, z - 120) < 9) & (x > 120) & (x < 150)
-    hu[0][torch.from_numpy(parts["trachea"] & (z > 60))] = 40
-    hu[0][torch.from_numpy(trachea | bronchus)] = -990
-    found = threshold_lung_mask(hu, (4, 4, 4))[0].numpy() > 0
+    found = masked(fill(fill(hu, parts["trachea"] & (z > 60), 40), trachea | bronchus, -990))
     assert not found[trachea & (z > 130)].any()
     assert dice(found, parts["lungs"]) > 0.97
 
@@ -109,28 +121,23 @@ def test_threshold_survives_a_narrow_field_of_view():
     hu, parts = chest()
     cut = slice(13, None)  # the border just cuts both lungs, in some slices along 2 cm
     assert parts["lungs"][:, 13].any()
-    found = threshold_lung_mask(hu[:, :, cut], (4, 4, 4))[0]
-    assert dice(found, parts["lungs"][:, cut]) > 0.97
+    assert dice(masked(hu[:, :, cut]), parts["lungs"][:, cut]) > 0.97
 
 
 def test_lungs_that_touch_do_not_take_the_mediastinum_with_them():
     hu, parts = chest()
-    x, y, z = np.meshgrid(*(4 * np.arange(n) for n in hu.shape[1:]), indexing="ij")
+    x, y, z = grid(hu)
     # Both lungs reach the middle in front of the heart, and meet there along a whole line.
-    front = (abs(x - 150) < 30) & (y > 140) & (y < 152) & (z > 80) & (z < 180)
-    hu[0][torch.from_numpy(front)] = -850
-    found = threshold_lung_mask(hu, (4, 4, 4))[0].numpy() > 0
+    found = masked(fill(hu, (abs(x - 150) < 30) & (y > 140) & (y < 152) & (z > 80) & (z < 180), -850))
     heart = (abs(x - 150) < 12) & (abs(y - 100) < 25) & (abs(z - 130) < 60) & ~parts["trachea"]
     assert found[heart].mean() < 0.1 and found[parts["lungs"]].mean() > 0.98
 
 
 def test_gap_in_the_wall_of_the_body_and_air_beside_an_arm():
     hu, parts = chest()
-    x, y, z = np.meshgrid(*(4 * np.arange(n) for n in hu.shape[1:]), indexing="ij")
-    arm = np.hypot(x - 12, y - 110) < 10
-    hu[0][torch.from_numpy(arm)] = 40
-    hu[0][torch.from_numpy((abs(x - 85) < 12) & (y > 160) & (abs(z - 130) < 30))] = -850
-    found = threshold_lung_mask(hu, (4, 4, 4))[0].numpy() > 0
+    x, y, z = grid(hu)
+    with_arm = fill(hu, np.hypot(x - 12, y - 110) < 10, 40)
+    found = masked(fill(with_arm, (abs(x - 85) < 12) & (y > 160) & (abs(z - 130) < 30), -850))
     assert found[parts["lungs"]].mean() > 0.97 and dice(found, parts["lungs"]) > 0.9  # what is in the gap counts as lung
     assert not found[x < 22].any()
 
@@ -154,27 +161,27 @@ def test_threshold_against_reference_masks_of_real_scans(shared_data, image, lea
 def test_threshold_on_chest_phantoms_keeps_what_lies_at_the_pleura():
     scans = [scan for _, scan in PhantomCohort(9, 4, 7)]
     for scan in scans:
-        found = threshold_lung_mask(torch.from_numpy(scan.image).float()[None], (5, 5, 5))[0].numpy() > 0
+        found = masked(torch.from_numpy(scan.image).float()[None], (5, 5, 5))
         assert dice(found, scan.lung_mask) > 0.96
         assert not scan.gt_mask.any() or found[scan.gt_mask].mean() > 0.8
     for radius, least in ((10, 0.5), (30, 0.7)):
         kept = []
         for i, scan in enumerate(scans):
             hu, mass = with_mass(scan, radius, True, np.random.default_rng(i))
-            kept.append((threshold_lung_mask(torch.from_numpy(hu).float()[None], (5, 5, 5))[0].numpy() > 0)[mass].mean())
+            kept.append(masked(torch.from_numpy(hu).float()[None], (5, 5, 5))[mass].mean())
         assert np.median(kept) > least  # one in a corner of the lung is lost
 
 
 def test_filling_the_thorax_brings_a_white_lung_back():
     hu, parts = chest()
-    white = hu.clone()
-    white[0][torch.from_numpy(parts["left"])] = 40
+    white = fill(hu, parts["left"], 40)
     white[0, 36:40, 14:17] = 500  # spine
     lungs = threshold_lung_mask(white, (4, 4, 4))
     filled = fill_thorax(lungs, white)[0].numpy() > 0
     assert lungs[0].numpy()[parts["left"]].mean() < 0.05 and filled[parts["left"]].mean() > 0.9
     assert filled[lungs[0].numpy() > 0].all()
-    assert not filled[parts["trachea"] & ~parts["vessel"]].any() and not filled[36:40, 14:17].any() and not filled[parts["table"]].any()
+    for outside in (filled[parts["trachea"] & ~parts["vessel"]], filled[36:40, 14:17], filled[parts["table"]]):
+        assert not outside.any()
 
     affine = torch.diag(torch.tensor([4.0, 4, 4, 1]))
     scan = {"patient_id": "P7", "image": MetaTensor(white, affine=affine), "lung_mask": MetaTensor(lungs, affine=affine)}
@@ -289,7 +296,9 @@ def test_source_is_threshold_without_weights_or_mask():
     assert dice(out["lung"][0], parts["lungs"]) > 0.95 and torch.equal(out["lung"].affine, out["image"].affine)
 
 
-@pytest.mark.parametrize("rotation", [np.eye(3), [[0, 0, -1], [1, 0, 0], [0, -1, 0]], [[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1]]])
+@pytest.mark.parametrize(
+    "rotation", [np.eye(3), [[0, 0, -1], [1, 0, 0], [0, -1, 0]], [[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1]]]
+)
 def test_mask_comes_back_to_the_voxels_of_the_scan(rotation):
     affine = np.eye(4)
     affine[:3, :3] = np.array(rotation) * [0.71, 0.93, 2.57]
