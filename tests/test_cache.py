@@ -1,6 +1,6 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The cache: found by content, never stale, mended when torn, small, and the same for training whether it was there or not."""
+"""The cache: found by content, never stale, made again when damaged, small, and the same for training either way."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def record(tmp_path):
 
 
 def cache(record, tmp_path, **settings):
-    return ScanCache([record], transforms(**settings), str(tmp_path / "cache"))
+    return ScanCache([record], transforms(**settings), tmp_path / "cache")
 
 
 def test_what_is_read_is_the_scan_to_a_hundredth_of_a_hounsfield_unit(record, tmp_path):
@@ -138,7 +138,7 @@ def test_slices_and_detached_headers_count_with_their_data(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
-def test_a_damaged_file_is_made_anew(damage, record, tmp_path):
+def test_a_damaged_file_is_made_again(damage, record, tmp_path):
     dataset = cache(record, tmp_path)
     good, file = dataset[0], dataset.file(record)
     content = bytearray(file.read_bytes())
@@ -184,7 +184,7 @@ def test_many_processes_make_the_same_files_as_one_and_tell_bad_scans(tiny_cohor
 
 
 def test_training_does_no_work_that_preprocessing_has_done_and_ends_in_the_same_bits(
-    tiny_cohort, tmp_path, trained, capsys, monkeypatch  # noqa: F811
+    tiny_cohort, tmp_path, trained, capsys, monkeypatch
 ):
     args = ["--cohort", str(tiny_cohort), "--config_file", *TRAIN, "--cache_dir", str(tmp_path / "cache")]
     preprocess.main(args)

@@ -7,10 +7,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import sys
 from pathlib import Path
 
-import monai.bundle
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -24,12 +22,13 @@ from sklearn.linear_model import BayesianRidge
 
 from bundle.data import clinical_names, encode_clinical, fit_clinical, read_cohort
 from bundle.data.clinical import clinical_kinds, em_step, fill_in, fit_gaussian
-from bundle.errors import InputError, input_error_of
+from bundle.errors import InputError
 from bundle.networks import ClinicalNet, SurvivalMapNet, network_from
 from bundle.networks.heads import HEADS
 from bundle.run.scans import training_cohort
 from bundle.survival import CenTime, patient_numbers
 
+from .commands import run
 from .conftest import absolute_table
 
 COLUMNS = {"age": "numeric", "sex": "categorical", "fvc": "numeric", "smoking": "categorical"}
@@ -388,17 +387,6 @@ TRAIN = ["configs/train.json", "configs/cohort/phantom.json", "configs/clinical/
 CLINICAL_ONLY = [*TRAIN, "configs/network/clinical_only.json"]
 SHORT = {"batch_size": 4, "max_epochs": 3, "val_interval": 1}
 TINY = {"network_def#dim": 16, **SHORT}
-
-
-def run(config, **override) -> None:
-    """`monai.bundle run` in this process; an :class:`InputError` comes out unwrapped."""
-    hook = sys.excepthook
-    try:
-        monai.bundle.run(config_file=config, **override)
-    except Exception as e:
-        raise input_error_of(e) or e
-    finally:
-        sys.excepthook = hook
 
 
 def fit(cohort, folder, config=TRAIN, **override) -> Path:
