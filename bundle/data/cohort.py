@@ -77,9 +77,8 @@ def read_cohort(
     Example::
 
         >>> import tempfile
-        >>> with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
-        ...     _ = file.write("patient_id,image,time,event,age\nA,a.nii.gz,12.5,1,61\n")
-        ...     file.flush()
+        >>> with tempfile.NamedTemporaryFile("w") as file:
+        ...     print("patient_id,image,time,event,age\nA,a.nii.gz,12.5,1,61", file=file, flush=True)
         ...     (record,) = read_cohort(file.name, clinical={"age": "numeric"}, check_files=False)
         >>> record["patient_id"], record["time"], record["event"], record["covariates"]
         ('A', 12.5, 1, {'age': 61.0})
