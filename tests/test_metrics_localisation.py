@@ -28,7 +28,7 @@ from bundle.metrics.localisation import (
     rank_accuracy,
     survivor_heat,
 )
-from bundle.metrics.patient_ids import decode_ids, encode_ids, unique_scans
+from bundle.metrics.scan_metric import decode_ids, encode_ids, unique_scans
 
 SCAN_SCORES = [pointing_game, average_precision, auroc, mass_accuracy, rank_accuracy, hit_rate, iou_otsu]
 
@@ -272,10 +272,10 @@ def test_metric_averages_the_functions_and_counts_what_it_leaves_out():
     assert result["confounder_mass"]["num_scans"] == 1
     totals = np.maximum(heat, 0).sum((1, 2, 3), dtype=np.float64)
     assert result["survivor_heat"]["value"] == pytest.approx(totals[1::2].mean() / totals[::2].mean())
-    rows = metric.rows()
-    assert [row["patient_id"] for row in rows] == given["patient_id"]
-    assert rows[1]["auroc"] is None and rows[1]["num_lesions"] == 0 and rows[0]["num_lesions"] > 0
-    assert rows[2]["confounder_mass"] is None and rows[2]["average_precision_ceiling"] is None
+    table = metric.table()
+    assert table.patient_id.tolist() == given["patient_id"]
+    assert np.isnan(table.auroc[1]) and table.num_lesions[1] == 0 and table.num_lesions[0] > 0
+    assert np.isnan(table.confounder_mass[2]) and np.isnan(table.average_precision_ceiling[2])
 
 
 def test_order_batches_lists_and_repeated_scans_change_nothing():
@@ -285,7 +285,7 @@ def test_order_batches_lists_and_repeated_scans_change_nothing():
     for i in (3, 5, 0, 1, 3, 4, 2):
         many(**{key: [MetaTensor(v[i]) if key == "y_pred" else v[i]] for key, v in given.items()})
     assert one.aggregate() == many.aggregate()
-    assert one.rows() == many.rows()
+    assert one.table().equals(many.table())
 
 
 def test_scans_without_masks_and_empty_cohorts_have_no_values_rather_than_nan():
@@ -294,10 +294,10 @@ def test_scans_without_masks_and_empty_cohorts_have_no_values_rather_than_nan():
         result = metric.aggregate()
         assert result.pop("num_scans") == num_scans and result.pop("num_empty_mask") == 0
         assert all(v == {"value": None, "lower": None, "upper": None, "num_scans": 0} for v in result.values())
-        assert len(metric.rows()) == num_scans
+        assert len(metric.table()) == num_scans
         metric(cohort()["y_pred"][:2])
     metric.reset()
-    assert metric.rows() == []
+    assert metric.table().empty
 
 
 def test_a_bad_scan_is_named():

@@ -334,12 +334,13 @@ def test_metric_has_every_key_with_an_interval_around_the_value():
     assert result["mae_events"]["num_scans"] == deaths and result["mae_censored"]["num_scans"] == 80 - deaths
     mean = mean_months(pmf)
     assert result["c_index"]["value"] == pytest.approx(concordance_index(time, mean, event), abs=1e-6)
-    median = torch.tensor([row["median_months"] for row in metric.rows()])
+    table = metric.table()
+    median = torch.tensor(table.median_months)
     assert result["mae_events"]["value"] == pytest.approx(mae_events(median, time, event))
-    assert [row["time"] for row in metric.rows()] == time.tolist()
-    assert [row["mean_months"] for row in metric.rows()] == pytest.approx(mean.tolist())
-    assert [row["death_24m"] for row in metric.rows()] == pytest.approx(pmf[:, :24].sum(1).tolist())
-    assert [row["rmst_60m"] for row in metric.rows()] == pytest.approx(restricted_mean_months(pmf, 60).tolist())
+    assert table.time.tolist() == time.tolist()
+    assert table.mean_months.tolist() == pytest.approx(mean.tolist())
+    assert table.death_24m.tolist() == pytest.approx(pmf[:, :24].sum(1).tolist())
+    assert table.rmst_60m.tolist() == pytest.approx(restricted_mean_months(pmf, 60).tolist())
 
 
 def test_order_batches_and_repeated_patients_change_nothing():
@@ -349,7 +350,7 @@ def test_order_batches_and_repeated_patients_change_nothing():
     one(pmf, outcome, patient_id=names)
     for i in (*range(11, 20), 3, *range(11)):
         many([pmf[i]], [outcome[i]], patient_id=[names[i]])
-    assert one.aggregate() == many.aggregate() and one.rows() == many.rows()
+    assert one.aggregate() == many.aggregate() and one.table().equals(many.table())
 
 
 def test_degenerate_cohorts_have_no_nan():
@@ -359,7 +360,7 @@ def test_degenerate_cohorts_have_no_nan():
             _, time, _, pmf = cohort(0, num)
             metric(pmf, torch.stack([time, torch.full((num,), died)], 1))
         result = metric.aggregate()
-        assert result.pop("num_scans") == num == len(metric.rows())
+        assert result.pop("num_scans") == num == len(metric.table())
         assert result.pop("num_events") == num * died
         assert result["c_index"] == {"value": None, "lower": None, "upper": None, "num_scans": 0}
         for entry in result.values():
@@ -429,9 +430,9 @@ def validated(batches: list[list[int]], on_all: Callable = dict, names: str = "m
     survival_map, outcome = validation()
     cox, centime = Cox(), CenTime(TMAX)
     engine = Engine(lambda engine, rows: {"pred": survival_map[rows], "label": outcome[rows]})
-    metrics = {"mean": MeanLogLikelihood(centime), "partial": PartialLogLikelihood(cox), "c_index": ConcordanceIndex(centime)}
-    metrics = on_all({name: metrics[name] for name in names.split()})
-    for name, metric in metrics.items():
+    metrics = {"mean": MeanLogLikelihood(centime), "c_index": ConcordanceIndex(centime)}
+    metrics["partial"] = PartialLogLikelihood(cox)
+    for name, metric in on_all({name: metrics[name] for name in names.split()}).items():
         metric.attach(engine, name)
     return engine.run(batches).metrics
 

@@ -64,8 +64,8 @@ def parts_of(folder: Path, root: Path, output: str) -> dict:
     parser.read_config(CONFIG)
     cohort = {"cohort": str(folder / "c.csv"), "shifts": 1}
     parser.update({**cohort, "output_dir": str(folder / output), "bundle_root": str(root)})
-    names = {"dataset": "stream", **{name: name for name in ("network", "inferer", "postprocessing", "writer")}}
-    parts = {name: parser.get_parsed_content(key) for key, name in names.items()}
+    keys = {"stream": "dataset", "network": "network_def", **{key: key for key in ("inferer", "postprocessing", "writer")}}
+    parts = {name: parser.get_parsed_content(key) for name, key in keys.items()}
     assert parts["writer"].stream is parts["stream"]
     return parts
 

@@ -3,6 +3,7 @@
 """Ignite handlers: schedules, reproducible and resumable training, files written by evaluation and inference."""
 
 from bundle.handlers.evaluation import ScoreScans, score_maps
+from bundle.handlers.failed import failed_scans
 from bundle.handlers.figures import draw_training, report_evaluation, save_figure
 from bundle.handlers.metrics_writer import MetricsWriter, format_metrics_table
 from bundle.handlers.schedules import geometric, step
@@ -18,6 +19,7 @@ __all__ = [
     "ScoreScans",
     "WandbHandler",
     "draw_training",
+    "failed_scans",
     "format_metrics_table",
     "geometric",
     "loss_of",

@@ -13,7 +13,8 @@ from monai.data import MetaTensor
 from monai.transforms import SpatialResample
 from tqdm import tqdm
 
-from bundle.errors import InputError
+from bundle.data.stream import ScanStream
+from bundle.errors import InputError, input_error_of, unforeseen
 from bundle.maps.heat import to_voxels
 from bundle.maps.scan_space import to_scan_space
 from bundle.metrics import LocalisationMetric, MapDistribution, SurvivalMetric
@@ -53,76 +54,94 @@ def ceiling_map(cells: torch.Tensor, mask: MetaTensor, image: MetaTensor, lung: 
 class ScoreScans:
     """Handler that feeds a MONAI evaluator's predictions and maps into the metrics, scan by scan.
 
-    Expects the output of :class:`~bundle.maps.MapToHeatd` and :class:`~bundle.maps.HeatToScand`, and in the
-    batch what `LoadCTd` gives; a scan may have no `gt_mask` or no `confounder_mask`.
+    Expects the output of :class:`~bundle.maps.MapToHeatd` and :class:`~bundle.maps.HeatToScand`, and in the batch what
+    `LoadCTd` gives; a scan may have no `gt_mask` or no `confounder_mask`. A scan that can't be scored doesn't end the
+    run: the stream notes what was wrong.
 
     Args:
         survival: metric of the predicted distributions.
         localisation: metric of the maps.
         distribution: of the maps' locations and weights.
         cell: side of a cell of the map in voxels of the network's grid.
+        stream: of the scans.
     """
 
     def __init__(
-        self, survival: SurvivalMetric, localisation: LocalisationMetric, distribution: MapDistribution, cell: int
+        self,
+        survival: SurvivalMetric,
+        localisation: LocalisationMetric,
+        distribution: MapDistribution,
+        cell: int,
+        stream: ScanStream,
     ) -> None:
         self.survival = survival
         self.localisation = localisation
         self.distribution = distribution
         self.cell = cell
+        self.stream = stream
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.reset)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.add)
 
     def reset(self, engine: Engine) -> None:
-        self.survival.reset()
-        self.localisation.reset()
-        self.distribution.reset()
+        for metric in (self.survival, self.localisation, self.distribution):
+            metric.reset()
 
     def add(self, engine: Engine) -> None:
-        for scan, output in zip(engine.state.batch, engine.state.output):
-            who = [scan["patient_id"]]
-            self.survival(output["pmf"].cpu()[None], output["label"].cpu()[None], patient_id=who)
-            mask = scan.get("gt_mask")
-            survival_map, cells, ceiling = output["pred"].cpu(), None, None
-            if mask is not None and bool(mask.any()):
-                lung, grid = torch.as_tensor(scan["lung"]), tuple(survival_map.shape[1:])
-                cells = mask_cells(mask, scan["image"], lung, self.cell, grid)
-                ceiling = ceiling_map(cells, mask, scan["image"], lung, self.cell)
-                cells = cells[0]
-            self.distribution([survival_map], [cells], who)
-            time, event = output["label"].cpu()
-            self.localisation(
-                [output["scan_heat"].cpu()], [mask], [scan.get("confounder_mask")], [ceiling], [time], [event], who
-            )
+        for scan, output in zip(engine.state.batch, engine.state.output):  # no output of a scan without a prediction
+            try:
+                self.score(scan, output)
+            except Exception as e:
+                patient_id = scan["patient_id"]
+                self.stream.note(patient_id, str(input_error_of(e) or unforeseen(patient_id, e, "scoring")))
+
+    def score(self, scan: dict, output: dict) -> None:
+        """Score one scan of a decollated batch. The metrics know either all of it or nothing."""
+        who, mask, survival_map = [scan["patient_id"]], scan.get("gt_mask"), output["pred"].cpu()
+        pmf, outcome = output["pmf"].cpu(), output["label"].cpu()
+        cells, ceiling = None, None
+        if mask is not None and bool(mask.any()):
+            lung, grid = torch.as_tensor(scan["lung"]), tuple(survival_map.shape[1:])
+            cells = mask_cells(mask, scan["image"], lung, self.cell, grid)
+            ceiling = ceiling_map(cells, mask, scan["image"], lung, self.cell)
+            cells = cells[0]
+        self.localisation(
+            [output["scan_heat"].cpu()],
+            [mask],
+            confounder=[scan.get("confounder_mask")],
+            ceiling=[ceiling],
+            time=outcome[:1],
+            event=outcome[1:],
+            patient_id=who,
+        )
+        self.distribution([survival_map], [cells], who)
+        self.survival(pmf[None], outcome[None], patient_id=who)
 
 
-def score_maps(records: list[dict], maps_dir: str, localisation: LocalisationMetric) -> None:
+def score_maps(stream: ScanStream, maps_dir: str, localisation: LocalisationMetric) -> None:
     """Score the heat maps `<patient_id>_heat.nii.gz` that any tool wrote on the scans' own grids.
 
-    Raises:
-        InputError: every map that is missing, unreadable or on another grid than its mask, in one message.
+    Args:
+        stream: of the scans, with their masks; notes every map that is missing, unreadable or on another grid.
+        maps_dir: folder of the maps.
+        localisation: the metric of the maps.
     """
-    faults = []
     load = LoadCTd(keys=("heat",), mask_keys=("gt_mask", "confounder_mask"), hounsfield=False)
-    for record in tqdm(records, desc="scoring maps", unit="scan"):
-        heat = Path(maps_dir) / f"{record['patient_id']}_heat.nii.gz"
-        if not heat.is_file():
-            faults.append(f"{record['patient_id']}: there is no {heat}")
-            continue
+    for record in tqdm(stream.data, desc="scoring maps", unit="scan"):
+        patient_id = record["patient_id"]
+        heat = Path(maps_dir) / f"{patient_id}_heat.nii.gz"
         try:
+            if not heat.is_file():
+                raise InputError(f"patient {patient_id}: there is no {heat}.")
             scan = load({**record, "heat": str(heat)})
             localisation(
                 [scan["heat"]],
                 [scan.get("gt_mask")],
-                [scan.get("confounder_mask")],
-                None,
-                [record["time"]],
-                [record["event"]],
-                [record["patient_id"]],
+                confounder=[scan.get("confounder_mask")],
+                time=[record["time"]],
+                event=[record["event"]],
+                patient_id=[patient_id],
             )
-        except InputError as e:
-            faults.append(str(e))
-    if faults:
-        raise InputError(f"{len(faults)} of {len(records)} maps can't be scored: " + "; ".join(faults))
+        except Exception as e:
+            stream.note(patient_id, str(input_error_of(e) or unforeseen(patient_id, e, "scoring")))

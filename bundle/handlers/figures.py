@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ignite.distributed as idist
@@ -49,20 +49,37 @@ def draw_training(ckpt_dir: str) -> None:
 
 
 def report_evaluation(
-    output_dir: str, survival: SurvivalMetric, distribution: MapDistribution, ckpt: str | Sequence[str] | None = None
+    output_dir: str,
+    survival: SurvivalMetric,
+    distribution: MapDistribution,
+    ckpt: str | Sequence[str] | None = None,
+    figures: bool = True,
 ) -> None:
     """Draw an evaluation into `figures/` and write `report.html` with its figures and what `metrics.json` holds.
+
+    In a distributed run every process must call this; the first one draws while the others wait.
 
     Args:
         output_dir: where :class:`~bundle.handlers.MetricsWriter` wrote.
         survival: the metric of the predictions; without any (maps of another tool) there is nothing to draw.
         distribution: of the maps' locations and weights.
         ckpt: weights; with a `history.csv` beside them the training is drawn as well (an ensemble's isn't).
+        figures: if false, nothing is drawn or written.
     """
-    table, groups = pd.DataFrame(survival.rows()), distribution.aggregate()  # every process takes part in the gather
-    if idist.get_rank() != 0:
+    if not figures:
         return
-    folder = Path(output_dir)
+    table, groups = survival.table(), distribution.aggregate()  # every process takes part in the gather
+    if idist.get_rank() == 0:
+        folder = Path(output_dir)
+        drawn = evaluation_figures(table, groups, ckpt)
+        pictures = {name: save_figure(figure, folder / "figures", name) for name, figure in drawn.items()}
+        write_evaluation_report(folder / "report.html", json.loads((folder / "metrics.json").read_text()), pictures)
+        logger.info(f"report: {folder / 'report.html'}")
+    idist.barrier()  # a process that ends with an error, because a scan failed, ends the others
+
+
+def evaluation_figures(table: pd.DataFrame, groups: Mapping, ckpt: str | Sequence[str] | None) -> dict[str, Figure]:
+    """The figures of an evaluation by name, from :meth:`~bundle.metrics.SurvivalMetric.table` and the maps' distribution."""
     figures = {}
     if len(table):
         outcome = table["time"], table["event"]
@@ -76,7 +93,4 @@ def report_evaluation(
         one = isinstance(ckpt, (str, Path))
         if one and (history := Path(ckpt).with_name("history.csv")).is_file():
             figures["training_curves"] = training_curves(pd.read_csv(history))
-    pictures = {name: save_figure(figure, folder / "figures", name) for name, figure in figures.items()}
-    metrics = json.loads((folder / "metrics.json").read_text())
-    write_evaluation_report(folder / "report.html", metrics, pictures)
-    logger.info(f"report: {folder / 'report.html'}")
+    return figures

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -13,112 +11,104 @@ from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
-from ignite.engine import Engine, Events
-from monai.metrics.metric import CumulativeIterationMetric
+import numpy as np
+import pandas as pd
 
+from bundle.data.stream import ScanStream
 from bundle.files import write_text
+from bundle.handlers.failed import failed_scans
+from bundle.metrics.scan_metric import ScanMetric
+from bundle.report import metric_groups
 
-__all__ = ["MetricsWriter", "format_metrics_table", "merge_rows"]
+__all__ = ["MetricsWriter", "format_metrics_table", "merge_tables"]
 
-FIRST_COLUMNS = ("patient_id", "time", "event", "median_months", "mean_months")
+FIRST_COLUMNS = ["patient_id", "time", "event", "median_months", "mean_months"]
 
 
 class MetricsWriter:
-    """Ignite handler that writes the metrics of an epoch when it is complete.
+    """Write the metrics of an evaluation that is over.
 
     ``metrics.json`` holds one object a metric set, e.g. ``{"survival": {"c_index": {"value", "lower", "upper",
     "num_scans"}, ...}, "localisation": {...}}``, with null where there is no value. ``metrics_per_scan.csv`` has one
-    row a scan and empty cells where a value was left out. A metric with `curves()`, one dict a scan, adds
+    row a scan and empty cells where a value was left out. A metric with `curves()`, one row a scan, adds
     ``survival_curves.csv``.
 
-    In a distributed run all processes gather their scans, and the first one writes.
+    With a `stream`, the scans that failed are in both: ``"failed": {"num_scans", "scans": [{"patient_id", "message"},
+    ...]}``, and the columns `status` (ok or failed) and `message`.
+
+    In a distributed run all processes gather their scans, and the first one writes while the others wait.
 
     Args:
-        output_dir: folder for both files; made if it isn't there.
+        output_dir: folder for the files; made if it isn't there.
         metrics: names and metrics, such as ``{"survival": SurvivalMetric(), "localisation": LocalisationMetric()}``.
-            Each is filled elsewhere and has `aggregate()`, a dict, and `rows()`, one dict a scan.
-        extra: further top-level entries of ``metrics.json`` that JSON can hold, such as settings.
+        stream: of the scans; knows which failed.
     """
 
     def __init__(
-        self,
-        output_dir: str | os.PathLike,
-        metrics: Mapping[str, CumulativeIterationMetric],
-        extra: Mapping[str, Any] | None = None,
+        self, output_dir: str | os.PathLike, metrics: Mapping[str, ScanMetric], stream: ScanStream | None = None
     ) -> None:
         self.output_dir = Path(output_dir)
         self.metrics = dict(metrics)
-        self.extra = dict(extra or {})
-
-    def attach(self, engine: Engine) -> None:
-        """Write at the end of every epoch of an evaluator."""
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
-
-    def __call__(self, engine: Engine) -> None:
-        self.write()
+        self.stream = stream
 
     def write(self) -> None:
-        """Write the files; called by the engine, or directly where the metrics were filled without one.
+        """Write the files. Every process must call this.
 
         Raises:
             InputError: the folder or a file can't be written; a file that was there before is then as it was.
         """
+        failed = None if self.stream is None else failed_scans(self.stream)
         for metric in self.metrics.values():
             metric.get_buffer()  # gathers, which every process must take part in
-        if idist.get_rank() != 0:
-            return
-        summary = {**self.extra, **{name: metric.aggregate() for name, metric in self.metrics.items()}}
-        rows = merge_rows([metric.rows() for metric in self.metrics.values()])
-        curves = [row for metric in self.metrics.values() if hasattr(metric, "curves") for row in metric.curves()]
+        if idist.get_rank() == 0:
+            self._write_files(failed)
+        idist.barrier()  # a process that ends with an error, because a scan failed, ends the others
+
+    def _write_files(self, failed: list[dict] | None) -> None:
+        summary: dict[str, Any] = {name: metric.aggregate() for name, metric in self.metrics.items()}
+        table = merge_tables([metric.table() for metric in self.metrics.values()])
+        if failed is not None:
+            named = [{"patient_id": row["patient_id"], "message": row["message"]} for row in failed]
+            summary["failed"] = {"num_scans": len(failed), "scans": named}
+            table = table.assign(status="ok", message="")
+            table = pd.concat([table, pd.DataFrame(failed)]) if failed else table
+        table = table.reindex(columns=[*FIRST_COLUMNS, *table.columns.drop(FIRST_COLUMNS, errors="ignore")])
         texts = {"metrics.json": json.dumps(summary, indent=2, allow_nan=False) + "\n"}
-        texts["metrics_per_scan.csv"] = _csv(rows, FIRST_COLUMNS)
+        texts["metrics_per_scan.csv"] = _csv(table)
+        curves = [metric.curves() for metric in self.metrics.values() if hasattr(metric, "curves")]
         if curves:
-            texts["survival_curves.csv"] = _csv(curves, ())
+            texts["survival_curves.csv"] = _csv(pd.concat(curves))
         for name, text in texts.items():
             write_text(self.output_dir / name, text)
 
 
-def merge_rows(tables: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Join tables of one dict a scan by `patient_id`, or by position for rows without one.
+def merge_tables(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Join tables of one row a scan by `patient_id`, or by position for rows without one.
 
-    A later table fills what an earlier one leaves None.
+    A later table fills what an earlier one leaves empty.
+
+    >>> left = pd.DataFrame({"patient_id": ["a", "b"], "time": [3.0, None]})
+    >>> merge_tables([left, pd.DataFrame({"patient_id": ["b"], "time": [5.0], "auroc": [0.9]})])
+      patient_id  time  auroc
+    0          a   3.0    NaN
+    1          b   5.0    0.9
     """
-    merged: dict[Any, dict[str, Any]] = {}
-    for table in tables:
-        for position, row in enumerate(table):
-            scan = merged.setdefault(row["patient_id"] or position, {})
-            scan.update({name: value for name, value in row.items() if scan.get(name) is None})
-    return list(merged.values())
+    rows = pd.concat(tables)
+    scan = np.where(rows["patient_id"].isna(), rows.index, rows["patient_id"])
+    return rows.groupby(scan, sort=False).first().reset_index(drop=True)
 
 
-def _csv(rows: list[dict[str, Any]], first: Sequence[str]) -> str:
-    """A table whose columns begin with `first`."""
-    others = {name: None for row in rows for name in row if name not in first}
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [*first, *others], lineterminator="\n")
-    writer.writeheader()
-    # Seven digits: what a float32 holds.
-    writer.writerows({k: f"{v:.7g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    return text.getvalue()
+def _csv(table: pd.DataFrame) -> str:
+    """With seven digits: what a float32 holds."""
+    return table.to_csv(index=False, float_format="%.7g", lineterminator="\n")
 
 
 def format_metrics_table(metrics: Mapping[str, Any]) -> str:
-    """A plain-text table of what ``metrics.json`` holds, for the terminal.
-
-    Args:
-        metrics: sets of metrics by name; entries that aren't metrics are left out, whole numbers in a set become its
-            caption.
-    """
+    """A plain-text table of what ``metrics.json`` holds, for the terminal."""
     lines = []
-    for title, group in metrics.items():
-        if not isinstance(group, Mapping):
-            continue
-        entries = {name: entry for name, entry in group.items() if isinstance(entry, Mapping) and "value" in entry}
-        if not entries:
-            continue
-        counts = [f"{name.removeprefix('num_')} {entry}" for name, entry in group.items() if isinstance(entry, int)]
+    for title, counts, entries in metric_groups(metrics):
         width = max(map(len, entries))
-        lines += ["", f"{title} ({', '.join(counts)})".replace("_", " ").removesuffix(" ()")]
+        lines += ["", f"{title} ({', '.join(counts)})".removesuffix(" ()")]
         lines.append(f"  {'':{width}}  {'value':>8}  {'95 % interval':^19}  {'scans':>5}")
         for name, entry in entries.items():
             value, lower, upper = (_cell(entry[key]) for key in ("value", "lower", "upper"))

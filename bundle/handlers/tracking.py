@@ -10,7 +10,6 @@ from pathlib import Path
 
 import ignite.distributed as idist
 import pandas as pd
-import torch
 import wandb
 from ignite.engine import Engine, Events
 from tqdm import tqdm
@@ -23,8 +22,9 @@ __all__ = ["HistoryWriter", "Progress", "WandbHandler", "loss_of"]
 def loss_of(output: dict) -> float:
     """The loss in a trainer's output, for handlers that log it.
 
-    MONAI's `from_engine("loss")` makes a tuple of it, which its handlers leave out with a warning.
+    MONAI's `from_engine("loss")` makes a tuple of it, which MONAI's handlers leave out with a warning.
 
+    >>> import torch
     >>> loss_of({"loss": torch.tensor(2.5)})
     2.5
     """
@@ -33,6 +33,8 @@ def loss_of(output: dict) -> float:
 
 class Progress:
     """One progress bar over all epochs of an engine's run, with the loss where there is one.
+
+    ignite's `ProgressBar` starts again in every epoch, and doesn't know the length of a stream.
 
     Args:
         desc: text before the bar.
@@ -47,7 +49,7 @@ class Progress:
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.step)
-        engine.add_event_handler(Events.COMPLETED, self.finish)
+        engine.add_event_handler(Events.COMPLETED, lambda engine: self.bar.close())
 
     def start(self, engine: Engine) -> None:
         total = self.total
@@ -59,21 +61,17 @@ class Progress:
     def step(self, engine: Engine) -> None:
         output = engine.state.output
         if isinstance(output, dict) and "loss" in output:
-            self.bar.set_postfix(epoch=engine.state.epoch, loss=f"{output['loss'].item():.3f}", refresh=False)
-        self.bar.n = engine.state.iteration
+            self.bar.set_postfix(epoch=engine.state.epoch, loss=f"{loss_of(output):.3f}", refresh=False)
+        self.bar.n = engine.state.iteration  # a resumed run goes on in the middle
         self.bar.update(0)
-
-    def finish(self, engine: Engine) -> None:
-        self.bar.close()
 
 
 class HistoryWriter:
     """Write `history.csv`: the mean training loss of each epoch, and the metrics of its validation if it had one.
 
-    The loss has its regularisers in it, so a step of their schedule is a step of the curve.
-
-    The file is read and rewritten after every epoch, before `RunCheckpoint` saves it, and rows of this epoch and later
-    ones are dropped. So a resumed run goes on in it, and one started anew begins it anew.
+    The regularisers are part of the loss, so a step of their schedule is a step of the curve. The file is written after
+    every epoch, before `RunCheckpoint` saves it, and rows of this epoch and of later ones are dropped. So a resumed run
+    goes on in the file of before.
 
     Args:
         path: of the file.
@@ -91,20 +89,19 @@ class HistoryWriter:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.write)
 
     def add(self, engine: Engine) -> None:
-        self.losses.append(engine.state.output["loss"].item())
+        self.losses.append(loss_of(engine.state.output))
 
     def write(self, engine: Engine) -> None:
+        if idist.get_rank() != 0:
+            return
         epoch = engine.state.epoch
         row = {"epoch": epoch, "train_loss": sum(self.losses) / len(self.losses)}
         if self.validator.state.epoch == epoch:
-            row.update({k: v for k, v in self.validator.state.metrics.items() if isinstance(v, (int, float))})
-        if idist.get_rank() != 0:
-            return
-        rows = [row]
+            row |= _numbers(self.validator)
+        table = pd.DataFrame([row])
         if epoch > 1 and self.path.is_file():
             before = pd.read_csv(self.path)
-            rows = [*before[before["epoch"] < epoch].to_dict("records"), row]
-        table = pd.DataFrame(rows)
+            table = pd.concat([before[before["epoch"] < epoch], table])
         write_atomically(self.path, lambda p: table.to_csv(p, index=False, float_format="%.7g"))
 
 
@@ -112,7 +109,8 @@ class WandbHandler:
     """Log a run to Weights & Biases: the loss of every iteration of a trainer, the metrics of every validation.
 
     Trainer and validator log into one run, which a resumed training continues; of several processes the first logs. The
-    default mode needs neither an account nor a network; `wandb sync` uploads such a run later.
+    default mode needs neither an account nor a network; `wandb sync` uploads such a run later. ignite's `WandBLogger`
+    would need a handler of this size around it: it starts a run where it is built, and MONAI can't attach it.
 
     Args:
         output_dir: folder of the run, which also identifies it.
@@ -126,11 +124,10 @@ class WandbHandler:
         self.mode = mode
 
     def attach(self, engine: Engine) -> None:
-        if idist.get_rank() > 0:
-            return
-        engine.add_event_handler(Events.STARTED, self.start)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.log_loss)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self.log_metrics)
+        if idist.get_rank() == 0:
+            engine.add_event_handler(Events.STARTED, self.start)
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self.log_loss)
+            engine.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: wandb.log(_numbers(engine)))
 
     def start(self, engine: Engine) -> None:
         if wandb.run is None:
@@ -140,8 +137,9 @@ class WandbHandler:
 
     def log_loss(self, engine: Engine) -> None:
         if "loss" in engine.state.output:
-            wandb.log({"train_loss": engine.state.output["loss"].item(), "epoch": engine.state.epoch})
+            wandb.log({"train_loss": loss_of(engine.state.output), "epoch": engine.state.epoch})
 
-    def log_metrics(self, engine: Engine) -> None:
-        if engine.state.metrics:
-            wandb.log({name: value for name, value in engine.state.metrics.items() if isinstance(value, (int, float))})
+
+def _numbers(engine: Engine) -> dict[str, float]:
+    """The metrics of an engine that are numbers."""
+    return {name: value for name, value in engine.state.metrics.items() if isinstance(value, (int, float))}

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import statistics
 from collections import deque
@@ -20,13 +19,10 @@ from bundle.errors import InputError
 __all__ = ["EpochSeed", "GradientClip"]
 
 
-logger = logging.getLogger(__name__)
-
-
 class EpochSeed:
     """Seed torch, numpy, python and the random transforms from (seed, epoch) as each epoch starts.
 
-    Every epoch is then the same whether the run was resumed before it or not.
+    An epoch is then the same whether the run was resumed before it or not.
 
     Args:
         seed: of the run.
@@ -47,11 +43,11 @@ class EpochSeed:
 
 
 class GradientClip:
-    """Clip the norm of all gradients before each optimizer step; stop on a loss or gradient that has lost its way.
+    """Clip the norm of all gradients before each optimizer step; stop on a loss or a gradient that can't be used.
 
     Where lesions are found and locations lie at their bounds, gradients are a thousandth of what they were, and a single
-    patch on its way from one bound to the other has one that is thousands of times as large. Adam would go that one's way
-    for a dozen steps. So a gradient is clipped to what is usual as well: the median norm of the last 50 steps, as in
+    patch on its way from one bound to the other has one that is thousands of times as large. Adam would follow that one
+    for a dozen steps. So a gradient is also clipped to what is usual: the median norm of the last 50 steps, as in
     AutoClip (Seetharaman et al., MLSP 2020), which takes a percentile of all steps.
 
     When training stops, the weights are those of the step before, and `last.pt` those of the epoch before.
@@ -60,7 +56,7 @@ class GradientClip:
         network: whose gradients to clip.
         max_norm: largest norm of all gradients together, whatever is usual.
         objective: whose gradients are checked, not clipped.
-        exploded: norm above which training stops. It lies far above what clipping mends.
+        exploded: norm above which training stops, far above what clipping can help.
     """
 
     def __init__(
@@ -90,7 +86,7 @@ class GradientClip:
         own = [p.grad for p in self.objective.parameters() if p.grad is not None] if self.objective else []
         usual = statistics.median(norms) if (norms := [n for n in self.norms if n > 0]) else math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.network.parameters(), min(self.max_norm, usual)))
-        self.norms.append(norm)  # 0 of a batch that teaches nothing, such as survivors under Cox's likelihood
+        self.norms.append(norm)  # 0 for a batch that teaches nothing, such as survivors under Cox's likelihood
         norm = math.hypot(norm, float(torch.nn.utils.get_total_norm(own)))
         if math.isfinite(loss) and norm <= self.exploded:
             return

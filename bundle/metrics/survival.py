@@ -2,12 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """How right are the predicted survival times? Metrics of a cohort's predicted distributions against what happened.
 
-All times are months; `event` is 1 for a death, 0 for a censored patient. Predictions are P(T = 1..tmax months). The
-risk that ranks patients is minus the mean of that distribution; the point prediction whose error is measured is its
-median. A metric is None where the cohort can't tell: the docstrings say when.
+In all functions `risk` and `predicted` are (N,), `time` (N,) is in months, above 0, `event` (N,) is 1 for a death and 0
+for a censored patient, and `pmf` is P(T = 1..tmax months), (N, tmax). The risk that ranks patients is minus the mean of
+the distribution; the point prediction whose error is measured is its median. A metric is None where the cohort can't
+tell: the docstrings say when.
 
 Metrics that weight by the probability of not being censored (IPCW) estimate it by Kaplan-Meier on `training`, a pair
-(time, event), or on the scored patients themselves if that is None. They use what lies within its follow-up only.
+(time, event), or on the scored patients themselves if that is None. They use only what lies within its follow-up.
 
 Functions compute in the precision they are given; :class:`SurvivalMetric` gives them double.
 """
@@ -15,11 +16,11 @@ Functions compute in the precision they are given; :class:`SurvivalMetric` gives
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import pandas as pd
 import torch
-from monai.metrics.metric import CumulativeIterationMetric
 from scipy.stats import chi2
 from torch import Tensor
 from torchsurv.metrics.auc import Auc
@@ -27,8 +28,7 @@ from torchsurv.metrics.brier_score import BrierScore
 from torchsurv.metrics.cindex import ConcordanceIndex
 
 from bundle.errors import InputError
-from bundle.metrics.bootstrap import with_interval
-from bundle.metrics.patient_ids import decode_ids, encode_ids, unique_scans
+from bundle.metrics.scan_metric import ScanMetric, Statistic, encode_ids, scans_once
 from bundle.survival import death_by, mean_months, quantile_months, restricted_mean_months, survival_curve
 from bundle.survival.kaplan_meier import kaplan_meier, kaplan_meier_censoring, restricted_mean
 
@@ -48,17 +48,13 @@ __all__ = [
     "rmst_bias",
 ]
 
-HORIZONS = (12, 24, 36, 60)
+HORIZONS = (12, 24, 36, 60)  # months
 Outcome = tuple[Tensor, Tensor]
 
 
 def _number(value: Tensor) -> float | None:
-    """A tensor's number, None for 0 / 0."""
+    """A tensor's number, None for 0 / 0 and for the mean of nothing."""
     return float(value) if math.isfinite(value) else None
-
-
-def _mean(values: Tensor) -> float | None:
-    return float(values.mean()) if len(values) else None
 
 
 def _censoring_weight(at: Tensor, time: Tensor, event: Tensor, training: Outcome | None) -> Tensor:
@@ -87,13 +83,12 @@ def c_index(risk: Tensor, time: Tensor, event: Tensor) -> float | None:
     Equal risks count half; all risks equal give 0.5. A death and a censoring at the same time are comparable, two
     deaths are not. Computed by torchsurv; Harrell et al., Statistics in Medicine 1996.
 
-    Args:
-        risk: grows with danger, (N,).
-        time: months, (N,).
-        event: 1 died, 0 censored, (N,).
-
     Returns:
         None without comparable pairs: no deaths, one patient, or no one left after the first death.
+
+    Example:
+        >>> c_index(torch.tensor([3.0, 2.0, 1.0]), torch.tensor([5.0, 20.0, 30.0]), torch.tensor([1, 1, 0]))
+        1.0
     """
     return _concordance(risk, time, event, None, None)
 
@@ -101,11 +96,8 @@ def c_index(risk: Tensor, time: Tensor, event: Tensor) -> float | None:
 def c_index_ipcw(risk: Tensor, time: Tensor, event: Tensor, training: Outcome | None = None) -> float | None:
     """Uno's concordance: :func:`c_index` with pairs weighted by 1 / P(not censored by the first death)^2.
 
-    Deaths at or after the last time of `training` are not counted as first deaths. Computed by torchsurv;
-    Uno et al., Statistics in Medicine 2011. Shapes as in :func:`c_index`.
-
-    Returns:
-        None without comparable pairs of non-zero weight.
+    Deaths at or after the last time of `training` don't count as first deaths. Computed by torchsurv; Uno et al.,
+    Statistics in Medicine 2011. None without comparable pairs of non-zero weight.
     """
     if not (event == 1).any():
         return None
@@ -117,14 +109,8 @@ def integrated_brier(pmf: Tensor, time: Tensor, event: Tensor, training: Outcome
     """Brier score of S(t), weighted for censoring, averaged over the follow-up by the trapezoidal rule; 0 is best.
 
     Over the whole months from the first time of the cohort to just before its last, and no further than `tmax` or the
-    follow-up of `training`. Computed by torchsurv; Graf et al., Statistics in Medicine 1999.
-
-    Args:
-        pmf: P(T = 1..tmax), (N, tmax).
-        time, event: as in :func:`c_index`.
-
-    Returns:
-        None without deaths, or if the follow-up holds fewer than two whole months.
+    follow-up of `training`. Computed by torchsurv; Graf et al., Statistics in Medicine 1999. None without deaths, or if
+    the follow-up holds fewer than two whole months.
     """
     start, end = math.ceil(time.min()), min(math.ceil(_follow_up(time, training)), pmf.shape[1] + 1)
     if end - start < 2 or not (event == 1).any():
@@ -139,16 +125,11 @@ def integrated_brier(pmf: Tensor, time: Tensor, event: Tensor, training: Outcome
 def cumulative_auc(
     risk: Tensor, time: Tensor, event: Tensor, horizon: float, training: Outcome | None = None
 ) -> float | None:
-    """Cumulative/dynamic AUC: does risk tell those dead by the horizon from those alive after it? 0.5 is chance.
+    """Cumulative/dynamic AUC: does risk tell those dead by the horizon (months) from those alive after it?
 
-    The dead are weighted by 1 / P(not censored by their death), equal risks count half. Computed by torchsurv;
-    Uno et al., JASA 2007. Shapes as in :func:`c_index`.
-
-    Args:
-        horizon: months.
-
-    Returns:
-        None with no death by the horizon, no one followed beyond it, or a horizon beyond the follow-up of `training`.
+    0.5 is chance. The dead are weighted by 1 / P(not censored by their death), equal risks count half. Computed by
+    torchsurv; Uno et al., JASA 2007. None with no death by the horizon, no one followed beyond it, or a horizon beyond
+    the follow-up of `training`.
     """
     died = event == 1
     if not (died & (time <= horizon)).any() or horizon >= _follow_up(time, training):
@@ -167,7 +148,7 @@ def d_calibration(pmf: Tensor, time: Tensor, event: Tensor, bins: int = 10) -> f
     degrees of freedom; rough below about 5 patients a bin. Bin t of the distribution is spread evenly over the month
     that ends half a month after t, so whole-month times aren't biased to one side. Haider et al., JMLR 2020.
 
-    Shapes as in :func:`integrated_brier`. None only for no patients; without deaths it has a value, but little power.
+    None only for no patients; without deaths it has a value, but little power.
     """
     if not len(time):
         return None
@@ -186,15 +167,13 @@ def d_calibration(pmf: Tensor, time: Tensor, event: Tensor, bins: int = 10) -> f
 
 
 def mae_events(predicted: Tensor, time: Tensor, event: Tensor) -> float | None:
-    """Mean |predicted - time| of those who died, months. `predicted`: months, (N,). None without deaths."""
-    died = event == 1
-    return _mean((predicted - time)[died].abs())
+    """Mean |predicted - time| of those who died, months. None without deaths."""
+    return _number((predicted - time)[event == 1].abs().mean())
 
 
 def rae_events(predicted: Tensor, time: Tensor, event: Tensor) -> float | None:
     """Mean |predicted - time| / time of those who died. None without deaths."""
-    died = event == 1
-    return _mean((predicted - time)[died].abs() / time[died])
+    return _number(((predicted - time).abs() / time)[event == 1].mean())
 
 
 def mae_censored(predicted: Tensor, time: Tensor, event: Tensor) -> float | None:
@@ -202,7 +181,7 @@ def mae_censored(predicted: Tensor, time: Tensor, event: Tensor) -> float | None
 
     Only a death predicted before the patient was last seen alive is an error; all censored count in the mean.
     """
-    return _mean((time - predicted)[event != 1].clamp_min(0))
+    return _number((time - predicted)[event != 1].clamp_min(0).mean())
 
 
 def mae_pseudo_observation(
@@ -216,9 +195,8 @@ def mae_pseudo_observation(
     from (0, 1) through the last point down to 0. The others are `training` if given, else the other scored patients.
     Qi et al., An effective meaningful way to evaluate survival models, ICML 2023; same as their package SurvivalEVAL.
 
-    Returns:
-        None without deaths to estimate the curve from, or if all weights are 0: no deaths are scored, and all were
-        censored before the first death.
+    None without deaths to estimate the curve from, or if all weights are 0: no deaths are scored, and all were censored
+    before the first death.
     """
     predicted, time = predicted.double(), time.double()
     known_time, known_event = (time, event) if training is None else (training[0].double(), training[1])
@@ -229,6 +207,7 @@ def mae_pseudo_observation(
     order = known_time.sort().values
     censored = time[event != 1]
 
+    # Curves of the cohort without (or with) each censored patient, all at once: one by one they would take minutes.
     def mean_lifetime(at_risk: Tensor, last: Tensor) -> Tensor:
         curve = (1 - count / at_risk.double()).cumprod(1)
         curve = torch.cat([torch.ones_like(curve[:, :1]), curve, curve[:, -1:]], 1)
@@ -254,16 +233,9 @@ def rmst_bias(pmf: Tensor, time: Tensor, event: Tensor, horizon: float) -> float
     """Mean predicted minus observed restricted mean survival time, months: above 0 if predictions are too hopeful.
 
     Predicted is the mean of E[min(T, horizon)] over patients, observed the area under their Kaplan-Meier curve from 0
-    to the horizon. It measures calibration in the large, in months and without the tail that nobody has seen. It is a
-    difference of means, because a censored patient's own is not known; the predicted ones are in
-    :meth:`SurvivalMetric.rows`.
-
-    Args:
-        pmf, time, event: as in :func:`integrated_brier`.
-        horizon: months.
-
-    Returns:
-        None with no patients, or if the horizon lies beyond the last time and that is of a censored patient.
+    to the horizon (months). It measures calibration in the large, without the tail that nobody has seen. It is a
+    difference of means, because a censored patient's own is not known. None with no patients, or if the horizon lies
+    beyond the last time and that is of a censored patient.
     """
     observed = restricted_mean(time, event, horizon)
     return None if observed is None else float(restricted_mean_months(pmf, horizon).mean()) - observed
@@ -282,61 +254,55 @@ def correlation(predicted: Tensor, time: Tensor, event: Tensor) -> float | None:
 
 def mean_time_censored(predicted: Tensor, event: Tensor) -> float | None:
     """Mean predicted time of the censored, months. None without censored."""
-    return _mean(predicted[event != 1])
+    return _number(predicted[event != 1].mean())
 
 
-class SurvivalMetric(CumulativeIterationMetric):
+def _over(score: Any, *columns: Tensor, **fixed: Any) -> Statistic:
+    """A score as a function of the indices of the patients that count."""
+    return lambda drawn: score(*(column[drawn] for column in columns), **fixed)
+
+
+class SurvivalMetric(ScanMetric):
     """Survival metrics of a cohort with bootstrap intervals over scans, each taken for a patient of its own.
 
-    `SurvivalMetric()(y_pred=pmf, y=outcome)` is all that MONAI's `IgniteMetricHandler` needs; `patient_id` adds names
-    to the table, and patients that come twice (from a distributed sampler) are scored once.
+    As input it takes, for each batch, as a tensor or as a list of one a scan:
+
+    - ``y_pred``: P(T = 1..tmax months), (B, tmax).
+    - ``y``: (time in months, event), (B, 2).
+    - ``patient_id``: names, (B,), for the table; patients that come twice are scored once. May be left out, which is how
+      MONAI's `IgniteMetricHandler` calls it.
+
+    As output, :meth:`aggregate` gives every metric with its interval, :meth:`table` one row a scan, and :meth:`curves`
+    the survival curves.
 
     Args:
         training: (time, event) of the training cohort, each (M,), for the censoring distribution; None: the scored
             patients' own.
-        num_resamples: of the bootstrap; 0 for no intervals, which is what a metric in every epoch wants.
-        seed: of the bootstrap.
+        num_resamples, seed: of the bootstrap.
 
     Raises:
-        InputError: `training` without a death or with times that aren't above 0.
+        InputError: `training` without a death, shapes that differ, probabilities that don't sum to 1, a time that isn't
+            above 0 or an event that isn't 0 or 1.
+
+    Example:
+        >>> metric = SurvivalMetric(num_resamples=0)
+        >>> pmf = metric(torch.eye(30)[[4, 19, 29]], torch.tensor([[5.0, 1.0], [20.0, 1.0], [25.0, 0.0]]))
+        >>> metric.aggregate()["c_index"]
+        {'value': 1.0, 'lower': None, 'upper': None, 'num_scans': 3}
     """
 
     def __init__(self, training: Outcome | None = None, num_resamples: int = 200, seed: int = 0) -> None:
-        super().__init__()
+        super().__init__(num_resamples, seed)
         if training is not None:
             time, event = (torch.as_tensor(values, dtype=torch.float64) for values in training)
-            _check_outcome(torch.stack([time, event], 1))
+            _check_outcome(time, event)
             if not (event == 1).any():
                 raise InputError("The training cohort has no death (event 1); the censoring weights need one.")
             training = time, event
         self.training = training
-        self.num_resamples = num_resamples
-        self.seed = seed
 
-    def __call__(
-        self,
-        y_pred: Tensor | Sequence[Tensor],
-        y: Tensor | Sequence[Tensor] | None = None,
-        patient_id: Sequence[str] | None = None,
-    ) -> list[Tensor]:
-        """Keep a batch's predictions and outcomes.
-
-        Args:
-            y_pred: P(T = 1..tmax months), (B, tmax) or a list of (tmax,).
-            y: (time in months, event), (B, 2) or a list of (2,).
-            patient_id: (B,).
-
-        Raises:
-            InputError: shapes differ, probabilities that don't sum to 1, time not above 0, event not 0 or 1.
-        """
-        return super().__call__(y_pred, y, patient_id=patient_id)
-
-    def _compute_list(self, y_pred: Any, y: Any = None, **kwargs: Any) -> list[Tensor]:
-        pmf, outcome = (torch.stack([torch.as_tensor(item) for item in batch]) for batch in (y_pred, y))
-        return self._compute_tensor(pmf, outcome, **kwargs)
-
-    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, patient_id: Any = None) -> list[Tensor]:
-        pmf, outcome = (torch.as_tensor(t).detach().double() for t in (y_pred, y))
+    def _compute_list(self, y_pred: Any, y: Any = None, patient_id: Sequence[str] | None = None) -> list[Tensor]:
+        pmf, outcome = (torch.stack([torch.as_tensor(scan).detach() for scan in batch]).double() for batch in (y_pred, y))
         if pmf.ndim != 2 or outcome.shape != (len(pmf), 2):
             raise InputError(
                 f"expected probabilities (B, tmax) and outcomes (B, 2), got {tuple(pmf.shape)}, {tuple(outcome.shape)}."
@@ -344,85 +310,68 @@ class SurvivalMetric(CumulativeIterationMetric):
         # Not >, so that NaN fails too.
         if not bool((pmf >= 0).all() and ((pmf.sum(1) - 1).abs() < 1e-3).all()):
             raise InputError("predicted probabilities P(T = 1..tmax) must be >= 0 and sum to 1 for each patient.")
-        _check_outcome(outcome)
+        _check_outcome(*outcome.unbind(1))
         return [pmf, outcome, encode_ids(patient_id, len(pmf))]
 
-    def _table(self) -> tuple[Tensor, Tensor, Tensor, list[str | None]]:
-        """pmf (N, tmax), time, event (N,) and patient ids of all processes' scans, on the CPU."""
-        buffers = self.get_buffer()
-        if buffers is None:
-            empty = torch.zeros(0, dtype=torch.float64)
-            return empty.unsqueeze(1), empty, empty, []
-        keep = unique_scans(buffers[2])
-        pmf, outcome, ids = (buffer.cpu()[keep] for buffer in buffers)
-        return pmf, outcome[:, 0], outcome[:, 1], decode_ids(ids)
+    def _scans(self) -> tuple[Tensor, Tensor, Tensor, list[str | None]]:
+        """pmf (N, tmax), time, event (N,) and patient ids of all processes' scans, each once."""
+        values, ids = scans_once(self)
+        pmf, outcome = values or (torch.zeros(0, 1, dtype=torch.float64), torch.zeros(0, 2, dtype=torch.float64))
+        return pmf, outcome[:, 0], outcome[:, 1], ids
 
-    def rows(self) -> list[dict[str, Any]]:
-        """One dict a patient: `patient_id` (None if not given), `time`, `event`, then what was predicted.
+    def table(self) -> pd.DataFrame:
+        """One row a scan: `patient_id` (None if not given), `time`, `event`, then what was predicted.
 
         `median_months`, `mean_months`, `death_12m` ..., P(T <= 12 months), and `rmst_60m`, the restricted mean.
         """
-        pmf, time, event, ids = self._table()
-        columns = {
-            "time": time,
-            "event": event,
-            "median_months": quantile_months(pmf, 0.5),
-            "mean_months": mean_months(pmf),
-            **{f"death_{horizon}m": death_by(pmf, horizon) for horizon in HORIZONS},
-            f"rmst_{HORIZONS[-1]}m": restricted_mean_months(pmf, HORIZONS[-1]),
-        }
-        values = zip(*(column.tolist() for column in columns.values()))
-        return [{"patient_id": name, **dict(zip(columns, row))} for name, row in zip(ids, values)]
+        pmf, time, event, ids = self._scans()
+        numbers = {"time": time, "event": event, "median_months": quantile_months(pmf, 0.5)}
+        numbers |= {"mean_months": mean_months(pmf)} | {f"death_{h}m": death_by(pmf, h) for h in HORIZONS}
+        numbers[f"rmst_{HORIZONS[-1]}m"] = restricted_mean_months(pmf, HORIZONS[-1])
+        return pd.DataFrame({"patient_id": ids} | {name: values.numpy() for name, values in numbers.items()})
 
-    def curves(self) -> list[dict[str, Any]]:
-        """One dict a patient: `patient_id` (None if not given), then `survival_1m` ..., S(t) = P(T > t)."""
-        pmf, _, _, ids = self._table()
-        names = [f"survival_{t}m" for t in range(1, pmf.shape[1] + 1)]
-        return [{"patient_id": name, **dict(zip(names, row))} for name, row in zip(ids, survival_curve(pmf).tolist())]
+    def curves(self) -> pd.DataFrame:
+        """One row a scan: `patient_id` (None if not given), then `survival_1m` ..., S(t) = P(T > t)."""
+        pmf, _, _, ids = self._scans()
+        table = pd.DataFrame(survival_curve(pmf).numpy(), columns=[f"survival_{t}m" for t in range(1, pmf.shape[1] + 1)])
+        table.insert(0, "patient_id", ids)
+        return table
 
-    def statistics(self) -> dict[str, tuple[Callable[[Any], float | None], int]]:
-        """Each metric as a function of the indices of the patients to count, in the order of :meth:`rows`, and the
-        number of patients that it stands on."""
-        pmf, time, event, _ = self._table()
-        median, mean, training = quantile_months(pmf, 0.5), mean_months(pmf), self.training
-        total, deaths = len(time), int((event == 1).sum())
+    def statistics(self) -> dict[str, tuple[Statistic, int]]:
+        """Each metric as a function of the rows of :meth:`table` to count, and the number of patients it stands on."""
+        pmf, time, event, _ = self._scans()
+        outcome, weights = (time, event), {"training": self.training}
+        median, mean = quantile_months(pmf, 0.5), mean_months(pmf)
+        everybody, deaths = len(time), int((event == 1).sum())
+        auc = {f"auc_{h}m": _over(cumulative_auc, -mean, *outcome, horizon=h, **weights) for h in HORIZONS}
+        bias = {f"rmst_bias_{h}m": _over(rmst_bias, pmf, *outcome, horizon=h) for h in HORIZONS}
         return {
-            "c_index": (lambda i: c_index(-mean[i], time[i], event[i]), total),
-            "c_index_ipcw": (lambda i: c_index_ipcw(-mean[i], time[i], event[i], training), total),
-            "integrated_brier": (lambda i: integrated_brier(pmf[i], time[i], event[i], training), total),
-            **{
-                f"auc_{h}m": (lambda i, h=h: cumulative_auc(-mean[i], time[i], event[i], h, training), total)
-                for h in HORIZONS
-            },
-            "d_calibration_p": (lambda i: d_calibration(pmf[i], time[i], event[i]), total),
-            "mae_events": (lambda i: mae_events(median[i], time[i], event[i]), deaths),
-            "rae_events": (lambda i: rae_events(median[i], time[i], event[i]), deaths),
-            "mae_censored": (lambda i: mae_censored(median[i], time[i], event[i]), total - deaths),
-            "mae_pseudo_observation": (
-                lambda i: mae_pseudo_observation(median[i], time[i], event[i], training),
-                total,
-            ),
-            **{
-                f"rmst_bias_{h}m": (lambda i, h=h: rmst_bias(pmf[i], time[i], event[i], h), total) for h in HORIZONS
-            },
-            "correlation": (lambda i: correlation(mean[i], time[i], event[i]), deaths),
-            "mean_time_censored": (lambda i: mean_time_censored(mean[i], event[i]), total - deaths),
+            "c_index": (_over(c_index, -mean, *outcome), everybody),
+            "c_index_ipcw": (_over(c_index_ipcw, -mean, *outcome, **weights), everybody),
+            "integrated_brier": (_over(integrated_brier, pmf, *outcome, **weights), everybody),
+            **{name: (statistic, everybody) for name, statistic in auc.items()},
+            "d_calibration_p": (_over(d_calibration, pmf, *outcome), everybody),
+            "mae_events": (_over(mae_events, median, *outcome), deaths),
+            "rae_events": (_over(rae_events, median, *outcome), deaths),
+            "mae_censored": (_over(mae_censored, median, *outcome), everybody - deaths),
+            "mae_pseudo_observation": (_over(mae_pseudo_observation, median, *outcome, **weights), everybody),
+            **{name: (statistic, everybody) for name, statistic in bias.items()},
+            "correlation": (_over(correlation, mean, *outcome), deaths),
+            "mean_time_censored": (_over(mean_time_censored, mean, event), everybody - deaths),
         }
 
     def aggregate(self) -> dict[str, Any]:
         """Each metric as ``{"value", "lower", "upper", "num_scans"}``, then the counts `num_scans`, `num_events`."""
-        event = self._table()[2]
-        result: dict[str, Any] = {
-            name: with_interval(len(event), statistic, count, self.num_resamples, self.seed)
-            for name, (statistic, count) in self.statistics().items()
-        }
-        return result | {"num_scans": len(event), "num_events": int((event == 1).sum())}
+        event = self._scans()[2]
+        counts = {"num_scans": len(event), "num_events": int((event == 1).sum())}
+        return {**self.intervals(self.statistics(), len(event)), **counts}
 
 
-def _check_outcome(outcome: Tensor) -> None:
-    """Raise an InputError unless `outcome` (N, 2) holds times above 0 and events 0 or 1."""
-    time, event = outcome.unbind(1)
-    if not bool((time.isfinite() & (time > 0)).all()):
-        raise InputError(f"times must be above 0 months, got {time[~(time.isfinite() & (time > 0))][0].item()}.")
-    if not bool(((event == 0) | (event == 1)).all()):
-        raise InputError(f"event must be 1 (died) or 0 (censored), got {event[(event != 0) & (event != 1)][0].item()}.")
+def _check_outcome(time: Tensor, event: Tensor) -> None:
+    """Raise an InputError unless all times are above 0 and all events 0 or 1."""
+    bad = time[~(time.isfinite() & (time > 0))]
+    if len(bad):
+        raise InputError(f"times must be above 0 months, got {bad[0].item()}.")
+    bad = event[(event != 0) & (event != 1)]
+    if len(bad):
+        raise InputError(f"event must be 1 (died) or 0 (censored), got {bad[0].item()}.")

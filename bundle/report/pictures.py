@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from bundle.files import write_atomically
 
@@ -32,14 +33,7 @@ def plane(volume: np.ndarray, axis: int, index: int) -> np.ndarray:
     return section[::-1, ::-1].T
 
 
-def heat_figure(
-    image: np.ndarray,
-    heat: np.ndarray,
-    spacing: tuple[float, float, float],
-    horizon: int = 60,
-    contour: np.ndarray | None = None,
-    scale: float | None = None,
-) -> Figure:
+def heat_figure(image: np.ndarray, heat: np.ndarray, spacing: tuple[float, float, float], horizon: int = 60) -> Figure:
     """Heat over the CT in the three planes through its hottest voxel (the centre of a map without heat).
 
     Args:
@@ -47,12 +41,9 @@ def heat_figure(
         heat: share of the risk of death by the horizon in each voxel, same shape.
         spacing: mm.
         horizon: months, for the label.
-        contour: a mask to outline, same shape.
-        scale: heat per mL that is drawn in full colour; the map's own largest if None.
     """
     density = heat / (np.prod(spacing) / 1000.0)
     peak = np.array(np.unravel_index(int(heat.argmax()), heat.shape)) if heat.max() > 0 else np.array(heat.shape) // 2
-    scale = scale or max(float(density.max()), 1e-9)
     # autumn-like ramp with an opacity that grows with heat, so that the lung stays visible where there is none
     ramp = np.linspace(0, 1, 256)
     colours = np.stack([np.ones(256), 0.15 + 0.8 * ramp**1.2, 0.1 * np.ones(256), np.minimum(1, 1.6 * ramp) * 0.75], 1)
@@ -68,18 +59,17 @@ def heat_figure(
             plane(density, axis, index),
             cmap=ListedColormap(colours),
             vmin=0,
-            vmax=scale,
+            vmax=max(float(density.max()), 1e-9),
             extent=extent,
             interpolation="bilinear",
         )
-        if contour is not None and np.take(contour, index, axis=axis).any():
-            ax.contour(plane(contour, axis, index)[::-1], [0.5], colors="cyan", linewidths=1, extent=extent)
         across, up = (image.shape[first] - peak[first] - 0.5) * spacing[first], (peak[second] + 0.5) * spacing[second]
         ax.axvline(across, color="white", lw=0.4, alpha=0.5)
         ax.axhline(up, color="white", lw=0.4, alpha=0.5)
         left, right, top, bottom = letters
         for x, y, letter in ((0.02, 0.5, left), (0.98, 0.5, right), (0.5, 0.97, top), (0.5, 0.03, bottom)):
-            ax.text(x, y, letter, color="white", ha="center", va="center", transform=ax.transAxes, fontsize=9)
+            text = ax.text(x, y, letter, color="white", ha="center", va="center", transform=ax.transAxes, fontsize=9)
+            text.set_path_effects([withStroke(linewidth=2, foreground="black")])  # on bright voxels too
         ax.set_title(name, color="white", fontsize=10)
         ax.set_axis_off()
     bar = figure.colorbar(shown, ax=axes, shrink=0.8, pad=0.01)
@@ -99,11 +89,11 @@ def survival_figure(pmf: np.ndarray, median: float, interval: tuple[float, float
     ax.step(np.r_[0, months], np.r_[1, 1 - pmf.cumsum()], where="post", color="tab:blue")
     for t in (12, 24, 36, 60):
         if t <= len(pmf):
-            alive = 1 - pmf[:t].sum()
+            alive = max(0.0, 1 - pmf[:t].sum())
             ax.plot(t, alive, "o", ms=4, color="black")
             ax.annotate(f"{100 * alive:.0f} %", (t, alive), (3, 4), textcoords="offset points", fontsize=8)
     ax.set(xlabel="months", ylabel="probability to be alive", xlim=(0, len(pmf)), ylim=(0, 1.1))
-    ax.legend(fontsize=8, loc="lower left")
+    figure.legend(loc="outside upper center", ncols=2, fontsize=8, frameon=False)  # never over a curve
     return figure
 
 

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from bundle.data.stream import ScanStream
 from bundle.errors import InputError
-from bundle.run.results import PredictionWriter
 from bundle.run.engine import ScanEvaluator, prepare_batch
+from bundle.run.results import PredictionWriter
 
 __all__ = ["ScanWorker", "run_parallel"]
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class ScanWorker:
-    """What a worker does with a scan: all that the evaluator of `configs/inference.json` does.
+    """Predicts one scan, as the evaluator of `configs/inference.json` does.
 
     Args:
         parts: `stream`, `network`, `inferer`, `postprocessing` and `writer` of the config; the writer's `stream` is
@@ -77,7 +77,7 @@ def run_parallel(
     """Predict the scans of a stream, several at a time, and write what the local run writes.
 
     A scan's files are written under another name and renamed, and a scan that is done already, by whatever engine, is
-    passed over. So nothing is left of a worker that was killed, and nothing is done twice.
+    passed over. So a worker that is killed leaves nothing behind, and nothing is done twice.
 
     Args:
         engine: ``processes``, `jobs` of them with a thread each, on CPU: two CTs on two cores take little longer than one.
@@ -89,6 +89,21 @@ def run_parallel(
     Raises:
         InputError: another engine, Ray isn't installed, processes for a model on a GPU, or the network is an ensemble's.
     """
+    _check(engine, network)
+    writer.start(None)
+    todo = [i for i, record in enumerate(stream.data) if record["patient_id"] not in stream.done]
+    parts = {"stream": stream, "network": network.cpu(), "inferer": inferer, "postprocessing": postprocessing}
+    faults: dict[int, str] = {}
+    if todo:
+        with tqdm(desc="inference", total=len(todo), unit="scan") as bar:
+            for item in ENGINES[engine]({**parts, "writer": writer}, todo, jobs):
+                faults[item["index"]] = item["fault"]
+                bar.update()
+    stream.faults += [(stream.data[i]["patient_id"], faults[i]) for i in todo if faults[i]]
+    writer.finish(None)
+
+
+def _check(engine: str, network: torch.nn.Module) -> None:
     if engine not in ENGINES:
         raise InputError(f"--engine is {engine} (expected local, {' or '.join(ENGINES)}).")
     if not isinstance(network, torch.nn.Module):
@@ -100,46 +115,37 @@ def run_parallel(
             import ray.data  # noqa: F401
         except ImportError as e:
             raise InputError("--engine ray needs Ray: pip install -r requirements-ray.txt.") from e
-    writer.start(None)
-    todo = [i for i, record in enumerate(stream.data) if record["patient_id"] not in stream.done]
-    parts = dict(stream=stream, network=network.cpu(), inferer=inferer, postprocessing=postprocessing, writer=writer)
-    faults: dict[int, str] = {}
-    if todo:
-        with tqdm(desc="inference", total=len(todo), unit="scan") as bar:
-            for item in ENGINES[engine](parts, todo, jobs):
-                faults[item["index"]] = item["fault"]
-                bar.update()
-    stream.faults += [(stream.data[i]["patient_id"], faults[i]) for i in todo if faults[i]]
-    writer.finish(None)
 
 
-class _Process:
-    """A process of `--engine processes`: forked, so that it has the parts without a copy."""
+_worker: ScanWorker  # of a process of `--engine processes`
 
-    worker: ScanWorker
 
-    @classmethod
-    def start(cls, parts: dict, run: int) -> None:
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, else it outlives a run that is killed
-            if os.getppid() != run:  # killed just before
-                os._exit(1)
-        torch.set_num_threads(1)  # the scans share the cores; and libgomp hangs in a fork that asks for more
-        cls.worker = ScanWorker(parts, "cpu")
+def _start(parts: dict, run: int) -> None:
+    """Begin a process, which is forked, so that it has the parts without a copy."""
+    global _worker
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, else it outlives a run that is killed
+        if os.getppid() != run:  # killed just before
+            os._exit(1)
+    torch.set_num_threads(1)  # the scans share the cores; and libgomp hangs in a fork that asks for more
+    _worker = ScanWorker(parts, "cpu")
 
-    @classmethod
-    def predict(cls, item: dict) -> dict:
-        return cls.worker(item)
+
+def _predict(item: dict) -> dict:
+    return _worker(item)
 
 
 def _by_processes(parts: dict, todo: list[int], jobs: int) -> Iterator[dict]:
-    """What :class:`ScanWorker` says of each scan. A process that dies, of lack of memory perhaps, is replaced by one that
-    works alone; the scan at which that one dies too is a bad one."""
+    """What :class:`ScanWorker` says of each scan.
+
+    A process that dies, of lack of memory perhaps, is replaced by one that works alone. The scan at which that one dies
+    too is a bad one.
+    """
     todo, jobs = list(todo), min(jobs, len(todo))
     context = multiprocessing.get_context("fork")
     while todo:
-        with ProcessPoolExecutor(jobs, context, _Process.start, (parts, os.getpid())) as pool:
-            futures = [pool.submit(_Process.predict, {"index": index}) for index in todo]
+        with ProcessPoolExecutor(jobs, context, _start, (parts, os.getpid())) as pool:
+            futures = [pool.submit(_predict, {"index": index}) for index in todo]
             try:
                 for future in futures:  # in their order: the first without a result is what the one process died of
                     item = future.result()

@@ -58,4 +58,4 @@ def evaluate(evaluator: ScanEvaluator, stream: ScanStream, maps_dir: str | None,
     if maps_dir is None:
         evaluator.run()
     else:
-        score_maps(stream.data, maps_dir, localisation)
+        score_maps(stream, maps_dir, localisation)

@@ -7,47 +7,44 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
 from ignite.engine import Engine, Events
+from markupsafe import Markup
 from monai.data import MetaTensor
 
 from bundle.data.fingerprint import code_digest, describe, describe_scan
-from bundle.data.cohort import MASK_COLUMNS
 from bundle.data.stream import ScanStream
 from bundle.files import file_sha256, remove_leftovers, write_atomically, write_json
+from bundle.handlers import failed_scans
 from bundle.maps import mask_to_scan_space
-from bundle.report import failed_section, patient_section, write_report
+from bundle.report import patient_section, write_report
 from bundle.report.pictures import heat_figure, write_png
 from bundle.survival.readout import death_by, mean_months, quantile_months, survival_curve
 
-__all__ = ["PredictionWriter", "prediction_row", "write_heat", "write_lung"]
+__all__ = ["DoneScans", "PredictionWriter", "ScanFiles", "prediction_row", "write_heat", "write_lung"]
 
 logger = logging.getLogger(__name__)
 
-DEATH_BY = (12, 24, 36, 60)
+DEATH_BY = (12, 24, 36, 60)  # months
 
 
 def prediction_row(patient_id: str, pmf: torch.Tensor) -> dict:
     """One row of `predictions.csv` from P(T = 1..tmax months), (tmax,); `risk` grows with danger."""
     pmf = pmf[None]
-    row = {"patient_id": patient_id, "status": "ok", "message": "", "median_months": quantile_months(pmf, 0.5)}
-    row["mean_months"] = mean_months(pmf)
-    row["lower_months"], row["upper_months"] = quantile_months(pmf, 0.025), quantile_months(pmf, 0.975)
-    row["risk"] = -row["mean_months"]
-    for horizon in DEATH_BY:
-        row[f"death_{horizon}m"] = death_by(pmf, horizon)
-    return {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in row.items()}
+    numbers = {"median_months": quantile_months(pmf, 0.5), "mean_months": mean_months(pmf)}
+    numbers |= {"lower_months": quantile_months(pmf, 0.025), "upper_months": quantile_months(pmf, 0.975)}
+    numbers |= {"risk": -numbers["mean_months"]} | {f"death_{months}m": death_by(pmf, months) for months in DEATH_BY}
+    known = {"patient_id": patient_id, "status": "ok", "message": ""}
+    return known | {name: number.item() for name, number in numbers.items()}
 
 
-def failed_row(patient_id: str, message: str) -> dict:
-    """One row of `predictions.csv` for a scan without a prediction."""
-    return {"patient_id": patient_id, "status": "failed", "message": message}
+COLUMNS = list(prediction_row("", torch.ones(2) / 2))  # of predictions.csv
 
 
 def write_heat(path: Path, heat: torch.Tensor, affine: torch.Tensor) -> None:
@@ -67,15 +64,84 @@ def _write_nifti(path: Path, voxels: np.ndarray, affine: torch.Tensor) -> None:
     write_atomically(path, image.to_filename)
 
 
+class ScanFiles(NamedTuple):
+    """The files in `maps/` of one scan."""
+
+    heat: Path
+    picture: Path
+    lung: Path
+
+    @classmethod
+    def of(cls, output_dir: Path, patient_id: str) -> ScanFiles:
+        names = ("heat.nii.gz", "heat.png", "lung.nii.gz")
+        return cls(*(output_dir / "maps" / f"{patient_id}_{name}" for name in names))
+
+    def write(self, scan: dict, output: dict, hu_window: tuple[float, float], horizon: int) -> list[Path]:
+        """Write the files of a scan, the lung mask only if one was used; returns those that were written."""
+        heat, image = output["scan_heat"].cpu(), scan["image"]
+        write_heat(self.heat, heat, heat.affine)
+        low, high = hu_window
+        hu = np.asarray(image[0]) * (high - low) + low
+        spacing = tuple(float(mm) for mm in image.pixdim)
+        write_png(self.picture, heat_figure(hu, np.asarray(output["heat"].cpu()[0]), spacing, horizon))
+        if scan["lung_mask_source"] == "none":
+            return [self.heat, self.picture]
+        write_lung(self.lung, scan["lung"], image)
+        return list(self)
+
+
+class DoneScans:
+    """The scans that are done in a folder: a record `done/<patient_id>.json` of each, written when its files are there.
+
+    A record holds what tables and report say of the scan, the SHA-256 of its files, and a key of all that its map depends
+    on: weights, options, code, content of the scan. A scan whose record or whose files don't fit is not done.
+
+    Args:
+        output_dir: of the run.
+        options: all that the maps depend on besides the scans, as JSON can hold it.
+    """
+
+    def __init__(self, output_dir: Path, options: list) -> None:
+        self.output_dir = output_dir
+        self.options = options
+
+    def _path(self, patient_id: str) -> Path:
+        return self.output_dir / "done" / f"{patient_id}.json"
+
+    def key(self, scan: dict) -> str:
+        """What the map of a scan depends on, as SHA-256."""
+        content = [self.options, describe_scan(scan), scan.get("clinical"), scan.get("imputed")]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def __contains__(self, scan: dict) -> bool:
+        try:
+            done = self.read(scan["patient_id"])
+            files = {self.output_dir / "maps" / name: sha256 for name, sha256 in done["files"].items()}
+            return all(file_sha256(f) == sha256 for f, sha256 in files.items()) and done["key"] == self.key(scan)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, torn, or a scan that is gone
+            return False
+
+    def read(self, patient_id: str) -> dict:
+        return json.loads(self._path(patient_id).read_text())
+
+    def write(self, scan: dict, files: list[Path], content: dict[str, Any]) -> None:
+        done = {"key": self.key(scan), "files": {f.name: file_sha256(f) for f in files}, **content}
+        write_json(self._path(scan["patient_id"]), done)
+
+    def remove(self, patient_id: str) -> None:
+        """Delete what an earlier run left of a scan that has failed since."""
+        for path in (self._path(patient_id), *ScanFiles.of(self.output_dir, patient_id)):
+            path.unlink(missing_ok=True)
+
+
 class PredictionWriter:
-    """Write the files of an inference run as its scans come; a bad scan becomes a row that says why.
+    """Ignite handler that writes the files of an inference run as its scans come; a bad scan becomes a row that says why.
 
-    When all files of a scan are there, `done/<patient_id>.json` is written, with what the tables and the report say of
-    it and what the map depends on: weights, options, code, content of the scan. A run into the same folder passes over the
-    scans whose record fits and whose map is whole, so that it goes on where it was stopped; failed scans are tried again.
+    A run into the same folder passes over the scans that are done (:class:`DoneScans`), so that it goes on where it was
+    stopped; failed scans are tried again.
 
-    Expects the output of :class:`~bundle.maps.maps.MapToHeatd` and :class:`~bundle.maps.maps.HeatToScand`, and
-    in the batch ``patient_id``, ``image`` (HU scaled to [0, 1]), ``lung``, ``lung_mask_source`` and ``notes``.
+    Expects the output of :class:`~bundle.maps.MapToHeatd` and :class:`~bundle.maps.HeatToScand`, and in the batch
+    ``patient_id``, ``image`` (HU scaled to [0, 1]), ``lung``, ``lung_mask_source`` and ``notes``.
 
     Args:
         output_dir: folder for `predictions.csv`, `survival_curves.csv`, `report.html`, `done/`, and `maps/` with a NIfTI
@@ -101,7 +167,8 @@ class PredictionWriter:
         self.settings = settings
         self.horizon = horizon
         self.hu_window = hu_window
-        self.options = [settings, horizon, describe([hu_window, options, stream.transform]), code_digest("**/*.py")]
+        described = describe([hu_window, options, stream.transform])
+        self.done = DoneScans(self.output_dir, [settings, horizon, described, code_digest("**/*.py")])
         self.scans = {r["patient_id"]: r for r in stream.data}
 
     def attach(self, engine: Engine) -> None:
@@ -109,88 +176,50 @@ class PredictionWriter:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.add)
         engine.add_event_handler(Events.COMPLETED, self.finish)
 
-    def record(self, patient_id: str) -> Path:
-        return self.output_dir / "done" / f"{patient_id}.json"
-
-    def files(self, patient_id: str) -> list[Path]:
-        """The heat, its picture, and the lung mask that was used, which needn't be there."""
-        return [self.output_dir / "maps" / f"{patient_id}_{name}" for name in ("heat.nii.gz", "heat.png", "lung.nii.gz")]
-
-    def without_folders(self, patient_id: str, fault: str) -> str:
-        """A sentence that may be shared: folders can be named after patients, and those of this machine help nobody."""
-        for path in (self.scans[patient_id].get(key) for key in ("image", *MASK_COLUMNS)):
-            fault = fault.replace(path, os.path.basename(path)) if path else fault
-        return fault
-
-    def key(self, patient_id: str) -> str:
-        """What the map of a scan depends on, as SHA-256."""
-        scan = self.scans[patient_id]
-        content = [self.options, describe_scan(scan), scan.get("clinical"), scan.get("imputed")]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-    def is_done(self, patient_id: str) -> bool:
-        try:
-            done = json.loads(self.record(patient_id).read_text())
-            whole = all(file_sha256(self.output_dir / "maps" / name) == sha256 for name, sha256 in done["files"].items())
-            return whole and done["key"] == self.key(patient_id)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, torn, or a scan that is gone
-            return False
-
-    def start(self, engine: Engine) -> None:
+    def start(self, engine: Engine | None) -> None:
+        """Make the folders, and tell the stream which scans are done."""
         for folder in (self.output_dir, self.output_dir / "maps", self.output_dir / "done"):
             folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder)
-        self.stream.done = {p for p, scan in self.scans.items() if not scan.get("fault") and self.is_done(p)}
+        self.stream.done = {name for name, scan in self.scans.items() if not scan.get("fault") and scan in self.done}
         if self.stream.done:
             logger.info(f"{len(self.stream.done)} of {len(self.stream.data)} scans are done already in {self.output_dir}.")
 
     def add(self, engine: Engine) -> None:
-        for scan, output in zip(engine.state.batch, engine.state.output):
+        """Write the files of a batch's scans, and last their records."""
+        for scan, output in zip(engine.state.batch, engine.state.output):  # no output of a scan without a prediction
             patient_id, pmf = scan["patient_id"], output["pmf"].cpu()
-            files = self.files(patient_id)
+            files = ScanFiles.of(self.output_dir, patient_id).write(scan, output, self.hu_window, self.horizon)
             message = "; ".join(filter(None, [self.scans[patient_id].get("imputed"), scan.get("notes")]))
-            row = prediction_row(patient_id, pmf) | {"message": message}
-            heat = output["scan_heat"].cpu()
-            if scan["lung_mask_source"] == "none":
-                files.pop()
-            else:
-                write_lung(files[2], scan["lung"], scan["image"])
-            write_heat(files[0], heat, heat.affine)
-            low, high = self.hu_window
-            hu = np.asarray(scan["image"][0]) * (high - low) + low
-            spacing = tuple(float(mm) for mm in scan["image"].pixdim)
-            write_png(files[1], heat_figure(hu, np.asarray(output["heat"].cpu()[0]), spacing, self.horizon))
-            done = {"key": self.key(patient_id), "files": {f.name: file_sha256(f) for f in files}, "row": row}
-            done |= {"pmf": pmf.tolist(), "risk": float(heat.sum()), "lung_mask_source": scan["lung_mask_source"]}
-            write_json(self.record(patient_id), done)
+            found = {"row": prediction_row(patient_id, pmf) | {"message": message}, "pmf": pmf.tolist()}
+            found |= {"risk": float(output["scan_heat"].cpu().sum()), "lung_mask_source": scan["lung_mask_source"]}
+            self.done.write(self.scans[patient_id], files, found)
             logger.info(
-                f"{patient_id}: median {row['median_months']:.1f} months, "
-                f"P(death by {self.horizon} months) {done['risk']:.2f}, lung mask: {scan['lung_mask_source']}."
+                f"{patient_id}: median {found['row']['median_months']:.1f} months, "
+                f"P(death by {self.horizon} months) {found['risk']:.2f}, lung mask: {scan['lung_mask_source']}."
             )
 
-    def finish(self, engine: Engine) -> None:
-        faults = {patient_id: self.without_folders(patient_id, fault) for patient_id, fault in self.stream.faults}
-        rows, curves, sections = [], [], []
-        for patient_id in (r["patient_id"] for r in self.stream.data):
-            if patient_id in faults:
-                for old in [self.record(patient_id), *self.files(patient_id)]:  # of a run in which it didn't fail
-                    old.unlink(missing_ok=True)
-                rows.append(failed_row(patient_id, faults[patient_id]))
-                sections.append(failed_section(patient_id, faults[patient_id]))
-                continue
-            done = json.loads(self.record(patient_id).read_text())
-            pmf = torch.tensor(done["pmf"])
-            rows.append(done["row"])
-            curves.append([patient_id, *survival_curve(pmf).tolist()])
-            patient = {"patient_id": patient_id, "picture": self.files(patient_id)[1].read_bytes(), "pmf": pmf.numpy()}
-            patient |= {"risk": done["risk"], "horizon": self.horizon, "row": done["row"]}
-            sections.append(patient_section({**patient, "lung_mask_source": done["lung_mask_source"]}))
-        table = pd.DataFrame(rows, columns=list(prediction_row("", torch.ones(2) / 2)))
-        months = max((len(curve) - 1 for curve in curves), default=0)
-        columns = ["patient_id", *(f"survival_{t}m" for t in range(1, months + 1))]
-        for name, content in {"predictions": table, "survival_curves": pd.DataFrame(curves, columns=columns)}.items():
-            write_atomically(
-                self.output_dir / f"{name}.csv", lambda p: content.to_csv(p, index=False, float_format="%.5g")
-            )
+    def finish(self, engine: Engine | None) -> None:
+        """Write the tables and the report about all scans, those of earlier runs among them."""
+        failed = {row["patient_id"]: row for row in failed_scans(self.stream)}
+        for patient_id in failed:
+            self.done.remove(patient_id)
+        done = {patient_id: self.done.read(patient_id) for patient_id in self.scans if patient_id not in failed}
+        rows = [done[name]["row"] if name in done else failed[name] for name in self.scans]
+        curves = {name: survival_curve(torch.tensor(found["pmf"])).tolist() for name, found in done.items()}
+        curves = pd.DataFrame.from_dict(curves, orient="index").rename(columns=lambda month: f"survival_{month + 1}m")
+        curves = curves.rename_axis("patient_id").reset_index()
+        for name, table in {"predictions": pd.DataFrame(rows, columns=COLUMNS), "survival_curves": curves}.items():
+            path = self.output_dir / f"{name}.csv"
+            write_atomically(path, lambda p, table=table: table.to_csv(p, index=False, float_format="%.5g"))
+        sections = (self._section(row, done.get(row["patient_id"])) for row in rows)
         write_report(self.output_dir / "report.html", sections, rows, self.settings)
         logger.info(f"report: {self.output_dir / 'report.html'}")
+
+    def _section(self, row: dict, found: dict | None) -> Markup:
+        """The part of the report about one scan; None is found of a scan that failed."""
+        if found is None:
+            return patient_section(row)
+        picture = ScanFiles.of(self.output_dir, row["patient_id"]).picture.read_bytes()
+        about = {"risk": found["risk"], "horizon": self.horizon, "lung_mask_source": found["lung_mask_source"]}
+        return patient_section(row, np.array(found["pmf"]), picture=picture, **about)
