@@ -29,7 +29,7 @@ from bundle.errors import InputError
 from bundle.files import file_sha256
 from bundle.maps import GridShiftInferer
 from bundle.networks import network_from
-from bundle.networks.heads import softmin_head
+from bundle.networks.heads import LogMeanExp
 from bundle.run import BestModel, CollapseGuard, RunCheckpoint, training_cohort
 from bundle.run.scans import share_of_window
 from bundle.survival import OBJECTIVES
@@ -136,12 +136,14 @@ def test_a_run_stopped_while_finishing_finishes_to_the_very_same_weights(tiny_co
     with monkeypatch.context() as patch:
         patch.setattr(RunCheckpoint, "end", lambda self, engine: None)
         train(tiny_cohort, tmp_path)
-    assert file_sha256(tmp_path / "model.pt") != file_sha256(trained)  # severity says nothing yet
+    assert "severity" not in json.loads((tmp_path / "settings.json").read_text())  # that is fitted last
     (tmp_path / "settings.json").unlink()  # a kill between the two files leaves none that fits
     train(tiny_cohort, tmp_path)
     once, twice = (torch.load(folder / "model.pt", weights_only=True) for folder in (trained.parent, tmp_path))
     assert all(torch.equal(value, twice[name]) for name, value in once.items())
-    assert json.loads((tmp_path / "settings.json").read_text())["weights_sha256"] == file_sha256(tmp_path / "model.pt")
+    first, second = (json.loads((folder / "settings.json").read_text()) for folder in (trained.parent, tmp_path))
+    assert first["severity"]["slope"] and second["weights_sha256"] == file_sha256(tmp_path / "model.pt")
+    assert second["severity"] == first["severity"] and second["objective"] == first["objective"]
 
 
 def test_weights_from_before_the_schedules_have_settled_are_not_the_best(tiny_cohort, tmp_path, trained, monkeypatch):
@@ -566,10 +568,10 @@ def test_the_steepness_of_the_softmin_follows_the_deaths():
 @pytest.mark.parametrize("share, quantile", [(math.exp(-3), 0.5), (math.exp(-2), 0.1)])
 def test_lesions_at_the_bound_kill_when_half_and_when_a_tenth_are_dead(share, quantile):
     died = [{"time": 16.0 + 3 * i, "event": 1} for i in range(11)]
-    low, beta = location_range(died, 100)[0], torch.tensor(softmin_beta(died, 100))
+    low, beta = location_range(died, 100)[0], softmin_beta(died, 100)
     location = torch.where(torch.arange(1000) < 1000 * share, low, 1e4).unsqueeze(0)
-    moved, log_weight = softmin_head(location, torch.ones(1, 1000), beta, True)
-    assert float((moved * log_weight.exp()).sum()) == pytest.approx(np.quantile([r["time"] for r in died], quantile), abs=0.2)
+    found = LogMeanExp(16, 1, (-5.0, 120.0), beta, False).log_mean_exp(location, torch.ones(1, 1000))
+    assert float(found) == pytest.approx(np.quantile([r["time"] for r in died], quantile), abs=0.2)
 
 
 def test_the_narrow_window_is_given_in_hu():
@@ -584,4 +586,4 @@ def test_locations_begin_where_tmax_says():
     config = ConfigParser()
     config.read_config("configs/train.json")
     config["tmax"] = 40
-    assert config.get_parsed_content("network_def").arguments["loc_bias"] == 24  # months; 60 lay outside the range
+    assert config.get_parsed_content("network_def").head.bias == 24  # months; 60 lay outside the range
