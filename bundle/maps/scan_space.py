@@ -123,6 +123,9 @@ class MapToHeatd(Transform):
         horizon: months; heat sums to P(T <= horizon).
         cell: side of a cell of the map in voxels.
         map_key, image_key, lung_key: names in the data.
+
+    Raises:
+        InputError: the horizon lies beyond the objective's last month.
     """
 
     def __init__(
@@ -134,6 +137,7 @@ class MapToHeatd(Transform):
         image_key: str = "image",
         lung_key: str = "lung",
     ) -> None:
+        check_horizon(horizon, objective.tmax)
         self.objective = objective
         self.horizon = horizon
         self.cell = cell

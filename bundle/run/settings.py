@@ -17,10 +17,10 @@ from torch import nn
 from bundle.errors import InputError
 from bundle.files import file_sha256
 from bundle.run.config import flat, running_config
+from bundle.survival import check_horizon
 from bundle.transforms import check_preprocessing, lungmask_digests
 
 __all__ = [
-    "check_horizon",
     "differences",
     "load_weights",
     "preprocessing_settings",
@@ -130,12 +130,6 @@ def preprocessing_settings(
                 "leave it out, or train again with it."
             )
     return fixed | settings
-
-
-def check_horizon(horizon: int, tmax: int) -> None:
-    """Raise an InputError for a horizon (months) beyond `tmax`, by which everybody is dead under the model."""
-    if horizon > tmax:
-        raise InputError(f"--horizon is {horizon} months (expected at most tmax, the last month of the prediction: {tmax}).")
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[str]:

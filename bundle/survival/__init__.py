@@ -5,9 +5,11 @@
 from bundle.errors import InputError
 from bundle.survival.cox import Cox, CoxMemory
 from bundle.survival.discrete import DeepHit, Logistic, LogisticHazard, seen_until
-from bundle.survival.objectives import CenTime, Classical, Objective, SurvivalMapLoss
+from bundle.survival.loss import SurvivalMapLoss
+from bundle.survival.objectives import CenTime, Classical, Objective
 from bundle.survival.priors import location_range, softmin_beta
 from bundle.survival.readout import (
+    check_horizon,
     death_by,
     log_pmf,
     mean_months,
@@ -30,6 +32,7 @@ __all__ = [
     "Objective",
     "Severity",
     "SurvivalMapLoss",
+    "check_horizon",
     "death_by",
     "fit_severity",
     "location_range",

@@ -7,7 +7,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bundle.errors import InputError
+
 __all__ = [
+    "check_horizon",
     "death_by",
     "log_pmf",
     "mean_months",
@@ -105,3 +108,9 @@ def quantile_months(pmf: Tensor, probability: float) -> Tensor:
 def death_by(pmf: Tensor, horizon: float) -> Tensor:
     """P(T <= horizon), (B,), for a horizon in months; 1 for horizons at or beyond tmax."""
     return (pmf * (months(pmf.shape[-1], pmf) <= horizon)).sum(-1).clamp(0, 1)
+
+
+def check_horizon(horizon: int, tmax: int) -> None:
+    """Raise an InputError for a horizon (months) beyond `tmax`, by which everybody is dead under the model."""
+    if horizon > tmax:
+        raise InputError(f"--horizon is {horizon} months (expected at most tmax, the last month of the prediction: {tmax}).")
