@@ -15,7 +15,7 @@ from monai.transforms import MapTransform, SpatialResample, Transform
 from scipy import ndimage
 
 from bundle.maps.heat import patch_heat, to_voxels
-from bundle.survival.readout import death_by
+from bundle.survival import check_horizon, death_by
 
 __all__ = ["EnsembleToHeatd", "HeatToScand", "MapToHeatd", "mask_to_scan_space", "to_scan_space"]
 
@@ -197,7 +197,7 @@ class HeatToScand(MapTransform):
 
     def __call__(self, data: Mapping[str, Any]) -> dict:
         out = dict(data)
-        meta = data[self.image_key].meta
+        meta, lung = data[self.image_key].meta, data[self.lung_key]
         for key in self.key_iterator(out):
-            out[f"scan_{key}"] = to_scan_space(data[key], meta["original_affine"], meta["spatial_shape"], data[self.lung_key])
+            out[f"scan_{key}"] = to_scan_space(data[key], meta["original_affine"], meta["spatial_shape"], lung)
         return out

@@ -166,7 +166,8 @@ def component_faults(parser: ConfigParser, key: str, component: dict) -> Iterato
             if "bool" in str(parameters[argument].annotation).split(" | ") or parameters[argument].annotation is bool:
                 yield from switch_faults(parser, f"{key}#{argument}")
         elif not open_ended:
-            yield f"--{key}#{argument}: {name.split('.')[-1]} has no argument {argument}{nearest(argument, list(parameters))}."
+            short = name.split(".")[-1]
+            yield f"--{key}#{argument}: {short} has no argument {argument}{nearest(argument, list(parameters))}."
 
 
 def parameters_of(target: Any) -> tuple[dict[str, inspect.Parameter], bool]:

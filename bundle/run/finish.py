@@ -28,9 +28,9 @@ __all__ = ["Finish"]
 class Finish:
     """Fit severity, or the baseline hazard of proportional hazards, to the maps of the training scans.
 
-    Severity is the months that the disease on the maps stands for, and how sure that is. It is for objectives whose locations
-    are months, but not for a mixture over patches, which is as wide as these differ. Scans are read without random transforms,
-    from 8 origins of the patch grid.
+    Severity is the months that the disease on the maps stands for, and how sure that is. It is for objectives whose
+    locations are months, but not for a mixture over patches, which is as wide as these differ. Scans are read without
+    random transforms, from 8 origins of the patch grid.
 
     Args:
         network: trained.

@@ -16,7 +16,15 @@ from bundle.data.cohort import patient_digest, patient_of, read_cohort, single_s
 from bundle.data.splits import split_cohort
 from bundle.errors import InputError
 
-__all__ = ["cohort_identity", "margin_voxels", "outcomes", "scans_to_evaluate", "scans_to_infer", "share_of_window", "training_cohort"]
+__all__ = [
+    "cohort_identity",
+    "margin_voxels",
+    "outcomes",
+    "scans_to_evaluate",
+    "scans_to_infer",
+    "share_of_window",
+    "training_cohort",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -128,5 +136,5 @@ def share_of_window(hu: list[float] | None, hu_window: list[float]) -> list[floa
         return None
     low, high = hu_window
     if not (len(hu) == 2 and low <= hu[0] < hu[1] <= high):
-        raise InputError(f"narrow_hu_window is {hu}; expected two ascending HU within hu_window, {low:g} to {high:g}, or null.")
+        raise InputError(f"narrow_hu_window is {hu} (expected null, or two ascending HU from {low:g} to {high:g}).")
     return [(bound - low) / (high - low) for bound in hu]

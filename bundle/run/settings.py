@@ -52,7 +52,8 @@ def run_identity(parser: ConfigParser) -> dict:
 
     The keys at the top have their values; below them, an expression stands for itself.
     """
-    leaves = {key: value for key, value in flat(parser.config) if not f"{key}#".startswith(tuple(f"{k}#" for k in MAY_CHANGE))}
+    passing = tuple(f"{key}#" for key in MAY_CHANGE)
+    leaves = {key: value for key, value in flat(parser.config) if not f"{key}#".startswith(passing)}
     for key in [key for key in leaves if key in parser.config]:
         value = parser.get_parsed_content(key)
         if isinstance(value, (bool, int, float, str)):
