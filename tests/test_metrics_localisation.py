@@ -28,7 +28,6 @@ from bundle.metrics.localisation import (
     rank_accuracy,
     survivor_heat,
 )
-from bundle.metrics.scan_metric import decode_ids, encode_ids, unique_scans
 
 SCAN_SCORES = [pointing_game, average_precision, auroc, mass_accuracy, rank_accuracy, hit_rate, iou_otsu]
 
@@ -313,15 +312,15 @@ def test_a_bad_scan_is_named():
         LocalisationMetric()(cohort()["y_pred"], patient_id=["p0"])
 
 
-def test_patient_ids_survive_as_tensors():
-    names = ["b", "Müller-7", "a" * 255]
-    codes = encode_ids(names, 3)
-    assert codes.shape == (3, 256) and decode_ids(codes) == names
-    assert decode_ids(encode_ids(None, 2)) == [None, None]
-    assert unique_scans(codes[[2, 0, 2, 1]]).tolist() == [3, 0, 1]
-    assert unique_scans(encode_ids(None, 2)).tolist() == [0, 1]
-    with pytest.raises(InputError, match="256 bytes"):
-        encode_ids(["a" * 256], 1)
+def test_scans_are_known_by_any_name_or_by_none():
+    names = ["b", "Müller-7", "a" * 300]
+    metric = LocalisationMetric(num_resamples=0)
+    heat = cohort()["y_pred"]
+    for i in (2, 0, 2, 1):
+        metric(heat[i : i + 1], patient_id=[names[i]])
+    assert metric.table().patient_id.tolist() == sorted(names)
+    metric(heat[:2])
+    assert metric.table().patient_id.tolist() == ["a" * 300, "b", "Müller-7", None, None]
 
 
 def test_bootstrap_interval_covers_the_true_mean_95_times_in_100():

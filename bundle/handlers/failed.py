@@ -10,7 +10,6 @@ import ignite.distributed as idist
 
 from bundle.data.cohort import MASK_COLUMNS
 from bundle.data.stream import ScanStream
-from bundle.errors import InputError
 
 __all__ = ["failed_scans"]
 
@@ -20,21 +19,13 @@ def failed_scans(stream: ScanStream) -> list[dict]:
 
     Every process must call this. Each stream then knows the faults of all, so that all processes end alike. A message
     names no folder: folders can be named after patients, and those of this machine help nobody.
-
-    Raises:
-        InputError: all scans of a process failed, but not all of another's, which would wait for its scores for ever.
     """
     records = {record["patient_id"]: record for record in stream.data}
-    own = [_row(records[patient_id], fault) for patient_id, fault in stream.faults]
-    shares = idist.all_gather([own, len(records)]) if idist.get_world_size() > 1 else [[own, len(records)]]
-    empty = [len(rows) == scans for rows, scans in shares]
-    rows = {row["patient_id"]: row for part, _ in shares for row in part}
-    if any(empty) and not all(empty):
-        message = next(iter(rows.values()))["message"]
-        raise InputError(f"all scans of one of {len(shares)} processes failed, use fewer; the first fault: {message}")
-    here = dict(stream.faults)
-    stream.faults += [(name, row["message"]) for name, row in rows.items() if name not in here]
-    return [rows[name] for name in sorted(rows)]
+    own = {patient_id: _row(records[patient_id], fault) for patient_id, fault in stream.faults}
+    shares = idist.all_gather(own) if idist.get_world_size() > 1 else [own]
+    rows = {patient_id: row for share in shares for patient_id, row in share.items()}
+    stream.faults += [(patient_id, row["message"]) for patient_id, row in rows.items() if patient_id not in own]
+    return [rows[patient_id] for patient_id in sorted(rows)]
 
 
 def _row(record: dict, fault: str) -> dict:

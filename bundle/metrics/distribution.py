@@ -8,21 +8,19 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from monai.metrics.metric import Cumulative
 from torch import Tensor
 
-from bundle.metrics.scan_metric import encode_ids, scans_once
+from bundle.metrics.scan_metric import ScanMetric
 
 __all__ = ["MapDistribution"]
 
 NUM_QUANTILES = 201
 
 
-class MapDistribution(Cumulative):
+class MapDistribution(ScanMetric):
     """Quantiles of the locations and of the weights of each scan, inside and outside the lesions, to draw.
 
-    Quantiles, because all cells of a cohort's maps don't fit in memory; every scan then counts the same. Each scan has
-    as many (NaN where a group is empty). Scans that come twice, by `patient_id`, count once.
+    Quantiles, because all cells of a cohort's maps don't fit in memory; every scan then counts the same.
     """
 
     GROUPS = ("inside a lesion", "outside, in scans with a lesion", "scans without a marked lesion")
@@ -37,26 +35,23 @@ class MapDistribution(Cumulative):
             lesions: share of each cell that is lesion, (d, h, w); None for a scan with no mask, or an empty one.
             patient_id: (B,).
         """
-        quantiles = torch.stack([self._scan(each, cells) for each, cells in zip(maps, lesions, strict=True)])
-        self.extend(quantiles, encode_ids(patient_id, len(maps)))
+        self.keep(patient_id, [self._scan(each, cells) for each, cells in zip(maps, lesions)])
 
-    def _scan(self, survival_map: Tensor, cells: Tensor | None) -> Tensor:
-        """Quantiles of location and of weight of each group, (3, 2, NUM_QUANTILES)."""
+    def _scan(self, survival_map: Tensor, cells: Tensor | None) -> dict[str, np.ndarray]:
+        """Quantiles of location and of weight of each group that isn't empty, (2, NUM_QUANTILES)."""
         location, weight = survival_map[0].double().cpu(), survival_map[-1].double().cpu()
         lung = (weight > 0) | (location != 0)
         values = torch.stack([location[lung], weight[lung] * lung.sum()]).numpy()
-        lesion = None if cells is None else (cells.cpu() >= 0.5)[lung].numpy()
-        nothing = np.zeros(values.shape[1], bool)
-        groups = [nothing, nothing, ~nothing] if lesion is None else [lesion, ~lesion, nothing]
-        found = np.full((len(groups), 2, NUM_QUANTILES), np.nan)
-        for quantiles, group in zip(found, groups, strict=True):
-            if group.any():
-                quantiles[:] = np.quantile(values[:, group], np.linspace(0, 1, NUM_QUANTILES), axis=1).T
-        return torch.from_numpy(found)
+        if cells is None:
+            groups = {self.GROUPS[2]: np.ones(values.shape[1], bool)}
+        else:
+            lesion = (cells.cpu() >= 0.5)[lung].numpy()
+            groups = {self.GROUPS[0]: lesion, self.GROUPS[1]: ~lesion}
+        at = np.linspace(0, 1, NUM_QUANTILES)
+        return {name: np.quantile(values[:, mask], at, axis=1).T for name, mask in groups.items() if mask.any()}
 
-    def aggregate(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def aggregate(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Locations (months) and weights (1: an equal share of the map) of all scans, by group; for a figure."""
-        values, _ = scans_once(self)
-        groups = values[0].unbind(1) if values else [torch.full((1, 2, 1), torch.nan)] * len(self.GROUPS)
-        known = [group[~group[:, 0, 0].isnan()] for group in groups]
-        return {name: (v[:, 0].flatten(), v[:, 1].flatten()) for name, v in zip(self.GROUPS, known, strict=True)}
+        rows = self.get_buffer()
+        groups = {name: [row[name] for row in rows if name in row] for name in self.GROUPS}
+        return {name: tuple(np.concatenate([np.zeros((2, 0)), *found], 1)) for name, found in groups.items()}

@@ -10,11 +10,11 @@ positive heat points nowhere and scores 0, never NaN (for the two rank scores: w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from monai.metrics import compute_froc_score
 from monai.utils import convert_to_numpy
 from numpy.typing import ArrayLike
@@ -22,10 +22,9 @@ from scipy.ndimage import generate_binary_structure, label
 from scipy.stats import hypergeom
 from skimage.filters import threshold_otsu
 from skimage.morphology import local_maxima
-from torch import Tensor
 
 from bundle.errors import InputError
-from bundle.metrics.scan_metric import ScanMetric, decode_ids, encode_ids, scans_once
+from bundle.metrics.scan_metric import ScanMetric
 
 __all__ = [
     "LocalisationMetric",
@@ -317,10 +316,10 @@ class LocalisationMetric(ScanMetric):
         InputError: more than one channel, shapes that differ, values that aren't finite; names the patient.
 
     Example:
-        >>> heat, mask = torch.zeros(2, 1, 4, 4, 4), torch.zeros(2, 1, 4, 4, 4)
+        >>> heat, mask = np.zeros((2, 1, 4, 4, 4)), np.zeros((2, 1, 4, 4, 4))
         >>> mask[:, :, 1, 1, 1] = heat[0, :, 1, 1, 1] = heat[1, :, 2, 2, 2] = 1
         >>> metric = LocalisationMetric(num_resamples=0)
-        >>> scores = metric(heat, mask, patient_id=["a", "b"])
+        >>> metric(heat, mask, patient_id=["a", "b"])
         >>> metric.aggregate()["pointing_game"]
         {'value': 0.5, 'lower': None, 'upper': None, 'num_scans': 2}
         >>> metric.table()[["patient_id", "pointing_game"]].values.tolist()
@@ -343,29 +342,29 @@ class LocalisationMetric(ScanMetric):
     def __init__(self, num_resamples: int = 1000, seed: int = 0) -> None:
         super().__init__(num_resamples, seed)
 
-    def _compute_list(self, y_pred: Any, y: Any = None, patient_id: Any = None, **kwargs: Any) -> list[Tensor]:
-        ids = encode_ids(patient_id, len(y_pred))
+    def __call__(self, y_pred: Any, y: Any = None, patient_id: Sequence[str] | None = None, **given: Any) -> None:
         rows = []
-        for i, name in enumerate(decode_ids(ids)):
-            given = {key: None if values is None else values[i] for key, values in {"mask": y, **kwargs}.items()}
+        for i, heat in enumerate(y_pred):
+            scan = {key: None if values is None else values[i] for key, values in {"mask": y, **given}.items()}
             try:
-                rows.append(self._row(y_pred[i], **given))
+                rows.append(self._row(heat, **scan))
             except InputError as error:
-                raise InputError(f"Patient {name or f'number {i + 1} of the batch'}: {error}") from error
-        values, peaks = zip(*rows, strict=True)
-        return [torch.stack(values), torch.stack(peaks), ids]
+                name = f"number {i + 1} of the batch" if patient_id is None else patient_id[i]
+                raise InputError(f"Patient {name}: {error}") from error
+        self.keep(patient_id, rows)
 
     def _row(
         self, heat: Any, mask: Any, confounder: Any = None, ceiling: Any = None, time: Any = None, event: Any = None
-    ) -> tuple[Tensor, Tensor]:
-        """One scan's values in the order of COLUMNS, and its peaks (false, found) padded to (2, NUM_PEAKS)."""
+    ) -> dict[str, Any]:
+        """One scan's values by COLUMNS, as far as it has them, and its `peaks`: (false, found), padded with NaN."""
         heat, mask, confounder, ceiling = map(_volume, (heat, mask, confounder, ceiling))
         heat, lesion = _voxels(heat, np.zeros(heat.shape, bool) if mask is None else mask, allow_empty=True)
-        row: dict[str, Any] = {"total_heat": np.maximum(heat, 0).sum(dtype=np.float64), "time": time, "event": event}
-        peaks = torch.full((2, NUM_PEAKS), torch.nan, dtype=torch.float64)
+        row: dict[str, Any] = {"total_heat": float(np.maximum(heat, 0).sum(dtype=np.float64))}
+        row |= {name: float(value) for name, value in {"time": time, "event": event}.items() if value is not None}
+        row["peaks"] = np.full((2, NUM_PEAKS), np.nan)
         if mask is not None:
             false, found, row["num_lesions"] = peak_scores(heat, lesion)
-            peaks[0, : len(false)], peaks[1, : len(found)] = torch.from_numpy(false), torch.from_numpy(found)
+            row["peaks"][0, : len(false)], row["peaks"][1, : len(found)] = false, found
             if row["num_lesions"]:
                 row |= {score.__name__: score(heat, lesion) for score in SCAN_SCORES}
                 if ceiling is not None:
@@ -373,20 +372,12 @@ class LocalisationMetric(ScanMetric):
         # In a scan known to have no lesion the share of a heat near 0 would mean nothing; `survivor_heat` is for those.
         if confounder is not None and confounder.any() and (mask is None or row["num_lesions"]):
             row["confounder_mass"] = confounder_mass(heat, confounder)
-        values = [torch.nan if row.get(name) is None else float(row[name]) for name in self.COLUMNS]
-        return torch.tensor(values, dtype=torch.float64), peaks
-
-    def _scans(self) -> tuple[pd.DataFrame, np.ndarray]:
-        """The table, and peaks (scans, 2, NUM_PEAKS)."""
-        values, ids = scans_once(self)
-        numbers, peaks = values or (torch.zeros(0, len(self.COLUMNS)), torch.zeros(0, 2, NUM_PEAKS))
-        table = pd.DataFrame(numbers.numpy(), columns=list(self.COLUMNS))
-        table.insert(0, "patient_id", ids)
-        return table, peaks.numpy()
+        return row
 
     def table(self) -> pd.DataFrame:
         """One row a scan: `patient_id` (None if not given), then COLUMNS; NaN where a value was left out."""
-        return self._scans()[0]
+        table = pd.DataFrame(self.get_buffer(), columns=["patient_id", *self.COLUMNS])
+        return table.astype({name: float for name in self.COLUMNS})
 
     def aggregate(self) -> dict[str, Any]:
         """Each metric as ``{"value", "lower", "upper", "num_scans"}``, then the counts `num_scans`, `num_empty_mask`.
@@ -394,12 +385,13 @@ class LocalisationMetric(ScanMetric):
         The scores of one scan are averaged over the scans that have them; see the functions for `froc` and
         `survivor_heat`. A value is None where no scan has one.
         """
-        table, peaks = self._scans()
+        table = self.table()
         scores = {name: table[name].dropna().to_numpy() for name in self.SCORES}
         statistics = {name: (lambda i, s=score: float(s[i].mean()), len(score)) for name, score in scores.items()}
 
-        has_mask = table["num_lesions"].notna()
-        lesions, (false, found) = table["num_lesions"][has_mask].to_numpy(), peaks[has_mask].swapaxes(0, 1)
+        lesions = table["num_lesions"].dropna().to_numpy()
+        peaks = [row["peaks"] for row in self.get_buffer() if "num_lesions" in row]
+        false, found = np.array(peaks).reshape(-1, 2, NUM_PEAKS).swapaxes(0, 1)
         statistics["froc"] = (lambda i: froc(false[i], found[i], lesions[i]), len(lesions))
 
         heat, event = table.loc[table["event"].notna(), ["total_heat", "event"]].to_numpy().T

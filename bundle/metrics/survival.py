@@ -28,7 +28,7 @@ from torchsurv.metrics.brier_score import BrierScore
 from torchsurv.metrics.cindex import ConcordanceIndex
 
 from bundle.errors import InputError
-from bundle.metrics.scan_metric import ScanMetric, Statistic, encode_ids, scans_once
+from bundle.metrics.scan_metric import ScanMetric, Statistic
 from bundle.survival import death_by, mean_months, quantile_months, restricted_mean_months, survival_curve
 from bundle.survival.kaplan_meier import kaplan_meier, kaplan_meier_censoring, restricted_mean
 
@@ -286,7 +286,7 @@ class SurvivalMetric(ScanMetric):
 
     Example:
         >>> metric = SurvivalMetric(num_resamples=0)
-        >>> pmf = metric(torch.eye(30)[[4, 19, 29]], torch.tensor([[5.0, 1.0], [20.0, 1.0], [25.0, 0.0]]))
+        >>> metric(torch.eye(30)[[4, 19, 29]], torch.tensor([[5.0, 1.0], [20.0, 1.0], [25.0, 0.0]]))
         >>> metric.aggregate()["c_index"]
         {'value': 1.0, 'lower': None, 'upper': None, 'num_scans': 3}
     """
@@ -301,8 +301,10 @@ class SurvivalMetric(ScanMetric):
             training = time, event
         self.training = training
 
-    def _compute_list(self, y_pred: Any, y: Any = None, patient_id: Sequence[str] | None = None) -> list[Tensor]:
-        pmf, outcome = (torch.stack([torch.as_tensor(scan).detach() for scan in batch]).double() for batch in (y_pred, y))
+    def __call__(self, y_pred: Any, y: Any = None, patient_id: Sequence[str] | None = None) -> None:
+        pmf, outcome = (
+            torch.stack([torch.as_tensor(scan).detach().cpu() for scan in batch]).double() for batch in (y_pred, y)
+        )
         if pmf.ndim != 2 or outcome.shape != (len(pmf), 2):
             raise InputError(
                 f"expected probabilities (B, tmax) and outcomes (B, 2), got {tuple(pmf.shape)}, {tuple(outcome.shape)}."
@@ -311,13 +313,14 @@ class SurvivalMetric(ScanMetric):
         if not bool((pmf >= 0).all() and ((pmf.sum(1) - 1).abs() < 1e-3).all()):
             raise InputError("predicted probabilities P(T = 1..tmax) must be >= 0 and sum to 1 for each patient.")
         _check_outcome(*outcome.unbind(1))
-        return [pmf, outcome, encode_ids(patient_id, len(pmf))]
+        self.keep(patient_id, [{"pmf": p, "outcome": o} for p, o in zip(pmf, outcome)])
 
     def _scans(self) -> tuple[Tensor, Tensor, Tensor, list[str | None]]:
-        """pmf (N, tmax), time, event (N,) and patient ids of all processes' scans, each once."""
-        values, ids = scans_once(self)
-        pmf, outcome = values or (torch.zeros(0, 1, dtype=torch.float64), torch.zeros(0, 2, dtype=torch.float64))
-        return pmf, outcome[:, 0], outcome[:, 1], ids
+        """pmf (N, tmax), time, event (N,) and patient ids of all processes' scans."""
+        rows = self.get_buffer()
+        pmf = torch.stack([row["pmf"] for row in rows]) if rows else torch.zeros(0, 1, dtype=torch.float64)
+        outcome = torch.stack([row["outcome"] for row in rows]) if rows else torch.zeros(0, 2, dtype=torch.float64)
+        return pmf, outcome[:, 0], outcome[:, 1], [row["patient_id"] for row in rows]
 
     def table(self) -> pd.DataFrame:
         """One row a scan: `patient_id` (None if not given), `time`, `event`, then what was predicted.

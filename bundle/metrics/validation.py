@@ -8,8 +8,9 @@ outcomes (B, 2) = (time in months, event). :class:`~bundle.metrics.SurvivalMetri
 
 from __future__ import annotations
 
+import math
+
 import torch
-from ignite.exceptions import NotComputableError
 from ignite.metrics import EpochMetric, Metric
 from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
 from torch import Tensor
@@ -31,10 +32,10 @@ class MeanLogLikelihood(Metric):
     Example:
         >>> from bundle.survival import CenTime
         >>> survival_map, outcome = torch.ones(5, 2, 1, 1, 1), torch.tensor([[10.0, 1.0]] * 5)
-        >>> objective, metric = CenTime(), MeanLogLikelihood(CenTime())
+        >>> metric = MeanLogLikelihood(CenTime())
         >>> for batch in (slice(0, 4), slice(4, 5)):
         ...     metric.update((survival_map[batch], outcome[batch]))
-        >>> abs(metric.compute() + objective(survival_map, outcome).item()) < 1e-5
+        >>> abs(metric.compute() + CenTime()(survival_map, outcome).item()) < 1e-5
         True
     """
 
@@ -58,41 +59,14 @@ class MeanLogLikelihood(Metric):
 
     @sync_all_reduce("total", "scans")
     def compute(self) -> float:
-        if self.scans == 0:
-            raise NotComputableError("a validation needs at least one scan.")
         return self.total / self.scans
 
 
-class PartialLogLikelihood(EpochMetric):
-    """Cox's log partial likelihood of all scans together, over their number; larger is better.
-
-    The risk set of a death is everybody who lived as long, so the batches of a validation can't be averaged.
+class _CohortMetric(EpochMetric):
+    """A metric of all scans together, from one number that is read off each map.
 
     Args:
-        objective: gives the log hazard at a location.
-    """
-
-    required_output_keys = ("pred", "label")
-
-    def __init__(self, objective: Cox) -> None:
-        self.objective = objective
-        super().__init__(self.of_scans, check_compute_fn=False)
-
-    def update(self, output: tuple[Tensor, Tensor]) -> None:
-        survival_map, outcome = output
-        super().update((patient_numbers(survival_map)[0], outcome))
-
-    @torch.no_grad()
-    def of_scans(self, location: Tensor, outcome: Tensor) -> float:
-        location, outcome = (values.to(self.objective.log_factor) for values in (location, outcome))
-        return float(self.objective.likelihood(location, *outcome.unbind(1))) / len(outcome)
-
-
-class ConcordanceIndex(EpochMetric):
-    """:func:`~bundle.metrics.survival.c_index` of the mean predicted times of all scans; NaN where it has no value.
-
-    Args:
-        objective: reads the distribution of times off a map.
+        objective: of the training.
     """
 
     required_output_keys = ("pred", "label")
@@ -103,8 +77,32 @@ class ConcordanceIndex(EpochMetric):
 
     def update(self, output: tuple[Tensor, Tensor]) -> None:
         survival_map, outcome = output
-        super().update((mean_months(self.objective.pmf(survival_map)), outcome))
+        super().update((self.read(survival_map), outcome))
+
+
+class PartialLogLikelihood(_CohortMetric):
+    """Cox's log partial likelihood of all scans together, over their number; larger is better.
+
+    The risk set of a death is everybody who lived as long, so a mean over batches would be another number.
+    """
+
+    objective: Cox
+
+    def read(self, survival_map: Tensor) -> Tensor:
+        return patient_numbers(survival_map)[0]
+
+    @torch.no_grad()
+    def of_scans(self, location: Tensor, outcome: Tensor) -> float:
+        location, outcome = (values.to(self.objective.log_factor) for values in (location, outcome))
+        return float(self.objective.likelihood(location, *outcome.unbind(1))) / len(outcome)
+
+
+class ConcordanceIndex(_CohortMetric):
+    """:func:`~bundle.metrics.survival.c_index` of the mean predicted times of all scans; NaN where it has no value."""
+
+    def read(self, survival_map: Tensor) -> Tensor:
+        return mean_months(self.objective.pmf(survival_map))
 
     def of_scans(self, mean: Tensor, outcome: Tensor) -> float:
         value = c_index(-mean, *outcome.unbind(1))
-        return float("nan") if value is None else value
+        return math.nan if value is None else value
