@@ -363,19 +363,19 @@ def test_what_covariates_leave_open_is_learnt_in_a_training():
 
 
 def test_clinical_net_gives_the_extra_numbers_that_an_objective_asks_for():
-    net, image, clinical = ClinicalNet(3, hidden=4, extra=2), torch.rand(2, 1, 8, 8, 8), torch.randn(2, 3)
+    net, image, clinical = ClinicalNet(3, extra=2), torch.rand(2, 1, 8, 8, 8), torch.randn(2, 3)
     plain = net(image, None, clinical)
     assert plain.shape == (2, 4, 2, 2, 2) and bool((plain[:, 1:3] == 0).all())
     torch.nn.init.normal_(net.to_extra.weight)
     said = net(image, None, clinical)
-    expected = 3 * torch.tanh(net.hidden(clinical) @ net.to_extra.weight.T)
+    expected = 3 * torch.tanh(clinical @ net.to_extra.weight.T)
     torch.testing.assert_close(said[:, 1:3], expected.view(2, 2, 1, 1, 1).expand(2, 2, 2, 2, 2))
     assert torch.equal(said[:, [0, 3]], plain[:, [0, 3]])
 
 
 def test_settings_name_one_of_the_networks_there_are():
-    net = network_from({"name": "ClinicalNet", "clinical_dim": 2, "hidden": 5})
-    assert isinstance(net, ClinicalNet) and net.hidden[0].out_features == 5
+    net = network_from({"name": "ClinicalNet", "clinical_dim": 2, "extra": 5})
+    assert isinstance(net, ClinicalNet) and net.to_extra.out_features == 5
     assert isinstance(network_from({"dim": 16}), SurvivalMapNet)
     with pytest.raises(InputError, match="os.system .*ClinicalNet, SurvivalMapNet"):
         network_from({"name": "os.system"})

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from bundle.errors import InputError
 from bundle.networks import SurvivalMapNet
-from bundle.networks.attention import Attention, Tokens, group_in_windows, tokens_of
-from bundle.networks.heads import HEADS, Head, LogMeanExp
+from bundle.networks.attention import Attention, tokens_of
+from bundle.networks.heads import HEADS, Head
 from bundle.networks.patches import PatchEmbed, neighbours_correlation, on_grid, share_of_lung, soft_histogram
 from bundle.survival.severity import minkowski_functionals
 
@@ -291,7 +291,7 @@ def test_attention_equals_masked_dense_attention(window, full):
 
 def test_windows_hold_each_token_once_and_no_window_is_empty():
     keep = torch.rand(2, 5, 6, 7) > 0.7
-    index, slots, mask = group_in_windows(keep.nonzero(), 2)
+    index, _, slots, mask = tokens_of(keep.float(), 2)
     assert sorted(index.tolist()) == keep.nonzero().tolist()
     assert bool((slots.diff() > 0).all()) and bool((index[:, 0].diff() >= 0).all())
     windows = {}

@@ -23,7 +23,8 @@ from bundle.survival import (
     quantile_months,
     survival_curve,
 )
-from bundle.survival.objectives import centime_log_likelihood, neighbour_difference, occlusion_inconsistency, weight_entropy
+from bundle.survival.loss import neighbour_difference, occlusion_inconsistency, weight_entropy
+from bundle.survival.objectives import centime_log_likelihood
 from bundle.survival.severity import minkowski_functionals, severity_from
 
 TMAX = 30

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bundle.errors import InputError
 
-__all__ = ["Attention", "Block", "Tokens", "group_in_windows", "tokens_of"]
+__all__ = ["Attention", "Block", "Tokens", "tokens_of"]
 
 HEAD_DIM = 16  # numbers of a token that one attention head sees
 MLP_RATIO = 2  # hidden width of a block's MLP over the length of a token
@@ -23,42 +23,16 @@ class Tokens(NamedTuple):
     """Where the M tokens of a batch lie.
 
     Attributes:
-        index: grid cell of each token, (M, 4) = (scan, z, y, x), scan by scan.
+        index: grid cell of each token, (M, 4) = (scan, z, y, x), scan by scan and window by window.
         counts: number of tokens of each scan.
-        slots: place of each token in the list of windows, (M,), ascending.
-        mask: which places of the windows hold a token, (windows, window**3); None if all do.
+        slots: place of each token in the list of windows that hold any, (M,), ascending.
+        mask: which places of these windows hold a token, (windows, window**3); None if all do.
     """
 
     index: Tensor
     counts: list[int]
     slots: Tensor
     mask: Tensor | None
-
-
-def group_in_windows(index: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Sort tokens by window, and find the place of each in a list of windows without the empty ones.
-
-    Args:
-        index: grid cell of each token, (M, 4) = (scan, z, y, x).
-        window: window side in tokens.
-
-    Returns:
-        the sorted index, still scan by scan; slots and mask as in :class:`Tokens`.
-    """
-    cell = torch.div(index[:, 1:], window, rounding_mode="floor")
-    extent = cell.amax(0) + 1
-    ident = ((index[:, 0] * extent[0] + cell[:, 0]) * extent[1] + cell[:, 1]) * extent[2] + cell[:, 2]
-    within = index[:, 1:] - cell * window
-    place = (within[:, 0] * window + within[:, 1]) * window + within[:, 2]
-    places = window * window * window
-    order = (ident * places + place).argsort()
-    idents, row = torch.unique_consecutive(ident[order], return_inverse=True)
-    slots = row * places + place[order]
-    if idents.shape[0] * places == slots.shape[0]:
-        return index[order], slots, None
-    mask = torch.zeros(idents.shape[0] * places, dtype=torch.bool, device=index.device)
-    mask[slots] = True
-    return index[order], slots, mask.view(-1, places)
 
 
 def tokens_of(share: Tensor, window: int) -> Tokens:
@@ -78,8 +52,20 @@ def tokens_of(share: Tensor, window: int) -> Tokens:
     index = keep.nonzero()
     if window == 0:
         return Tokens(index, counts, index[:, 0], None)
-    index, slots, mask = group_in_windows(index, window)
-    return Tokens(index, counts, slots, mask)
+    cell = torch.div(index[:, 1:], window, rounding_mode="floor")
+    extent = cell.amax(0) + 1
+    ident = ((index[:, 0] * extent[0] + cell[:, 0]) * extent[1] + cell[:, 1]) * extent[2] + cell[:, 2]
+    within = index[:, 1:] - cell * window
+    place = (within[:, 0] * window + within[:, 1]) * window + within[:, 2]
+    places = window * window * window
+    order = (ident * places + place).argsort()
+    idents, row = torch.unique_consecutive(ident[order], return_inverse=True)
+    slots = row * places + place[order]
+    if idents.shape[0] * places == slots.shape[0]:
+        return Tokens(index[order], counts, slots, None)
+    mask = torch.zeros(idents.shape[0] * places, dtype=torch.bool, device=index.device)
+    mask[slots] = True
+    return Tokens(index[order], counts, slots, mask.view(-1, places))
 
 
 class Attention(nn.Module):

@@ -17,12 +17,11 @@ __all__ = ["ClinicalNet"]
 class ClinicalNet(nn.Module):
     """Clinical vector -> survival map with the same location and the same weight everywhere in the lung.
 
-    It takes the place of :class:`~bundle.networks.SurvivalMapNet` in every config, objective and metric. Without hidden
-    units and under a Cox objective it is Cox regression.
+    It takes the place of :class:`~bundle.networks.SurvivalMapNet` in every config, objective and metric. The location is a
+    linear function: under a Cox objective this is Cox regression.
 
     Args:
         clinical_dim: length of the clinical vector.
-        hidden: hidden units, 0 for a linear function.
         stride: side of the map's cells in voxels.
         loc_bias: location in months that an untrained network gives; learnt, as the bias of a linear layer.
         extra: further numbers that an objective asks for, bounded by 3, 0 in an untrained network.
@@ -32,9 +31,7 @@ class ClinicalNet(nn.Module):
         ValueError: in `forward`, an input has another shape, or a scan has no lung.
     """
 
-    def __init__(
-        self, clinical_dim: int, hidden: int = 0, stride: int = 4, loc_bias: float = 60.0, extra: int = 0
-    ) -> None:
+    def __init__(self, clinical_dim: int, stride: int = 4, loc_bias: float = 60.0, extra: int = 0) -> None:
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         self.arguments = arguments
@@ -43,13 +40,11 @@ class ClinicalNet(nn.Module):
         self.clinical_dim = clinical_dim
         self.stride = stride
         self.unit = 30.0  # months of a layer's output of 1, which can move by tens of months in a training
-        width = hidden or clinical_dim
-        self.hidden = nn.Sequential(nn.Linear(clinical_dim, hidden), nn.GELU()) if hidden > 0 else nn.Identity()
-        self.to_location = nn.Linear(width, 1)
+        self.to_location = nn.Linear(clinical_dim, 1)
         nn.init.normal_(self.to_location.weight, std=0.01)
         nn.init.constant_(self.to_location.bias, loc_bias / self.unit)
         # With a bias: the average patient, whose covariates are 0, has a shape of their own.
-        self.to_extra = nn.Linear(width, extra) if extra > 0 else None
+        self.to_extra = nn.Linear(clinical_dim, extra) if extra > 0 else None
         if self.to_extra is not None:
             nn.init.zeros_(self.to_extra.weight)
             nn.init.zeros_(self.to_extra.bias)
@@ -63,8 +58,8 @@ class ClinicalNet(nn.Module):
         total = inside.sum((2, 3, 4), keepdim=True)
         if bool((total == 0).any()):
             raise ValueError("a scan of the batch has no lung voxel.")
-        x = self.hidden(clinical.to(inside.dtype))
-        said = [self.unit * self.to_location(x)]
+        clinical = clinical.to(image.dtype)
+        said = self.unit * self.to_location(clinical)
         if self.to_extra is not None:
-            said.append(3 * torch.tanh(self.to_extra(x)))
-        return torch.cat([torch.cat(said, 1)[:, :, None, None, None] * inside, inside / total], 1)
+            said = torch.cat([said, 3 * torch.tanh(self.to_extra(clinical))], 1)
+        return torch.cat([said[:, :, None, None, None] * inside, inside / total], 1)

@@ -51,8 +51,9 @@ def moved_to(patient: Tensor, location: Tensor, weight: Tensor) -> Tensor:
 class Head(nn.Module):
     """What all heads have in common: an MLP that gives every token a number of months.
 
-    Subclasses turn these months into locations and weights in `weigh`. One from whose maps the danger of a patch can be
-    read has a method `danger` too; :mod:`bundle.survival.severity` needs it.
+    Subclasses turn months into locations and weights in `weigh`. Those from whose maps :mod:`bundle.survival.severity` can
+    be told have `danger`, too: from a map's locations and weights to how dangerous each patch is by itself, from 0 to 1. All
+    arguments and results are (B, N).
 
     Args:
         dim: length of a token.
@@ -102,8 +103,8 @@ class Head(nn.Module):
 class BoundedHead(Head):
     """A head whose locations lie between a lower bound that it learns and a fixed upper one.
 
-    The lower bound starts where `loc_range` has it. Where it is too high for lesions to explain the deaths, what isn't
-    diseased has to. At the bound all patches of a lesion weigh the same, so that the map covers it whole.
+    Where the lower bound is too high for lesions to explain the deaths, what isn't diseased has to. At the bound all patches
+    of a lesion weigh the same, so that the map covers it whole.
     """
 
     def __init__(self, dim: int, layers: int, loc_range: Sequence[float], beta: float, learn_beta: bool) -> None:
@@ -116,7 +117,6 @@ class BoundedHead(Head):
         return low + (self.high - low) * torch.sigmoid((months - 0.5 * (low + self.high)) * 4 / (self.high - low))
 
     def danger(self, location: Tensor, weight: Tensor, share: Tensor) -> Tensor:
-        """From 0 at the upper bound to 1 at the lower one, (B, N), from a map's locations and weights."""
         return (self.high - location) / (self.high - self.unit * self.lower)
 
 
@@ -141,7 +141,6 @@ class Softmin(BoundedHead):
         return location, softmax_in_lung(-self.log_beta.exp() * location, share)
 
     def weigh(self, months: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-        """Location and weight of each patch, from months and share of lung, all (B, N)."""
         return self.softmin(months, share)
 
 
@@ -149,8 +148,7 @@ class LogMeanExp(Softmin):
     """Weights of :class:`Softmin`; the patient's location is the log-mean-exp of the patches'.
 
     ``-1/beta * (logsumexp(-beta * loc_i) - log N)``: every patch brings a hazard ``exp(beta * (t - loc_i))``, hazards add
-    up, and twice the diseased patches mean a shorter life. All locations of a scan move together until their weighted sum
-    is that number.
+    up, and twice the diseased patches mean a shorter life.
     """
 
     def log_mean_exp(self, location: Tensor, share: Tensor) -> Tensor:
@@ -169,9 +167,7 @@ class LogMeanExp(Softmin):
 
 
 class AttentionPooling(BoundedHead):
-    """Weights ``softmax(score_i)`` by an MLP of their own, apart from the one that says months.
-
-    Nothing ties a patch's weight to its danger: the map shows what the network read, which may be healthy tissue as well.
+    """Weights ``softmax(score_i)`` by an MLP of their own: nothing ties a patch's weight to its danger.
 
     Source: Ilse et al., Attention-based deep multiple instance learning, ICML 2018.
     """
@@ -187,10 +183,10 @@ class AttentionPooling(BoundedHead):
 
 
 class AdditiveHazards(Head):
-    """A patient's hazard is a constant ``1 / high`` plus the mean of what each patch adds, which is never below 0.
+    """A patient's hazard is ``1 / high`` plus the mean of what each patch adds, ``rate * danger_i / high`` per month.
 
-    The location is the mean survival time ``1 / hazard`` of ``S(t) = exp(-hazard * t)``, and the heat of a voxel its exact
-    share of what the voxels of the lung add. A patch adds ``rate * danger_i / high`` per month, danger in (0, 1).
+    Danger is in (0, 1). The location is the mean survival time ``1 / hazard`` of ``S(t) = exp(-hazard * t)``, and the heat of
+    a voxel its exact share of what the voxels of the lung add.
     """
 
     mixes = False
@@ -215,8 +211,8 @@ class AdditiveHazards(Head):
 class MeanPooling(Head):
     """Global average pooling and a linear layer, which has no map of its own; the map is its Grad-CAM.
 
-    After average pooling every token has the same gradient, the weights of the linear layer, so that Grad-CAM is ``relu`` of
-    what a token adds to the danger, the bias minus its own months. Locations have no bounds.
+    After average pooling every token has the same gradient, so that Grad-CAM is ``relu`` of what a token adds to the danger,
+    the bias minus its own months. Locations have no bounds.
 
     Source: Selvaraju et al., Grad-CAM, ICCV 2017.
     """

@@ -77,10 +77,10 @@ def on_grid(values: Tensor, index: Tensor, shape: list[int]) -> Tensor:
 
 
 def soft_histogram(values: Tensor, inside: Tensor, bins: int) -> Tensor:
-    """Shares of the values (M, N) around each of `bins` (at least 2) levels evenly spaced from 0 to 1, (M, bins).
+    """Shares of the values (M, N) around each of `bins` levels evenly spaced from 0 to 1, (M, bins).
 
-    A value between two levels counts in part for either, and beyond them for the last one. `inside` (M, N) in {0, 1} says
-    which values count; where none does, all shares are 0.
+    A value between two levels counts in part for either. `inside` (M, N) in {0, 1} says which values count; where none does,
+    all shares are 0.
 
     Example::
 
@@ -96,8 +96,8 @@ def soft_histogram(values: Tensor, inside: Tensor, bins: int) -> Tensor:
 def neighbours_correlation(centred: Tensor, inside: Tensor, variance: Tensor, side: int) -> Tensor:
     """How alike neighbouring voxels are in each patch, (M, 1): 1 if smooth, 0 for white noise, below if they alternate.
 
-    One less the mean squared difference of neighbours along all axes over twice the variance. That mean is the variogram
-    at a distance of one voxel. Only pairs with both voxels inside count.
+    One less the mean squared difference of neighbours (the variogram at a distance of one voxel) over twice the variance.
+    Only pairs with both voxels inside count.
 
     Args:
         centred: voxels less their mean, (M, side**3).

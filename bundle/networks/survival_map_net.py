@@ -21,8 +21,7 @@ __all__ = ["SurvivalMapNet"]
 class SurvivalMapNet(nn.Module):
     """CT -> survival map: for every patch of the lung a location in months and a weight.
 
-    What a patch may say comes from a bounded neighbourhood (`window` patches a side). Anything from further away only
-    modulates it through FiLM.
+    What a patch may say comes from a bounded neighbourhood (`window` patches a side); anything further away only modulates it.
 
     Args:
         patch_size: patch side in voxels.

@@ -108,8 +108,7 @@ class Cox(Objective):
 
     @property
     def arguments(self) -> dict:
-        scale = self.scale * learnt_factor(self.log_factor).item()
-        return dict(tmax=self.tmax, scale=scale, ties=self.ties, baseline=self.baseline)
+        return {**super().arguments, "scale": self.scale * learnt_factor(self.log_factor).item()}
 
     def log_hazard(self, location: Tensor) -> Tensor:
         """Log hazard of patients located at `location` months, of any shape."""
@@ -182,10 +181,6 @@ class CoxMemory(Cox):
         self.memory = memory
         # (location, time, event); NaN until a place is taken
         self.register_buffer("remembered", torch.full((memory, 3), torch.nan))
-
-    @property
-    def arguments(self) -> dict:
-        return {**super().arguments, "memory": self.memory}
 
     def forward(self, survival_map: Tensor, outcome: Tensor) -> Tensor:
         location, _ = patient_numbers(survival_map)

@@ -55,11 +55,7 @@ class IntervalsObjective(MonthsObjective):
         super().__init__(tmax, variance, learn_variance)
         if not 1 <= intervals <= tmax:
             raise InputError(f"intervals must be from 1 to tmax ({tmax}), got {intervals}.")
-        self.extra = intervals
-
-    @property
-    def arguments(self) -> dict:
-        return {**super().arguments, "intervals": self.extra}
+        self.intervals = self.extra = intervals
 
     def shape(self, survival_map: Tensor) -> tuple[Tensor, Tensor]:
         """Location, (B, 1), and the extra number of the interval that each month lies in, (B, tmax)."""
@@ -98,10 +94,6 @@ class DeepHit(IntervalsObjective):
             raise InputError(f"need alpha >= 0 and sigma > 0, got {alpha} and {sigma}.")
         self.alpha = alpha
         self.sigma = sigma
-
-    @property
-    def arguments(self) -> dict:
-        return {**super().arguments, "alpha": self.alpha, "sigma": self.sigma}
 
     def log_pmf(self, survival_map: Tensor) -> Tensor:
         location, shape = self.shape(survival_map)
@@ -203,10 +195,6 @@ class Logistic(Objective):
         self.by = by
         self.scale = scale
         self.censoring = None if censoring is None else [float(share) for share in censoring]
-
-    @property
-    def arguments(self) -> dict:
-        return dict(tmax=self.tmax, by=self.by, scale=self.scale, censoring=self.censoring)
 
     def log_pmf(self, survival_map: Tensor) -> Tensor:
         location, _ = patient_numbers(survival_map)

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -16,14 +18,10 @@ __all__ = [
     "Classical",
     "MonthsObjective",
     "Objective",
-    "SurvivalMapLoss",
     "centime_log_likelihood",
     "classical_log_likelihood",
     "learnt_factor",
-    "neighbour_difference",
-    "occlusion_inconsistency",
     "whole_months",
-    "weight_entropy",
 ]
 
 
@@ -108,7 +106,7 @@ class Objective(nn.Module):
     @property
     def arguments(self) -> dict:
         """Constructor arguments, as JSON can hold them, that make this objective again with all it learnt."""
-        raise NotImplementedError
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     def log_pmf(self, survival_map: Tensor) -> Tensor:
         """log P(T = 1..tmax months), (B, tmax)."""
@@ -150,12 +148,12 @@ class MonthsObjective(Objective):
         if variance <= 0:
             raise InputError(f"variance must be above 0 months squared, got {variance}.")
         self.variance = variance
+        self.learn_variance = learn_variance
         self.log_factor = nn.Parameter(torch.zeros(())) if learn_variance else None
 
     @property
     def arguments(self) -> dict:
-        factor = 1.0 if self.log_factor is None else learnt_factor(self.log_factor).item()
-        return dict(tmax=self.tmax, variance=self.variance * factor, learn_variance=self.log_factor is not None)
+        return {**super().arguments, "variance": float(self.spread())}
 
     def spread(self) -> Tensor | float:
         """The variance as it stands, months squared."""
@@ -169,12 +167,17 @@ class CenTime(MonthsObjective):
     :func:`centime_log_likelihood`.
 
     Args:
-        tmax: last month of the distribution; above the largest time in the cohort.
-        variance: of the discretised normal, months squared.
+        tmax, variance, learn_variance: as for :class:`MonthsObjective`.
         alpha_censored: weight of censored patients in the mean; a death has weight 1.
         mixture: read a mixture over patches off the map instead of one normal; see :func:`log_pmf`.
-        learn_variance: learn one variance for all, starting at `variance`.
         predict_variance: a variance for each patient, `variance * exp(x)` with x the map's extra channel.
+
+    Example::
+
+        >>> survival_map = torch.tensor([[20.0, 1.0], [70.0, 1.0]]).view(2, 2, 1, 1, 1)  # one patch each
+        >>> outcome = torch.tensor([[24.0, 1.0], [60.0, 0.0]])
+        >>> CenTime()(survival_map, outcome)
+        tensor(3.6146)
     """
 
     name = "centime"
@@ -196,16 +199,12 @@ class CenTime(MonthsObjective):
             raise InputError("mixture and predict_variance exclude each other: patches have one variance in a mixture.")
         self.alpha_censored = alpha_censored
         self.mixture = mixture
+        self.predict_variance = predict_variance
         self.extra = int(predict_variance)
-
-    @property
-    def arguments(self) -> dict:
-        own = dict(alpha_censored=self.alpha_censored, mixture=self.mixture, predict_variance=self.extra == 1)
-        return {**super().arguments, **own}
 
     def log_pmf(self, survival_map: Tensor) -> Tensor:
         variance = self.spread()
-        if self.extra:
+        if self.predict_variance:
             variance = variance * patient_numbers(survival_map)[1][:, 0].exp()
         return log_pmf(survival_map, self.tmax, variance, self.mixture)
 
@@ -229,90 +228,3 @@ class Classical(CenTime):
 
     name = "classical"
     log_likelihood = staticmethod(classical_log_likelihood)
-
-
-def weight_entropy(weight: Tensor) -> Tensor:
-    """Entropy (nats) of each patient's patch weights (B, d, h, w), (B,)."""
-    weight = weight.flatten(1)
-    return -(weight * weight.clamp_min(1e-30).log()).sum(1)
-
-
-def neighbour_difference(location: Tensor, weight: Tensor) -> Tensor:
-    """Mean squared difference of neighbouring patches' locations, in units of 10 months, over pairs in the lung.
-
-    Args:
-        location: months, (B, d, h, w).
-        weight: (B, d, h, w); a patch with weight 0 is outside the lung.
-    """
-    inside = weight > 0
-    total = location.new_zeros(())
-    for axis in (1, 2, 3):
-        n = location.shape[axis] - 1
-        pair = inside.narrow(axis, 0, n) & inside.narrow(axis, 1, n)
-        total = total + (location.diff(dim=axis) / 10).square().mul(pair).sum() / pair.sum().clamp_min(1)
-    return total
-
-
-def occlusion_inconsistency(location: Tensor, weight: Tensor, tmax: int, top: float = 0.2) -> Tensor:
-    """How far a map is from what it should say of its heaviest patches, and of the rest, in units of 10 months, (B,).
-
-    Necessity: without the heaviest patches the weighted mean location must be a survivor's, `tmax` or later. Sufficiency:
-    theirs alone must be the patient's. The network isn't run again on what is left of the image: what a patch says comes
-    from its neighbourhood.
-
-    Args:
-        location: months, (B, d, h, w).
-        weight: (B, d, h, w); a patch with weight 0 is outside the lung.
-        tmax: months.
-        top: share of the lung's patches that count as the heaviest.
-    """
-    location, weight = location.flatten(1), weight.flatten(1)
-    rank = weight.argsort(1, descending=True).argsort(1)
-    heaviest = rank < (top * (weight > 0).sum(1, keepdim=True)).ceil()
-
-    def said(part: Tensor) -> Tensor:
-        part = part * weight
-        return (location * part).sum(1) / part.sum(1).clamp_min(1e-30)
-
-    necessity = torch.where((weight * ~heaviest).sum(1) > 0, (tmax - said(~heaviest)).clamp_min(0), 0.0)
-    return (necessity + (said(heaviest) - (location * weight).sum(1)).abs()) / 10
-
-
-class SurvivalMapLoss(nn.Module):
-    """An objective plus what keeps the map honest while it learns.
-
-    ``objective(map) - entropy * H(weights) + smoothness * (L2 difference of neighbouring locations)``.
-    The entropy *bonus* keeps the first lucky patch from taking all the weight, and with it all the gradient. `occlusion`
-    adds :func:`occlusion_inconsistency` of those who died; it is there to compare with.
-
-    Args:
-        objective: a module such as :class:`CenTime`.
-        entropy: weight of the mean entropy of the patch weights (nats).
-        smoothness: weight of :func:`neighbour_difference`.
-        occlusion: weight of :func:`occlusion_inconsistency`, a mean over those who died.
-    """
-
-    def __init__(
-        self, objective: Objective, entropy: float = 0.5, smoothness: float = 0.1, occlusion: float = 0.0
-    ) -> None:
-        super().__init__()
-        self.objective = objective
-        self.entropy = entropy
-        self.smoothness = smoothness
-        self.occlusion = occlusion
-        self.strength = 1.0
-
-    def set_strength(self, strength: float) -> None:
-        """Scale the regularisers, for a schedule."""
-        self.strength = strength
-
-    def forward(self, survival_map: Tensor, outcome: Tensor) -> Tensor:
-        location, weight = survival_map[:, 0], survival_map[:, -1]
-        loss = self.objective(survival_map, outcome)
-        loss = loss - self.strength * self.entropy * weight_entropy(weight).mean()
-        loss = loss + self.strength * self.smoothness * neighbour_difference(location, weight)
-        if self.occlusion:
-            died = outcome[:, 1] > 0
-            inconsistency = occlusion_inconsistency(location, weight, self.objective.tmax)
-            loss = loss + self.strength * self.occlusion * (inconsistency * died).sum() / died.sum().clamp_min(1)
-        return loss

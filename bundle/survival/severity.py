@@ -9,14 +9,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from bundle.survival.loss import weight_entropy
 from bundle.survival.minimise import minimise
-from bundle.survival.objectives import weight_entropy
 
 __all__ = ["Severity", "fit_severity", "minkowski_functionals", "severity_from", "severity_numbers"]
 
@@ -25,11 +26,6 @@ LEAST_SPREAD = (0.1, 1e-4, 1e-2, 1e-2, 0.1, 1e-2, 1e-3, 1e-3)
 ROUNDS = 9  # in which slopes' priors settle; from 4 on months were the same
 LEAST_MONTHS = 0.02  # of a slope's prior: none that counts
 NEVER = -1e6  # months, before anything
-
-
-def larger_of_neighbours(x: Tensor, axis: int) -> Tensor:
-    n = x.shape[axis] - 1
-    return torch.maximum(x.narrow(axis, 0, n), x.narrow(axis, 1, n))
 
 
 def minkowski_functionals(x: Tensor) -> Tensor:
@@ -46,21 +42,20 @@ def minkowski_functionals(x: Tensor) -> Tensor:
         tensor([[ 2., 10.,  4.,  1.]])
     """
     x = F.pad(x, [1, 1, 1, 1, 1, 1])
-    faces = [larger_of_neighbours(x, axis) for axis in (1, 2, 3)]
-    edges = [larger_of_neighbours(faces[0], 2), larger_of_neighbours(faces[0], 3), larger_of_neighbours(faces[1], 3)]
-    vertices = larger_of_neighbours(edges[0], 3)
-    n3 = x.sum((1, 2, 3))
-    n2 = torch.stack([face.sum((1, 2, 3)) for face in faces]).sum(0)
-    n1 = torch.stack([edge.sum((1, 2, 3)) for edge in edges]).sum(0)
-    n0 = vertices.sum((1, 2, 3))
-    return torch.stack([n3, 2 * n2 - 6 * n3, n1 - 2 * n2 + 3 * n3, n0 - n1 + n2 - n3], 1)
+    counts = [x.new_zeros(len(x)) for _ in range(4)]  # of cubes, faces, edges and vertices: between 1, 2, 4 or 8 cubes
+    for kernel in product((1, 2), repeat=3):
+        counts[sum(kernel) - 3] += F.max_pool3d(x, kernel, 1).sum((1, 2, 3))
+    cubes, faces, edges, vertices = counts
+    surface = 2 * faces - 6 * cubes
+    breadth = edges - 2 * faces + 3 * cubes
+    return torch.stack([cubes, surface, breadth, vertices - edges + faces - cubes], 1)
 
 
 def severity_numbers(survival_map: Tensor, danger: Tensor, share: Tensor) -> Tensor:
     """The eight numbers by which severity is told, (B, 8), from one grid's map.
 
-    They are the patient's location (months), the Minkowski functionals of the patches in danger (relative to the lung's
-    volume), the log of their share, and the weights' entropy and its exponential.
+    The patient's location (months), the Minkowski functionals of the patches in danger (relative to the lung's volume), the
+    log of their share, and the weights' entropy and its exponential.
 
     Args:
         survival_map: (B, C, d, h, w), as the network gives it.
@@ -70,16 +65,15 @@ def severity_numbers(survival_map: Tensor, danger: Tensor, share: Tensor) -> Ten
     location, weight = survival_map[:, 0], survival_map[:, -1]
     volume = share.sum((1, 2, 3))
     diseased = (5 * (danger - 0.55)).clamp(0, 1) * share  # from half a patch of lesion on, which is a danger of about 0.65
-    functionals = minkowski_functionals(diseased)
-    amount = functionals[:, 0] / volume
-    entropy = weight_entropy(weight) - volume.log()
+    amount, surface, breadth, euler = minkowski_functionals(diseased).unbind(1)
+    share_diseased, entropy = amount / volume, weight_entropy(weight) - volume.log()
     numbers = [
         (location * weight).sum((1, 2, 3)),
-        amount,
-        functionals[:, 1] / volume ** (2 / 3),
-        functionals[:, 2] / volume ** (1 / 3),
-        functionals[:, 3],
-        (amount + 1e-3).log(),
+        share_diseased,
+        surface / volume ** (2 / 3),
+        breadth / volume ** (1 / 3),
+        euler,
+        (share_diseased + 1e-3).log(),
         entropy,
         entropy.exp(),
     ]
