@@ -21,6 +21,7 @@ from monai.bundle import ConfigParser
 from tqdm import tqdm
 
 from bundle.data import ScanCache, read_cohort
+from bundle.errors import InputError
 from bundle.run.config import check_config
 from bundle.run.start import begin, make_folder
 from scripts.jobs import literal
@@ -30,6 +31,9 @@ SAMPLE = 3  # scans on which reading is timed
 
 def cache_of(args: argparse.Namespace, overrides: dict[str, Any]) -> ScanCache:
     """The cache of a training with these configs, of all scans of the cohort."""
+    for file in args.config_file:
+        if not Path(file).is_file():
+            raise InputError(f"--config_file {file}: no such file (expected a config of training, as configs/train.json)")
     parser = ConfigParser()
     parser.read_config(args.config_file)
     parser.update(overrides)

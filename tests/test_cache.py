@@ -200,5 +200,10 @@ def test_training_does_no_work_that_preprocessing_has_done_and_ends_in_the_same_
     assert model.read_bytes() == trained.read_bytes()
     with pytest.raises(InputError, match="preprocessed again"):
         preprocess.main([*args, "--spacing", "[4, 4, 4]"])
-    with pytest.raises(InputError, match="--spacin is no key"):
-        preprocess.main([*args, "--spacin", "2"])
+    for override, says in (
+        (["--spacin", "2"], "--spacin is no key"),
+        (["--spacing", "abc"], "spacing is 'abc'"),
+        (["--config_file", "nope.json"], "--config_file nope.json: no such file"),
+    ):
+        with pytest.raises(InputError, match=says):
+            preprocess.main([*args, *override])
