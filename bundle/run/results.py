@@ -16,7 +16,6 @@ import pandas as pd
 import torch
 from ignite.engine import Engine, Events
 from markupsafe import Markup
-from monai.data import MetaTensor
 
 from bundle.data.fingerprint import code_digest, describe, describe_scan
 from bundle.data.stream import ScanStream
@@ -27,7 +26,7 @@ from bundle.report import patient_section, write_report
 from bundle.report.pictures import heat_figure, write_png
 from bundle.survival.readout import death_by, mean_months, quantile_months, survival_curve
 
-__all__ = ["DoneScans", "PredictionWriter", "ScanFiles", "prediction_row", "write_heat", "write_lung"]
+__all__ = ["DoneScans", "PredictionWriter", "ScanFiles", "prediction_row", "write_heat"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +49,6 @@ COLUMNS = list(prediction_row("", torch.ones(2) / 2))  # of predictions.csv
 def write_heat(path: Path, heat: torch.Tensor, affine: torch.Tensor) -> None:
     """Write heat (1, D, H, W) as NIfTI with the scan's affine (RAS, mm)."""
     _write_nifti(path, np.asarray(heat[0], dtype=np.float32), affine)
-
-
-def write_lung(path: Path, lung: MetaTensor, image: MetaTensor) -> None:
-    """Write the mask (1, D, H, W) on the grid of the file that `image` was loaded from, as uint8 NIfTI."""
-    affine = image.meta["original_affine"]
-    _write_nifti(path, mask_to_scan_space(lung, affine, image.meta["spatial_shape"]), affine)
 
 
 def _write_nifti(path: Path, voxels: np.ndarray, affine: torch.Tensor) -> None:
@@ -86,7 +79,8 @@ class ScanFiles(NamedTuple):
         write_png(self.picture, heat_figure(hu, np.asarray(output["heat"].cpu()[0]), spacing, horizon))
         if scan["lung_mask_source"] == "none":
             return [self.heat, self.picture]
-        write_lung(self.lung, scan["lung"], image)
+        affine = image.meta["original_affine"]  # of the file that the image was loaded from, as the heat is
+        _write_nifti(self.lung, mask_to_scan_space(scan["lung"], affine, image.meta["spatial_shape"]), affine)
         return list(self)
 
 
@@ -169,7 +163,7 @@ class PredictionWriter:
         self.hu_window = hu_window
         described = describe([hu_window, options, stream.transform])
         self.done = DoneScans(self.output_dir, [settings, horizon, described, code_digest("**/*.py")])
-        self.scans = {r["patient_id"]: r for r in stream.data}
+        self.scans = {record["patient_id"]: record for record in stream.data}
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)
