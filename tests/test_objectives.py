@@ -108,7 +108,7 @@ def each(**arguments) -> list:
         Classical(**arguments),
         Classical(predict_variance=True, learn_variance=True, **arguments),
         Cox(**arguments),
-        Cox(ties="breslow", scale=7.0, **arguments),
+        Cox(scale=7.0, **arguments),
         CoxMemory(memory=8, **arguments),
         DeepHit(intervals=3, **arguments),
         DeepHit(intervals=2, alpha=0.3, sigma=0.5, learn_variance=True, **arguments),
@@ -206,7 +206,6 @@ def test_settings_without_a_name_are_those_of_centime():
         lambda: CenTime(mixture=True, predict_variance=True),
         lambda: Classical(variance=-1.0),
         lambda: Cox(scale=0.0),
-        lambda: Cox(ties="exact"),
         lambda: Cox(baseline=[0.1] * 99),
         lambda: CoxMemory(memory=0),
         lambda: DeepHit(sigma=0.0),
@@ -350,7 +349,7 @@ def test_a_learnt_variance_comes_to_that_of_the_times():
 # ---------------------------------------------------------------------------------------------------------------- Cox
 
 
-def partial_likelihood_by_hand(log_hazard: list[float], outcome: Tensor, ties: str) -> float:
+def partial_likelihood_by_hand(log_hazard: list[float], outcome: Tensor) -> float:
     """Straight from the definition, death by death."""
     time, event = outcome.T.tolist()
     total = 0.0
@@ -359,17 +358,16 @@ def partial_likelihood_by_hand(log_hazard: list[float], outcome: Tensor, ties: s
         risk = sum(math.exp(h) for h, u in zip(log_hazard, time) if u >= t)
         tied = sum(map(math.exp, deaths))
         for rank, h in enumerate(deaths):
-            total += h - math.log(risk - (rank / len(deaths) * tied if ties == "efron" else 0))
+            total += h - math.log(risk - rank / len(deaths) * tied)
     return total
 
 
-@pytest.mark.parametrize("ties", ["efron", "breslow"])
-def test_partial_likelihood(ties, outcome):
+def test_partial_likelihood(outcome):
     log_hazard = torch.randn(len(outcome), dtype=torch.float64)
-    found = float(partial_log_likelihood(log_hazard, *outcome.T, ties))
-    assert found == pytest.approx(partial_likelihood_by_hand(log_hazard.tolist(), outcome, ties), rel=1e-10, abs=1e-12)
+    found = float(partial_log_likelihood(log_hazard, *outcome.T))
+    assert found == pytest.approx(partial_likelihood_by_hand(log_hazard.tolist(), outcome), rel=1e-10, abs=1e-12)
     if outcome[:, 1].any() and len(outcome) > 1:  # torchsurv, in single precision, takes no other
-        theirs = -neg_partial_log_likelihood(log_hazard, outcome[:, 1] > 0, outcome[:, 0], ties, reduction="sum")
+        theirs = -neg_partial_log_likelihood(log_hazard, outcome[:, 1] > 0, outcome[:, 0], "efron", reduction="sum")
         assert found == pytest.approx(float(theirs), rel=1e-5, abs=1e-5)
 
 
@@ -383,13 +381,12 @@ def test_partial_likelihood_equals_lifelines_on_real_tables(table):
     assert float(loss) == pytest.approx(-fitted.log_likelihood_ / len(x), rel=1e-9)
 
 
-@pytest.mark.parametrize("ties", ["efron", "breslow"])
-def test_partial_likelihood_is_finite_where_exponentials_overflow(ties):
+def test_partial_likelihood_is_finite_where_exponentials_overflow():
     log_hazard = torch.tensor([900.0, -900.0, 900.0, 0.0], requires_grad=True)
-    found = partial_log_likelihood(log_hazard, torch.tensor([3.0, 1, 3, 5]), torch.ones(4), ties)
+    found = partial_log_likelihood(log_hazard, torch.tensor([3.0, 1, 3, 5]), torch.ones(4))
     found.backward()
-    # Of the two who die at 3 with nearly all of the risk, Efron's second has it alone; the one who died at 1 had none.
-    assert found.item() == pytest.approx(-1800 - (2 if ties == "efron" else 3) * math.log(2))
+    # Of the two who die at 3 with nearly all of the risk, the second has it alone; the one who died at 1 had none.
+    assert found.item() == pytest.approx(-1800 - 2 * math.log(2))
     assert bool(log_hazard.grad.isfinite().all())
 
 

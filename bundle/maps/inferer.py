@@ -33,20 +33,17 @@ def in_lung(survival_map: Tensor) -> Tensor:
 class GridShiftInferer(Inferer):
     """Run the network with the patch grid at several origins and combine the maps on a finer grid.
 
-    1. **Origins.** A lesion's border cuts through patches, and a patch that straddles it is hot all over; and a patch at
-       the front of a window of attention sees other neighbours than one at its back. Here a cell's location is the mean
-       over the patches that contain it, one of each grid, and its weight their geometric mean: as the softmin of the mean
-       location would give it. A cell is hot only if all patches around it are, so that the heat beside a lesion goes; the
-       arithmetic mean of the weights would keep it blurred. A cell that patches reach in only a share of the grids, at
-       the lung's border, has its weight times that share squared.
+    1. **Origins.** A lesion's border cuts through patches, and a patch that straddles it is hot all over. Here a cell's
+       location is the mean over the patches that contain it, one of each grid, and its weight their geometric mean, as the
+       softmin of the mean location would give it: a cell is hot only if all patches around it are. A cell that patches
+       reach in only a share of the grids, at the lung's border, has its weight times that share squared.
     2. **Smoothing** by a Gaussian.
     3. **Refinement** within patches; see :func:`bundle.maps.refinement.refined`.
-    4. **Severity** moves all locations of a scan by the same months. Its numbers are read off the maps of 8 of the origins,
-       spread evenly, and their median counts: the same 8 in its fit and in use.
+    4. **Severity** moves all locations of a scan by the same months. Its numbers are the medians of those of 8 of the
+       origins, spread evenly: the same 8 in its fit and in use.
 
-    The patient's location is the median of the grids', and so are extra channels of the map: a lesion of a patch or two
-    that some grids cut up, and don't see, would otherwise come out years too late. The result is a survival map like any
-    other, with cells of ``stride / shifts`` voxels.
+    The patient's location is the median of the grids', and so are extra channels: some grids cut up a lesion of a patch or
+    two and don't see it. The result is a survival map like any other, with cells of ``stride / shifts`` voxels.
 
     Args:
         shifts: origins an axis, a divisor of the network's stride; 1 runs the network once.

@@ -59,14 +59,8 @@ def to_scan_space(
     """Resample a volume (1, D, H, W) onto the grid given by `affine` (RAS, mm) and `shape`, linearly, keeping its sum.
 
     One resampling by world coordinates undoes orientation, spacing, cropping and padding at once, oblique affines
-    included. What lies outside the volume is 0.
-
-    With a `lung` mask on the volume's grid, what lies outside the lung (:func:`mask_to_scan_space`) is 0 as well, and the
-    lung's border is as bright as what lies behind it: lesions lie at the pleura.
-
-    Orientation and spacing leave the axes of both grids parallel, and linear interpolation is then a small matrix an
-    axis: a CT of 512 x 512 x 300 voxels takes a tenth of the time and memory of a general resampling, which is left for
-    sheared affines. The memory of the result runs as a NIfTI's does, the first axis fastest, so that it is written fast.
+    included. What lies outside the volume is 0. With a `lung` mask on the volume's grid, what lies outside the lung
+    (:func:`mask_to_scan_space`) is 0 as well, and its border is as bright as what lies behind it: lesions lie at the pleura.
     """
     shape = tuple(int(n) for n in shape)
     affine = torch.as_tensor(affine, dtype=torch.float64)
@@ -81,7 +75,12 @@ def to_scan_space(
 
 
 def interpolated(volume: MetaTensor, affine: torch.Tensor, shape: tuple[int, ...]) -> MetaTensor:
-    """The resampling of :func:`to_scan_space`, whatever comes of the sum."""
+    """The resampling of :func:`to_scan_space`, whatever comes of the sum.
+
+    Orientation and spacing leave the axes of both grids parallel, and linear interpolation is then a small matrix an axis: a
+    CT takes a tenth of the time and memory of a general resampling, which is left for sheared affines. The memory of the
+    result runs as a NIfTI's does, the first axis fastest, so that it is written fast.
+    """
     matrix, offset, source, bent = relation(volume.affine, affine)
     if len(set(source)) < 3 or (abs(bent) * shape).sum(1).max() > 0.01:
         resample = SpatialResample(mode="bilinear", padding_mode="zeros", dtype=torch.float32)
@@ -104,8 +103,7 @@ def mask_to_scan_space(mask: MetaTensor, affine: torch.Tensor, shape: tuple[int,
     shape = tuple(int(n) for n in shape)
     if len(set(axes)) < 3 or abs(rest).sum(1).max() * max(shape) > 0.5:  # half a voxel off at most
         return ndimage.affine_transform(source, matrix, offset, shape, order=0, mode="grid-constant")
-    # The axes run along each other: one index an axis, hundreds of times as fast on a whole CT. The memory of the result
-    # runs as a NIfTI's does, the first axis fastest, so that it is written fast.
+    # One index an axis is hundreds of times as fast on a whole CT; the memory of the result runs as a NIfTI's does.
     source = source.transpose(axes).T
     for axis, of in enumerate(axes):
         index = np.rint(np.arange(shape[axis]) * matrix[of, axis] + offset[of]).astype(int)
@@ -128,27 +126,17 @@ class MapToHeatd(Transform):
         InputError: the horizon lies beyond the objective's last month.
     """
 
-    def __init__(
-        self,
-        objective: torch.nn.Module,
-        horizon: int,
-        cell: int,
-        map_key: str = "pred",
-        image_key: str = "image",
-        lung_key: str = "lung",
-    ) -> None:
+    def __init__(self, objective: torch.nn.Module, horizon: int, cell: int, map_key: str = "pred") -> None:
         check_horizon(horizon, objective.tmax)
         self.objective = objective
         self.horizon = horizon
         self.cell = cell
         self.map_key = map_key
-        self.image_key = image_key
-        self.lung_key = lung_key
 
     def __call__(self, data: Mapping[str, Any]) -> dict:
         out = dict(data)
         survival_map = torch.as_tensor(data[self.map_key])[None]
-        image, lung = data[self.image_key], torch.as_tensor(data[self.lung_key])[None]
+        image, lung = data["image"], torch.as_tensor(data["lung"])[None]
         pmf = self.objective.pmf(survival_map)
         heat = patch_heat(survival_map, death_by(pmf, self.horizon))
         heat = to_voxels(heat, self.cell, tuple(image.shape[1:]), lung.to(heat.device))
@@ -185,19 +173,12 @@ class HeatToScand(MapTransform):
     """Bring volumes of the lung to the grid of the file that ``image`` was loaded from, under the name ``scan_<key>``.
 
     Args:
-        keys: volumes on the grid that the network saw.
-        image_key: whose metadata know the file's affine and shape.
-        lung_key: mask on the network's grid; outside it there is nothing.
+        keys: volumes on the grid that the network saw, as ``image`` and ``lung`` are; outside the lung there is nothing.
     """
-
-    def __init__(self, keys: str = "heat", image_key: str = "image", lung_key: str = "lung") -> None:
-        super().__init__(keys)
-        self.image_key = image_key
-        self.lung_key = lung_key
 
     def __call__(self, data: Mapping[str, Any]) -> dict:
         out = dict(data)
-        meta, lung = data[self.image_key].meta, data[self.lung_key]
+        meta, lung = data["image"].meta, data["lung"]
         for key in self.key_iterator(out):
             out[f"scan_{key}"] = to_scan_space(data[key], meta["original_affine"], meta["spatial_shape"], lung)
         return out

@@ -185,8 +185,8 @@ class AttentionPooling(BoundedHead):
 class AdditiveHazards(Head):
     """A patient's hazard is ``1 / high`` plus the mean of what each patch adds, ``rate * danger_i / high`` per month.
 
-    Danger is in (0, 1). The location is the mean survival time ``1 / hazard`` of ``S(t) = exp(-hazard * t)``, and the heat of
-    a voxel its exact share of what the voxels of the lung add.
+    Danger is in (0, 1). The location is the mean survival time ``1 / hazard``, and the heat of a voxel its exact share of
+    what the voxels of the lung add.
     """
 
     mixes = False
@@ -211,8 +211,8 @@ class AdditiveHazards(Head):
 class MeanPooling(Head):
     """Global average pooling and a linear layer, which has no map of its own; the map is its Grad-CAM.
 
-    After average pooling every token has the same gradient, so that Grad-CAM is ``relu`` of what a token adds to the danger,
-    the bias minus its own months. Locations have no bounds.
+    After average pooling every token has the same gradient, so that Grad-CAM is ``relu`` of the bias minus a token's months.
+    Locations have no bounds.
 
     Source: Selvaraju et al., Grad-CAM, ICCV 2017.
     """

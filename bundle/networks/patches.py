@@ -118,21 +118,19 @@ class PatchEmbed(nn.Module):
     """Overlapping 3-D patches of the lung become tokens; HU and texture both survive the embedding.
 
     A patch is described by its voxels, the same voxels standardised within the patch, their mean and the log of their
-    standard deviation. No normalisation comes before the first linear layer: it would blow up the noise of an empty patch
-    until it looks like a lesion. Voxels outside the lung carry no evidence: they are replaced by the mean of the patch's
-    lung voxels. Gathered voxels and a Linear do the work of a convolution, because a `Conv3d` with one input channel has a
-    very slow backward on CPUs.
+    standard deviation. A normalisation before the first linear layer would blow up the noise of an empty patch until it
+    looks like a lesion. Voxels outside the lung are replaced by the mean of the patch's lung voxels. Gathered voxels and a
+    Linear do the work of a `Conv3d`, whose backward is very slow on CPUs with one input channel.
 
     Args:
         patch_size: patch side in voxels.
         stride: distance between patches in voxels, at most `patch_size`.
         dim: length of a token.
-        narrow_window: two values of the image between which voxels enter once more, running from -1 to 1: what is a few HU
-            brighter than healthy lung hardly shows in a wide window. Beyond them they go back to 0 over half the window's
-            width. Held at 1, all that is bright would look alike, and lesions of two kinds would be learnt as one. None for
-            no second window.
-        texture: describe a patch by the histogram of its lung voxels and by the correlation of neighbouring voxels as well.
-            They hold wherever in the patch its walls lie, which a linear layer on voxels would have to learn place by place.
+        narrow_window: two values of the image between which voxels enter once more, running from -1 to 1, for what is a few
+            HU brighter than healthy lung. Beyond them they go back to 0 over half the window's width: held at 1, all that is
+            bright would look alike. None for no second window.
+        texture: describe a patch by the histogram of its lung voxels and by the correlation of neighbouring voxels as well,
+            which hold wherever in the patch its walls lie.
 
     Raises:
         InputError: an argument is out of range.
@@ -204,10 +202,9 @@ class PatchEmbed(nn.Module):
 
 
 class Position(nn.Linear):
-    """Where a patch lies, from Fourier features of low frequency.
+    """Where a patch lies, from Fourier features of low frequency, scaled down so that it is learnt late.
 
-    Scaled down, position is learnt late, when the patch itself has said what it can. Lesions of a small cohort cluster, and a
-    network that learns where they were misses the one that lies elsewhere.
+    Lesions of a small cohort cluster, and a network that learns where they were misses the one that lies elsewhere.
     """
 
     def __init__(self, dim: int) -> None:
@@ -217,8 +214,7 @@ class Position(nn.Linear):
     def forward(self, index: Tensor, counts: list[int]) -> Tensor:
         """Grid cells (M, 4) that lie scan by scan, `counts` of each -> (M, dim).
 
-        Centres run from -1 to 1 over the box around the tokens of each scan. So they hold for any grid, and padding a scan to
-        the size of others in its batch doesn't move its patches.
+        Centres run from -1 to 1 over the box around the tokens of each scan, so that padding doesn't move them.
         """
         boxes: list[Tensor] = []
         for cell in index[:, 1:].split(counts):

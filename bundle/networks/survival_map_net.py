@@ -21,7 +21,7 @@ __all__ = ["SurvivalMapNet"]
 class SurvivalMapNet(nn.Module):
     """CT -> survival map: for every patch of the lung a location in months and a weight.
 
-    What a patch may say comes from a bounded neighbourhood (`window` patches a side); anything further away only modulates it.
+    What a patch says comes from a bounded neighbourhood, `window` patches a side; what is further away only modulates it.
 
     Args:
         patch_size: patch side in voxels.
@@ -33,7 +33,7 @@ class SurvivalMapNet(nn.Module):
         depth: number of transformer blocks.
         window: attention window side in patches; 0 for global attention.
         clinical_dim: length of the clinical vector, 0 for none. It enters FiLM, and a linear function of it, 0 at first,
-            moves all locations of a scan alike: `loc_range` bounds what a patch may say, not the patient.
+            moves all locations of a scan alike, beyond `loc_range` too.
         film_context: let the mean of a scan's tokens enter FiLM as well.
         center_tokens: let the head see how tokens differ from the mean of their scan only.
         head: ``"lse"`` (log-mean-exp of competing hazards), ``"softmin"``, ``"attention"``, ``"hazard"`` or ``"mean"``; see

@@ -18,35 +18,35 @@ from bundle.survival.readout import months, patient_numbers
 __all__ = ["Cox", "CoxMemory", "breslow_baseline", "cox_regression", "partial_log_likelihood"]
 
 
-def partial_log_likelihood(log_hazard: Tensor, time: Tensor, event: Tensor, ties: str = "efron") -> Tensor:
-    """Cox's log partial likelihood, the sum over deaths; 0 without deaths.
+def partial_log_likelihood(log_hazard: Tensor, time: Tensor, event: Tensor) -> Tensor:
+    """Cox's log partial likelihood with Efron's ties, the sum over deaths; 0 without deaths.
 
     A death i gives ``log_hazard_i - log sum_{j at risk} exp(log_hazard_j)``; at risk is who has a time of at least i's.
-    Of m deaths at the same time, all have that sum with Breslow's ties; with Efron's the l-th, l = 0..m-1, has the sum
-    less l / m of what the m deaths bring to it. All in log space and of the type of its input, which torchsurv's is
-    not.
+    Of m deaths at the same time the l-th, l = 0..m-1, has that sum less l / m of what the m deaths bring to it. All in
+    log space and of the type of its input, which torchsurv's is not.
 
-    Source: Cox, JRSS B 1972; Breslow, Biometrics 1974; Efron, JASA 1977.
+    Source: Cox, JRSS B 1972; Efron, JASA 1977.
 
     Args:
-        log_hazard: (N,).
-        time: (N,).
+        log_hazard, time: (N,).
         event: 1 died, 0 censored, (N,).
-        ties: ``"efron"`` or ``"breslow"``.
+
+    Example::
+
+        >>> partial_log_likelihood(torch.zeros(3), torch.tensor([1.0, 2.0, 3.0]), torch.ones(3))  # 1/3 * 1/2 * 1
+        tensor(-1.7918)
     """
     order = time.argsort(descending=True)
     log_hazard, died = log_hazard[order], event[order] > 0
     _, group, sizes = torch.unique_consecutive(time[order], return_inverse=True, return_counts=True)
     at_risk = log_hazard.logcumsumexp(0)[sizes.cumsum(0) - 1]
-    risk = at_risk[group[died]]
-    if ties == "efron":
-        groups, rank = group[died], torch.arange(int(died.sum()), device=time.device)
-        deaths = torch.zeros_like(sizes).index_add(0, groups, torch.ones_like(groups))
-        before = (rank - (deaths.cumsum(0) - deaths)[groups]).to(risk.dtype) / deaths[groups]
-        # The deaths' part of the risk, in (0, 1]: a difference of two sums of exponentials would cancel.
-        part = torch.zeros_like(at_risk).index_add(0, groups, (log_hazard[died] - risk).exp())
-        risk = risk + torch.log1p(-before * part[groups].clamp_max(1))
-    return (log_hazard[died] - risk).sum()
+    groups, rank = group[died], torch.arange(int(died.sum()), device=time.device)
+    risk = at_risk[groups]
+    deaths = torch.zeros_like(sizes).index_add(0, groups, torch.ones_like(groups))
+    before = (rank - (deaths.cumsum(0) - deaths)[groups]).to(risk.dtype) / deaths[groups]
+    # The deaths' part of the risk, in (0, 1]: a difference of two sums of exponentials would cancel.
+    part = torch.zeros_like(at_risk).index_add(0, groups, (log_hazard[died] - risk).exp())
+    return (log_hazard[died] - risk - torch.log1p(-before * part[groups].clamp_max(1))).sum()
 
 
 def cox_regression(x: Tensor, time: Tensor, event: Tensor) -> Tensor:
@@ -79,30 +79,24 @@ class Cox(Objective):
 
     The readout is ``S(t) = exp(-H0(t) exp(log hazard))``. H0 is fitted when training is over (:meth:`fit_baseline`);
     until then it is Gompertz's ``exp((t - tmax / 2) / scale)``, by which a patient's cumulative hazard is 1 at the
-    location. Beyond the last death of the training scans H0 stays as it is: nothing is known there, and what is left of
-    the probability lies in the last month, so that P(T <= t) is right for all t < tmax.
+    location. Beyond the last death of the training scans H0 stays as it is, and what is left of the probability lies in the
+    last month.
 
     Args:
         tmax: last month of the distribution; above the largest time in the cohort.
         scale: months of location in which the hazard changes by a factor e, where learning starts.
-        ties: ``"efron"`` or ``"breslow"``.
         baseline: H0 at t = 1..tmax, where it is fitted.
     """
 
     name = "cox"
 
-    def __init__(
-        self, tmax: int = 100, scale: float = 15.0, ties: str = "efron", baseline: Sequence[float] | None = None
-    ) -> None:
+    def __init__(self, tmax: int = 100, scale: float = 15.0, baseline: Sequence[float] | None = None) -> None:
         super().__init__(tmax)
         if scale <= 0:
             raise InputError(f"scale must be above 0 months, got {scale}.")
-        if ties not in ("efron", "breslow"):
-            raise InputError(f'ties must be "efron" or "breslow", got "{ties}".')
         if baseline is not None and len(baseline) != tmax:
             raise InputError(f"baseline must have {tmax} numbers, one a month up to tmax, got {len(baseline)}.")
         self.scale = scale
-        self.ties = ties
         self.baseline = None if baseline is None else [float(hazard) for hazard in baseline]
         self.log_factor = nn.Parameter(torch.zeros(()))
 
@@ -131,7 +125,7 @@ class Cox(Objective):
 
     def likelihood(self, location: Tensor, time: Tensor, event: Tensor) -> Tensor:
         """:func:`partial_log_likelihood` of patients located at `location` months, all (N,)."""
-        return partial_log_likelihood(self.log_hazard(location), time, event, self.ties)
+        return partial_log_likelihood(self.log_hazard(location), time, event)
 
     def forward(self, survival_map: Tensor, outcome: Tensor) -> Tensor:
         location, _ = patient_numbers(survival_map)
@@ -148,34 +142,25 @@ class Cox(Objective):
 class CoxMemory(Cox):
     """:class:`Cox` with risk sets that reach across batches: the last `memory` patients are remembered.
 
-    In training the loss is what the batch adds to the partial likelihood of those remembered, over the number of
-    patients in the batch: ``-(pl(remembered and batch) - pl(remembered)) / B``. Each patient of the batch feels the
-    deaths and the risk sets of all; those remembered have no gradient, and their locations are those of their last
-    visit. Were nobody forgotten and no location out of date, the mean gradient over batches would be that of the whole
-    cohort.
-
-    For maps without a gradient (validation) the same is measured and nothing is remembered. The memory is part of the
-    state, so that a resumed run is the same. A cohort smaller than `memory` is in it more than once.
+    In training the loss is what the batch adds to the partial likelihood of those remembered, over the number of patients
+    in the batch: ``-(pl(remembered and batch) - pl(remembered)) / B``. Those remembered have no gradient, and their
+    locations are those of their last visit. Were nobody forgotten and no location out of date, the mean gradient over
+    batches would be that of the whole cohort. Maps without a gradient (validation) are not remembered.
 
     Source: the difference is the cross-validated partial likelihood of Verweij and van Houwelingen, Statistics in
     Medicine 1993; a bank of past outputs as in He et al., MoCo, CVPR 2020, without the second network.
 
     Args:
-        tmax, scale, ties, baseline: as for :class:`Cox`.
+        tmax, scale, baseline: as for :class:`Cox`.
         memory: number of patients.
     """
 
     name = "cox_memory"
 
     def __init__(
-        self,
-        tmax: int = 100,
-        scale: float = 15.0,
-        ties: str = "efron",
-        baseline: Sequence[float] | None = None,
-        memory: int = 64,
+        self, tmax: int = 100, scale: float = 15.0, baseline: Sequence[float] | None = None, memory: int = 64
     ) -> None:
-        super().__init__(tmax, scale, ties, baseline)
+        super().__init__(tmax, scale, baseline)
         if memory < 1:
             raise InputError(f"memory must hold at least 1 patient, got {memory}.")
         self.memory = memory

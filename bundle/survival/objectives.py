@@ -28,6 +28,11 @@ __all__ = [
 def whole_months(time: Tensor, event: Tensor, tmax: int) -> Tensor:
     """The month, 1..tmax, of each time, (B,); who is censored in the half month below tmax, is so at tmax - 1.
 
+    Args:
+        time: months, (B,).
+        event: 1 died, 0 censored, (B,).
+        tmax: last month.
+
     Raises:
         InputError: a death after tmax, or a censoring time at or above it, for which no likelihood exists.
     """
@@ -47,12 +52,8 @@ def classical_log_likelihood(log_p: Tensor, time: Tensor, event: Tensor, log_sha
 
     Args:
         log_p: log P(T = 1..tmax), (B, tmax).
-        time: months, (B,), rounded to whole months, at least 1.
-        event: 1 died, 0 censored, (B,).
+        time, event: as for :func:`whole_months`, whose errors are raised.
         log_share: added to log_p(t) in the sum of the censored, (tmax,).
-
-    Raises:
-        InputError: a death after tmax, or a censoring time at or above it, for which no likelihood exists.
     """
     tmax = log_p.shape[-1]
     bins = whole_months(time, event, tmax).unsqueeze(1)
@@ -68,12 +69,9 @@ def centime_log_likelihood(log_p: Tensor, time: Tensor, event: Tensor) -> Tensor
     """Log-likelihood of each patient under CenTime's event-conditional censoring, (B,).
 
     A death at t gives log p(t); a patient censored at c gives log sum_{t > c} p(t) / (t - 1): the censoring time is
-    uniform on 1..t-1 when death comes at t. The sum starts above c, so t - 1 is never 0.
+    uniform on 1..t-1 when death comes at t. Arguments and errors as in :func:`classical_log_likelihood`.
 
-    Source: Shahin et al., CenTime: Event-conditional modelling of censoring in survival analysis, Medical Image
-    Analysis 2024.
-
-    Arguments and errors as in :func:`classical_log_likelihood`.
+    Source: Shahin et al., CenTime, Medical Image Analysis 2024.
     """
     t = months(log_p.shape[-1], log_p)
     return classical_log_likelihood(log_p, time, event, -(t - 1).clamp_min(1).log())

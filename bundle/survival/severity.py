@@ -31,8 +31,8 @@ NEVER = -1e6  # months, before anything
 def minkowski_functionals(x: Tensor) -> Tensor:
     """Volume, surface, mean breadth (x 2) and Euler number of a body of unit cubes, (B, 4), from (B, d, h, w) in [0, 1].
 
-    For values between 0 and 1 it is the mean over thresholds of the functionals of what lies above. By Hadwiger's theorem
-    every continuous, additive measure of a body that doesn't depend on where it lies is a linear combination of these.
+    For values between 0 and 1 the mean over thresholds. By Hadwiger's theorem every continuous, additive measure of a body
+    that doesn't depend on where it lies is a linear combination of these.
 
     Source: Legland et al., Image Analysis & Stereology 26 (2007) 83, the counts of vertices, edges, faces and cubes.
 
@@ -84,9 +84,8 @@ def severity_numbers(survival_map: Tensor, danger: Tensor, share: Tensor) -> Ten
 class Severity:
     """Months by which a patient's location is off, a linear function of :func:`severity_numbers`.
 
-    The softmin says where the danger is. How its amount becomes months is a property of the disease: linear in volume, in
-    the number of lesions, in their radius. Patients whose map shows no danger are not moved, and nobody is moved to before
-    the first death that the coefficients were fitted to: a line goes on below 0, life doesn't.
+    The softmin says where the danger is; how its amount becomes months is a property of the disease. Patients whose map
+    shows no danger are not moved, and nobody is moved to before the first death that the coefficients were fitted to.
 
     Args:
         low, high: bounds of the locations that training began with, months.
@@ -144,8 +143,7 @@ def fit_severity(
     """Fit :class:`Severity` to the training scans when training is over.
 
     Coefficients and variance are the most probable ones under the objective of the moved locations and a normal prior of
-    each slope. A moved location counts as at the earliest death where it would come before it. The variance that training
-    used made learning smooth; the one returned says how sure the times are.
+    each slope. The variance that training used made learning smooth; the one returned says how sure the times are.
 
     Args:
         numbers: of each training scan, (n, 8), from :func:`severity_numbers`.
