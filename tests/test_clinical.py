@@ -379,6 +379,8 @@ def test_settings_name_one_of_the_networks_there_are():
     assert isinstance(network_from({"dim": 16}), SurvivalMapNet)
     with pytest.raises(InputError, match="os.system .*ClinicalNet, SurvivalMapNet"):
         network_from({"name": "os.system"})
+    with pytest.raises(InputError, match="another version: SurvivalMapNet has no min_lung, severity"):
+        network_from({"dim": 16, "severity": True, "min_lung": 0.25})
 
 
 # ---------------------------------------------------------------------------------------------------- whole runs

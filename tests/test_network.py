@@ -20,7 +20,6 @@ from bundle.networks import SurvivalMapNet
 from bundle.networks.attention import Attention, tokens_of
 from bundle.networks.heads import HEADS, Head
 from bundle.networks.patches import PatchEmbed, neighbours_correlation, on_grid, share_of_lung, soft_histogram
-from bundle.survival.severity import minkowski_functionals
 
 
 def lively(**kwargs) -> SurvivalMapNet:
@@ -132,7 +131,7 @@ def neighbours_correlation_of(x: Tensor, inside: Tensor) -> Tensor:
 
 
 def test_a_patch_has_the_same_histogram_however_its_voxels_lie():
-    """What enters the first layer: 64 voxels, 64 standardised, mean, log of the deviation, twice histogram and correlation."""
+    """What enters the first layer: 64 voxels, 64 standardised, mean, log of the deviation, histogram and correlation."""
     embed, seen = PatchEmbed(4, 4, 4, texture=True), []
     embed.layers.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     image, index = torch.rand(1, 1, 4, 4, 4), torch.zeros(1, 4, dtype=torch.long)
@@ -422,8 +421,8 @@ def test_the_lower_bound_gives_way_where_it_holds_up_the_months(head):
 
 def test_heads_own_what_they_learn():
     learnt = {name: {k for k, p in head_of(name).named_parameters() if p.requires_grad and "." not in k} for name in HEADS}
-    bounded = {"bias", "lower"}
-    assert learnt == {"lse": bounded, "softmin": bounded, "attention": bounded, "hazard": {"bias", "log_rate"}, "mean": {"bias"}}
+    bounded = {name: {"bias", "lower"} for name in ("lse", "softmin", "attention")}
+    assert learnt == {**bounded, "hazard": {"bias", "log_rate"}, "mean": {"bias"}}
     assert SurvivalMapNet(dim=16, learn_beta=True).head.log_beta.requires_grad
 
 

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch.nn as nn
 
 from bundle.errors import InputError
@@ -19,10 +21,13 @@ def network_from(settings: dict) -> nn.Module:
     """The network of weights, from ``settings["network"]``: its name (SurvivalMapNet without one) and its arguments.
 
     Raises:
-        InputError: there is no such network.
+        InputError: there is no such network, or it has no such arguments.
     """
     arguments = dict(settings)
     name = arguments.pop("name", "SurvivalMapNet")
     if name not in NETWORKS:
         raise InputError(f"settings.json names the network {name} (expected one of {', '.join(NETWORKS)}).")
+    known = inspect.signature(NETWORKS[name]).parameters
+    if unknown := sorted(arguments.keys() - known):
+        raise InputError(f"settings.json is of another version: {name} has no {', '.join(unknown)} (train again).")
     return NETWORKS[name](**arguments)

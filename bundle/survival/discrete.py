@@ -162,8 +162,8 @@ def seen_until(outcome: Tensor, tmax: int) -> list[float]:
 class Logistic(Objective):
     """Death within `by` months as a yes or no: logistic regression, for those of whom the answer is known.
 
-    ``P(T <= by) = sigmoid((by - location) / scale)``, and the loss is its cross-entropy. Yes is a death at or before `by`; no
-    is whoever was seen alive then. Those censored before are left out, and the loss is the mean over the others. With
+    ``P(T <= by) = sigmoid((by - location) / scale)``, and the loss is its cross-entropy. Yes is a death at or before `by`;
+    no is whoever was seen alive then. Those censored before are left out, and the loss is the mean over the others. With
     `censoring`, each of the others has the weight ``1 / P(C >= min(T, by))``, at most 20, for those like them who were
     censored, and the loss is the mean over all. The readout, sigmoid at all t < tmax, is trained at `by` alone.
 
