@@ -104,19 +104,19 @@ def _csv(table: pd.DataFrame) -> str:
 
 
 def format_metrics_table(metrics: Mapping[str, Any]) -> str:
-    """A plain-text table of what ``metrics.json`` holds, for the terminal."""
-    lines = []
+    """A plain-text table of what ``metrics.json`` holds, for the terminal.
+
+    >>> entry = {"value": 0.8123, "lower": 0.7, "upper": None, "num_scans": 32}
+    >>> print(format_metrics_table({"survival": {"c_index": entry, "num_scans": 32}}))
+    survival (32 scans)
+             value  2.5 %  97.5 %  scans
+    c_index  0.812  0.700       -     32
+    """
+    tables = []
     for title, counts, entries in metric_groups(metrics):
-        width = max(map(len, entries))
-        lines += ["", f"{title} ({', '.join(counts)})".removesuffix(" ()")]
-        lines.append(f"  {'':{width}}  {'value':>8}  {'95 % interval':^19}  {'scans':>5}")
-        for name, entry in entries.items():
-            value, lower, upper = (_cell(entry[key]) for key in ("value", "lower", "upper"))
-            lines.append(f"  {name:{width}}  {value:>8}  {lower:>8} - {upper:>8}  {entry['num_scans']:>5}")
-    return "\n".join(lines).lstrip("\n")
-
-
-def _cell(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.4g}"
+        columns = {"value": "value", "lower": "2.5 %", "upper": "97.5 %", "num_scans": "scans"}
+        table = pd.DataFrame.from_dict(entries, orient="index", columns=list(columns)).rename(columns=columns)
+        table = table.astype({"value": float, "2.5 %": float, "97.5 %": float})
+        heading = f"{title} ({', '.join(counts)})".removesuffix(" ()")
+        tables.append(heading + "\n" + table.to_string(float_format="%.3f", na_rep="-"))
+    return "\n\n".join(tables)

@@ -263,7 +263,7 @@ def _over(score: Any, *columns: Tensor, **fixed: Any) -> Statistic:
 
 
 class SurvivalMetric(ScanMetric):
-    """Survival metrics of a cohort with bootstrap intervals over scans, each taken for a patient of its own.
+    """Survival metrics of a cohort with bootstrap intervals over scans; each scan counts as a patient.
 
     As input it takes, for each batch, as a tensor or as a list of one a scan:
 

@@ -90,8 +90,9 @@ def risk_groups(risk: ArrayLike, num: int) -> np.ndarray:
 
 
 def kaplan_meier_by_risk(risk: ArrayLike, time: ArrayLike, event: ArrayLike) -> Figure:
-    """Kaplan-Meier curves of those above and below the median risk, with 95 % bands (log-log), p of the log-rank test,
-    and the numbers at risk. A tick on a curve is a censored patient.
+    """Kaplan-Meier curves of those above and below the median risk.
+
+    With 95 % bands (log-log), p of the log-rank test, and the numbers at risk. A tick on a curve is a censored patient.
 
     Args:
         risk: grows with danger, (N,).
