@@ -272,11 +272,6 @@ def report(cv: CrossValidation, num_resamples: int, command: str) -> None:
     write_text(cv.out / "cross_validation.md", page(table, cv.parts, num_resamples, command))
 
 
-def names_of(text: str) -> list[str]:
-    """Names with commas between them."""
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m scripts.cross_validate",
@@ -305,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(words[:cut])
     try:
         options = options_of(words[cut + 1 :]) | ({"clinical": args.clinical} if args.clinical is not None else {})
-        objectives, baselines = names_of(args.objectives), names_of(args.baselines)
+        objectives, baselines = (names.replace(",", " ").split() for names in (args.objectives, args.baselines))
         if args.jobs < 1 or args.resamples < 1 or not objectives:
             raise InputError("--jobs and --resamples must be at least 1, and --objectives name one.")
         split, threads = (args.folds, args.seed), threads_of(args.jobs)

@@ -61,7 +61,7 @@ STAGES = {  # what belongs together, by the names of transforms and functions
 HEAD = """\
 # Performance
 
-On {cores} {machine} cores ({instructions}), {threads} threads, Python {python}, torch {torch}.
+On {cores} {machine} cores ({instructions}), {threads} thread(s), Python {python}, torch {torch}.
 Made by `python -m scripts.research.benchmark --threads {threads}{quick}`. Times are medians. *Wide* networks have patches
 of 8, dim 128, 4 blocks, 8 heads and an MLP of 256, as MONAI's ViT has here, which attends over all patches.
 """
@@ -268,8 +268,8 @@ def whole_cts(scans: int, threads: int) -> tuple[pd.DataFrame, pd.DataFrame]:
         cohort = write_ct(folder, scans)
         runs = {
             "one by one, 1 thread": apart(many_cts, cohort, folder / "one_thread", 0, 1),
-            f"one by one, {threads} threads": apart(many_cts, cohort, folder / "serial", 0, threads),
-            f"reading ahead, {threads} threads (as shipped)": apart(many_cts, cohort, folder / "ahead", 1, threads),
+            f"one by one, {threads} thread(s)": apart(many_cts, cohort, folder / "serial", 0, threads),
+            f"reading ahead, {threads} thread(s), as shipped": apart(many_cts, cohort, folder / "ahead", 1, threads),
             f"--engine processes --jobs {threads}": apart(many_cts, cohort, folder / "processes", 0, 1, threads),
         }
         # Bit for bit where as many threads compute; sums of more threads are rounded otherwise.

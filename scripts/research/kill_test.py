@@ -61,12 +61,8 @@ class Job:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, but for two.
-
-    Of `last.pt` it is what it holds, to the last bit: pickle writes equal content in several ways. Of the sweep's results
-    it is all but the seconds of a training.
-    """
-    if path.name == "results.csv":
+    """SHA-256 of a file; of `last.pt` what it holds to the last bit, as pickle writes equal content in several ways."""
+    if path.name == "results.csv":  # of the sweep
         return pd.read_csv(path).drop(columns="train_seconds").to_csv()
     return str(describe(load_checked(path))) if path.name == "last.pt" else file_sha256(path)
 
