@@ -20,13 +20,11 @@ class InputError(ValueError):
 def checked_numbers(
     key: str, value: Any, count: int, expected: str, valid: Callable[..., bool] = lambda *numbers: True
 ) -> list[float]:
-    """So many finite numbers, as a config or a command line gave them.
+    """`count` finite numbers, as a config or a command line gave them: one number, or a sequence.
 
     Args:
         key: what the user calls the value.
-        value: a number, or a sequence of numbers.
-        count: how many there must be.
-        expected: what there should be, for the message.
+        expected: for the message.
         valid: of the numbers, whether they may be used.
 
     Raises:
@@ -59,9 +57,7 @@ def input_error_of(error: BaseException | None) -> InputError | None:
 
 
 def unforeseen(patient: str, error: BaseException, doing: str) -> str:
-    """One sentence about an error that no check expected.
-
-    The cause at the bottom of the chain is shown: the errors that MONAI wraps around it only say where.
+    """One sentence about an error that no check expected: the cause at the bottom, without what MONAI wraps around it.
 
     Example::
 
@@ -82,7 +78,6 @@ def plain_errors() -> None:
     """Let the process end with ``error: <sentence>`` and exit code 1 for an :class:`InputError`, without a traceback.
 
     Any other exception, and every one when the environment has ``SURVIVAL_MAP_TRACEBACK=1``, is shown in full.
-    The configs call this first, because `monai.bundle run` itself has no such handling.
     """
     default = sys.__excepthook__
 

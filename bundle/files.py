@@ -42,8 +42,7 @@ class DamagedFile(Exception):
 def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
     """Call `write` with a temporary name of the same suffix beside `path`, flush to disk, rename.
 
-    A kill, or a loss of power, at any moment leaves the old file or the new one, and so does an error of `write`. The
-    folder is made if it isn't there.
+    A kill, a loss of power or an error of `write` leaves the old file or the new one. The folder is made.
 
     Raises:
         InputError: the disk is full, or the folder can't be written.
@@ -80,7 +79,7 @@ def _flush(path: Path) -> None:
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Delete the temporary files that killed processes of this machine left in a folder; those of others may be at work."""
+    """Delete the temporary files that killed processes of this machine left in a folder."""
     for path in Path(folder).glob(f"{_TEMPORARY}*"):
         pid = path.name.removeprefix(_TEMPORARY).partition("-")[0]
         if pid.isdecimal() and not _runs(int(pid)):
@@ -88,7 +87,7 @@ def remove_leftovers(folder: str | Path) -> None:
 
 
 def _runs(pid: int) -> bool:
-    """Whether there is such a process, and not only what is left of it until its parent, or a container's init, notices."""
+    """Whether a process runs, and is no zombie."""
     try:
         os.kill(pid, 0)
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
@@ -99,19 +98,11 @@ def _runs(pid: int) -> bool:
 
 
 def save_checked(content: Any, path: str | Path) -> None:
-    """`torch.save`, atomically, with the SHA-256 of the file behind it.
-
-    The file is a zip, which may be followed by other bytes: `torch.load` reads it as it reads any other.
-    """
-
-    def write(temporary: Path) -> None:
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        with open(temporary, "wb") as f:
-            f.write(buffer.getbuffer())
-            f.write(_MARK + hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
-
-    write_atomically(path, write)
+    """`torch.save`, atomically, with the file's SHA-256 behind it, which `torch.load` passes over."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    trailer = _MARK + hashlib.sha256(buffer.getbuffer()).hexdigest().encode()
+    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getvalue() + trailer))
 
 
 def load_checked(path: str | Path) -> Any:

@@ -7,12 +7,4 @@ from bundle.reading.scan_file import IMAGE_SUFFIXES, check_scan_file
 from bundle.reading.series import Series
 from bundle.reading.tables import read_table
 
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "Series",
-    "check_scan_file",
-    "choose_series",
-    "list_series",
-    "read_dicom",
-    "read_table",
-]
+__all__ = ["IMAGE_SUFFIXES", "Series", "check_scan_file", "choose_series", "list_series", "read_dicom", "read_table"]

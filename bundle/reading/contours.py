@@ -49,18 +49,9 @@ def referenced_series(dataset: pydicom.Dataset) -> str | None:
 
 
 def read_region(dataset: pydicom.Dataset, name: str, series: Series) -> nib.Nifti1Image:
-    """The mask of the region(s) of that name, on the grid that the CT is read on.
+    """The mask (0 or 1) of the region(s) of that name in an RTSTRUCT or SEG, on the grid that the CT is read on.
 
-    A polygon covers the pixels whose centre is in it; polygons on one slice add up by the even-odd rule, so that one
-    within another is a hole.
-
-    Args:
-        dataset: RTSTRUCT or SEG with all its contents.
-        name: of a region that is there.
-        series: the CT.
-
-    Returns:
-        uint8, 0 or 1, with the CT's affine.
+    A polygon covers the pixels whose centre is in it; one within another on the same slice is a hole.
 
     Raises:
         InputError: drawn in another frame of reference; off the CT's slices; empty.
@@ -69,7 +60,7 @@ def read_region(dataset: pydicom.Dataset, name: str, series: Series) -> nib.Nift
     if len(frames) > 1:
         raise InputError(f"{name} was drawn in another frame of reference than the CT's (expected the same)")
     rasterise = _contours if dataset.Modality == "RTSTRUCT" else _segments
-    mask = rasterise(dataset, region_numbers(dataset, name), name, series)
+    mask = rasterise(dataset, name, series)
     if not mask.any():
         raise InputError(f"{name} covers no voxel of the CT (expected some)")
     affine = series.affine
@@ -79,9 +70,10 @@ def read_region(dataset: pydicom.Dataset, name: str, series: Series) -> nib.Nift
     return nib.Nifti1Image(mask, affine)
 
 
-def _contours(dataset: pydicom.Dataset, numbers: list[int], name: str, series: Series) -> np.ndarray:
+def _contours(dataset: pydicom.Dataset, name: str, series: Series) -> np.ndarray:
     """(columns, rows, slices) from polygons in mm."""
     mask = np.zeros(series.shape, dtype=np.uint8)
+    numbers = region_numbers(dataset, name)
     to_index = np.linalg.inv(series.affine) @ np.diag([-1.0, -1.0, 1.0, 1.0])  # from LPS
     for region in dataset.ROIContourSequence:
         if int(region.ReferencedROINumber) not in numbers:
@@ -100,15 +92,13 @@ def _contours(dataset: pydicom.Dataset, numbers: list[int], name: str, series: S
     return mask
 
 
-def _segments(dataset: pydicom.Dataset, numbers: list[int], name: str, series: Series) -> np.ndarray:
+def _segments(dataset: pydicom.Dataset, name: str, series: Series) -> np.ndarray:
     """(columns, rows, slices) from frames of pixels."""
-    columns, rows, slices = series.shape
     try:
-        grid = highdicom.VolumeGeometry(
-            series.affine[:, [2, 1, 0, 3]], (slices, rows, columns), "PATIENT", from_reference_convention="RAS"
-        )
+        axes = series.affine[:, [2, 1, 0, 3]]
+        grid = highdicom.VolumeGeometry(axes, series.shape[::-1], "PATIENT", from_reference_convention="RAS")
         volume = highdicom.seg.Segmentation.from_dataset(dataset, copy=False).get_volume(
-            segment_numbers=numbers, combine_segments=True, skip_overlap_checks=True
+            segment_numbers=region_numbers(dataset, name), combine_segments=True, skip_overlap_checks=True
         )
         on_grid = volume.match_geometry(grid, tol=1e-2)
     except (ValueError, RuntimeError, AttributeError) as error:

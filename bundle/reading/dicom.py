@@ -8,19 +8,21 @@ packages, and applies each slice's own rescale slope and intercept.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import itk
+import nibabel as nib
 import numpy as np
 import torch
 from monai.data import ITKReader, MetaTensor
 from monai.transforms import SpatialResample
 
 from bundle.errors import InputError
-from bundle.reading.scan_file import check_size
+from bundle.reading.scan_file import size_fault
 from bundle.reading.series import Series, plural
 from bundle.reading.slices import Slice, read_slice
 
@@ -31,20 +33,16 @@ _log = logging.getLogger(__name__)
 
 
 def list_series(folder: str | os.PathLike) -> list[Series]:
-    """Every stack of slices in a folder and the folders in it, from the headers alone.
-
-    Files that aren't DICOM are passed over. Links to folders aren't followed, as they may lead round in a circle.
-    """
+    """Every stack of slices in a folder and the folders in it, from the headers alone, without following links."""
     stacks: dict[tuple, list[Slice]] = defaultdict(list)
     others = 0
     for root, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names):
-            found = read_slice(os.path.join(root, name))
-            if found is None:
-                others += 1
-            else:
+            if found := read_slice(os.path.join(root, name)):
                 stacks[found.stack].append(found)
+            else:
+                others += 1
     if others:
         _log.info("%s: %s not DICOM images", folder, f"{plural(others, 'file')} {'are' if others > 1 else 'is'}")
     return [part for slices in stacks.values() for part in _volumes(Series(tuple(slices)))]
@@ -70,9 +68,8 @@ def _volumes(stack: Series) -> list[Series]:
 def choose_series(stacks: Sequence[Series], where: str, uid: str | None = None) -> Series:
     """The chest CT among the stacks of a folder; what was found, and why this one, goes to the log.
 
-    Of CT stacks with at least 3 slices, the first by: axial; long enough for lungs (200 mm); said to be of the chest;
-    original, not derived; soft rather than sharp kernel; thin slices (down to 1 mm); many. One that lacks slices or has
-    another fault gives way to a whole one that is axial and as long, and is refused if there is none.
+    Of CT stacks with at least 3 slices, the first by :attr:`Series.merits`. One that lacks slices or has another fault
+    gives way to a whole one that is axial and as long, and is refused if there is none.
 
     Args:
         stacks: from :func:`list_series`.
@@ -121,12 +118,7 @@ def _worse(stack: Series, best: Series) -> str:
 
 
 def read_dicom(folder: str | os.PathLike, where: str, uid: str | None = None) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """The chest CT of a folder, in HU.
-
-    Args:
-        folder: with the slices, in it or in folders within.
-        where: what to call it in messages.
-        uid: SeriesInstanceUID to take; None for :func:`choose_series`'s choice.
+    """The chest CT of a folder, as :func:`choose_series` chooses it.
 
     Returns:
         (D, H, W) float32, indexed by column, row and position; its affine to RAS mm; notes for who reads the results.
@@ -135,10 +127,8 @@ def read_dicom(folder: str | os.PathLike, where: str, uid: str | None = None) ->
         InputError: as :func:`choose_series`; a file is damaged; slices at one position that differ.
     """
     series = choose_series(list_series(folder), where, uid)
-    try:
-        check_size(series.shape)
-    except InputError as fault:
-        raise InputError(f"{where}: {fault}") from fault
+    if fault := size_fault(series.shape):
+        raise InputError(f"{where}: {fault}")
     notes = []
     if series.repeated:
         _check_repeated(series, where)
@@ -161,7 +151,6 @@ def read_dicom(folder: str | os.PathLike, where: str, uid: str | None = None) ->
 
 
 def _check_repeated(series: Series, where: str) -> None:
-    """Refuse slices at one position that are not the same."""
     for place in series.places:
         first, *copies = (_pixels([s.path], where) for s in place)
         if not all(np.array_equal(first, copy) for copy in copies):
@@ -172,10 +161,9 @@ def _check_repeated(series: Series, where: str) -> None:
 
 
 def straighten(array: np.ndarray, affine: np.ndarray, mode: str = "bilinear", outside: float = _AIR_HU) -> MetaTensor:
-    """Resample slices of a tilted gantry to a grid with right angles around them, of the same spacing.
+    """Resample slices (D, H, W) of a tilted gantry to a grid with right angles around them, of the same spacing.
 
     Args:
-        array: (D, H, W).
         affine: RAS, with a third column that isn't perpendicular to the slices.
         mode: "bilinear" or "nearest".
         outside: value where there was no slice.
@@ -191,12 +179,10 @@ def straighten(array: np.ndarray, affine: np.ndarray, mode: str = "bilinear", ou
     axes = np.stack([x, np.cross(z, x), z], 1)
     if axes[:, 1] @ affine[:3, 1] < 0:
         axes[:, 1] *= -1
-    corners = np.stack(np.meshgrid(*((0, n - 1) for n in array.shape)), -1).reshape(-1, 3)
-    corners = (corners @ affine[:3, :3].T + affine[:3, 3]) @ axes / spacing
+    corners = list(itertools.product(*((0, n - 1) for n in array.shape)))
+    corners = nib.affines.apply_affine(affine, corners) @ axes / spacing
     low, high = corners.min(0), corners.max(0)
-    straight = np.eye(4)
-    straight[:3, :3] = axes * spacing
-    straight[:3, 3] = axes @ (low * spacing)
+    straight = nib.affines.from_matvec(axes * spacing, axes @ (low * spacing))
     size = (np.ceil(high - low - 1e-3) + 1).astype(int)
     image = MetaTensor(torch.from_numpy(array.astype(np.float32))[None] - outside, affine=torch.as_tensor(affine))
     resample = SpatialResample(mode=mode, padding_mode="zeros", align_corners=True)
@@ -222,5 +208,3 @@ def _readable(path: str) -> bool:
     except Exception:
         return False
     return True
-
-

@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,30 +32,21 @@ __all__ = ["LAYOUTS", "UNITS", "Layout", "read_clinical", "scan_row"]
 _log = logging.getLogger(__name__)
 
 UNITS = {"days": 12 / 365.25, "weeks": 7 * 12 / 365.25, "months": 1.0, "years": 12.0}  # in months
+_REGIONS = ("RTSTRUCT", "SEG")  # in this order, as SEG are often made from RTSTRUCT
 _EVENT = {"dead": 1, "deceased": 1, "died": 1, "alive": 0, "censored": 0, "true": 1, "false": 0}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a data set names things.
+    """How a data set names the columns of its table."""
 
-    Args:
-        patient: column of the table with the patient, who has a folder or files of that name.
-        time: column with the time to death or last contact.
-        event: column with 1 died, 0 censored.
-        unit: of `time`, one of UNITS.
-        visit: column with the time of a visit from the CT on, if each has a row; the nearest to 0 is taken.
-        outcome: whether time and event must be there; if not, a table without them makes a cohort for inference.
-        names: of clinical columns, where another than :func:`tidy`'s is wanted.
-    """
-
-    patient: str
-    time: str
-    event: str
-    unit: str
-    visit: str | None = None
-    outcome: bool = False
-    names: Mapping[str, str] = field(default_factory=dict)
+    patient: str  # who has a folder or files of that name
+    time: str  # to death or last contact
+    event: str  # 1 died, 0 censored
+    unit: str  # of `time`, one of UNITS
+    visit: str | None = None  # time of a visit from the CT on, if each has a row; the nearest to 0 is taken
+    outcome: bool = False  # whether time and event must be there; a table without them makes a cohort for inference
+    names: Mapping[str, str] = field(default_factory=dict)  # of clinical columns, where another than tidy's is wanted
 
 
 LAYOUTS = {
@@ -69,11 +60,7 @@ LAYOUTS = {
 
 
 def read_clinical(path: str | os.PathLike, layout: Layout) -> tuple[dict[int, dict[str, str]], list[str]]:
-    """The rows of a clinical table as the cohort has them, without the scans' files.
-
-    Args:
-        path: CSV in UTF-8.
-        layout: names of its columns.
+    """The rows of a clinical table (CSV in UTF-8) as the cohort has them, without the scans' files.
 
     Returns:
         rows by line of the file, each with `patient_id`, `time` (months) and `event` if the table has them, and its
@@ -142,7 +129,7 @@ def scan_row(patient: str, images: Path, masks: Path, region: str | None) -> dic
         patient: as in the table.
         images: folder of the data set.
         masks: folder to write the mask of `region` to; one that is there and fits isn't made again.
-        region: what causes death, as RTSTRUCT or SEG name it (GTV-1); None: not looked for.
+        region: what causes death, as RTSTRUCT or SEG name it (GTV-1), if it is looked for.
 
     Raises:
         InputError: nothing or too much is found; no chest CT; the region doesn't fit the CT.
@@ -152,7 +139,8 @@ def scan_row(patient: str, images: Path, masks: Path, region: str | None) -> dic
         return _files(patient, images)
     stacks = list_series(folder)
     with _malformed(patient, region):
-        regions = _region_files(stacks) if region else []
+        drawings = sorted((s.modality, s.path) for stack in stacks for s in stack.slices if s.modality in _REGIONS)
+        regions = [pydicom.dcmread(path) for _, path in drawings if region]
         drawn = next((d for d in regions if region_numbers(d, region)), None)
     uid = referenced_series(drawn) if drawn else None
     series = choose_series(stacks, f"patient {patient}", uid if any(s.uid == uid for s in stacks) else None)
@@ -172,7 +160,7 @@ def scan_row(patient: str, images: Path, masks: Path, region: str | None) -> dic
 
 @contextmanager
 def _malformed(patient: str, region: str | None) -> Iterator[None]:
-    """An RTSTRUCT or SEG that lacks what it must have, or has something else, is the fault of one patient."""
+    """A malformed RTSTRUCT or SEG is the fault of one patient."""
     try:
         yield
     except InputError:
@@ -183,13 +171,7 @@ def _malformed(patient: str, region: str | None) -> Iterator[None]:
 
 
 def tidy(name: str) -> str:
-    """A column's name in lower case with underscores.
-
-    Example::
-
-        >>> tidy("clinical.T.Stage"), tidy("SmokingStatus")
-        ('clinical_t_stage', 'smoking_status')
-    """
+    """A column's name in lower case with underscores: clinical.T.Stage becomes clinical_t_stage."""
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)
     return re.sub(r"[^0-9a-z]+", "_", name.lower()).strip("_")
 
@@ -206,18 +188,11 @@ def _files(patient: str, images: Path) -> dict[str, str]:
                 found.setdefault(column, []).append(os.path.join(root, name))
     for column, paths in found.items():
         if len(paths) > 1:
-            raise InputError(
-                f"patient {patient}: {len(paths)} files could be {column}: {', '.join(sorted(paths))} (expected one)"
-            )
+            listed = ", ".join(sorted(paths))
+            raise InputError(f"patient {patient}: {len(paths)} files could be {column}: {listed} (expected one)")
     if "image" not in found:
         raise InputError(f"patient {patient}: no scan in {images} (expected a folder or a file of that name)")
     return {column: paths[0] for column, paths in found.items()}
-
-
-def _region_files(stacks: Iterable[Series]) -> list[pydicom.Dataset]:
-    """RTSTRUCT first, from which SEG are often made."""
-    files = [(one.modality, one.path) for s in stacks for one in s.slices if one.modality in ("RTSTRUCT", "SEG")]
-    return [pydicom.dcmread(path) for _, path in sorted(files)]
 
 
 def _folder_of(series: Series, stacks: Sequence[Series], patient: str) -> Path:
@@ -243,9 +218,4 @@ def _fits(path: Path, series: Series) -> bool:
 
 def _event(text: str) -> str:
     """ "1" or "0", from a number or a word."""
-    try:
-        return str((0, 1).index(float(text)))
-    except ValueError:
-        if text.lower() not in _EVENT:
-            raise
-        return str(_EVENT[text.lower()])
+    return str((0, 1).index(float(_EVENT.get(text.lower(), text))))

@@ -19,7 +19,7 @@ from isal import isal_zlib
 
 from bundle.errors import InputError
 
-__all__ = ["IMAGE_SUFFIXES", "MOST_VOXELS", "check_scan_file", "check_size", "scan_stem"]
+__all__ = ["IMAGE_SUFFIXES", "MOST_VOXELS", "check_scan_file", "scan_stem", "size_fault"]
 
 IMAGE_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
 
@@ -31,6 +31,7 @@ _CHUNK_BYTES = 2**20
 _TRAILING_BYTES = 4096  # padding that some programs leave after the voxels
 _NIFTI_BYTES = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 _EXPECTED = "(expected a whole scan)"
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 _MAGIC = (
     (b"\x1f\x8b", "compressed by gzip"),
@@ -51,19 +52,13 @@ class _Claim(NamedTuple):
     shape: tuple[int, ...]
     size: int  # bytes of all voxels
     source: str  # file which holds them
-    offset: int | None  # byte where they (or, if compressed, their stream) begin; None: they are written as text
-    skip: int  # bytes of the inflated stream before the voxels
+    offset: int | None  # byte where their stream begins; None: they are written as text
+    skip: int  # bytes of the (inflated) stream before the voxels
     compressed: bool
 
 
 def scan_stem(name: str) -> str | None:
-    """The name of a scan's file without its suffix; None if the suffix is not a scan's.
-
-    Example::
-
-        >>> scan_stem("P7.NII.gz"), scan_stem("P7.jpg")
-        ('P7', None)
-    """
+    """The name of a scan's file without its suffix; None if the suffix is not one of :data:`IMAGE_SUFFIXES`."""
     suffix = next((s for s in IMAGE_SUFFIXES if name.lower().endswith(s)), None)
     return name[: -len(suffix)] if suffix else None
 
@@ -71,17 +66,15 @@ def scan_stem(name: str) -> str | None:
 def check_scan_file(path: str | os.PathLike) -> None:
     """Refuse a file that isn't a whole NIfTI, NRRD or MetaImage of at most :data:`MOST_VOXELS` real numbers.
 
-    Only the header is parsed. Compressed voxels are inflated once, a megabyte at a time and never beyond what the
-    header claims, as the readers themselves don't all notice a flipped bit; so neither a small file that inflates to
-    many gigabytes nor a header that claims them costs memory.
+    Compressed voxels are inflated once, a megabyte at a time and never beyond what the header claims: not all readers
+    notice a flipped bit, and neither a small file that inflates to many gigabytes nor a header that claims them may
+    cost memory.
 
     Args:
         path: a file with one of :data:`IMAGE_SUFFIXES`.
 
     Raises:
-        InputError: what is wrong with the file and what was expected, without its name: not a regular file, empty,
-            of another format than its suffix says, a header that makes no sense or names a file elsewhere, complex or
-            colour voxels, no voxels or too many, more or fewer bytes than the header claims, a damaged stream.
+        InputError: what is wrong with the file and what was expected, without its name.
     """
     path = os.fspath(path)
     status = os.stat(path)
@@ -92,29 +85,22 @@ def check_scan_file(path: str | os.PathLike) -> None:
     try:
         with open(path, "rb") as file:
             start = file.read(_HEADER_BYTES)
-        name = path.lower()
-        if name.endswith((".nii", ".nii.gz")):
-            claim = _nifti(path, start)
-        elif name.endswith(".nrrd"):
-            claim = _nrrd(path, start)
-        else:
-            claim = _meta(path, start)
-        check_size(claim.shape)
+        parse = {".nii": _nifti, ".gz": _nifti, ".nrrd": _nrrd}.get(os.path.splitext(path.lower())[1], _meta)
+        claim = parse(path, start)
+        if fault := size_fault(claim.shape):
+            raise InputError(fault)
         _check_voxels(claim)
     except OSError as error:
         raise InputError(f"cannot be opened: {error.strerror or error} {_EXPECTED}") from error
 
 
-def check_size(shape: Sequence[int]) -> None:
-    """Refuse a header that claims no voxels, or more than :data:`MOST_VOXELS`.
-
-    Raises:
-        InputError: without the name of the file.
-    """
+def size_fault(shape: Sequence[int]) -> str | None:
+    """That a header claims no voxels, or more than :data:`MOST_VOXELS`."""
     if not shape or min(shape) < 1:
-        raise InputError(f"its header claims {_by(shape)} voxels (expected at least 1 each way)")
+        return f"its header claims {_by(shape)} voxels (expected at least 1 each way)"
     if math.prod(shape) > MOST_VOXELS:
-        raise InputError(f"its header claims {_by(shape)} voxels (expected at most {MOST_VOXELS} in all)")
+        return f"its header claims {_by(shape)} voxels (expected at most {MOST_VOXELS} in all)"
+    return None
 
 
 def _nifti(path: str, start: bytes) -> _Claim:
@@ -153,8 +139,7 @@ def _nifti(path: str, start: bytes) -> _Claim:
     offset = float(header["vox_offset"])
     if not size <= offset < 2**31:
         raise InputError(f"its header says that voxels begin at byte {offset:g} (expected {size + 4} or a little more)")
-    where = (0, int(offset)) if zipped else (int(offset), 0)
-    return _Claim(shape, math.prod(shape) * dtype.itemsize, path, *where, zipped)
+    return _Claim(shape, math.prod(shape) * dtype.itemsize, path, 0, int(offset), zipped)
 
 
 def _nrrd(path: str, start: bytes) -> _Claim:
@@ -178,7 +163,7 @@ def _meta(path: str, start: bytes) -> _Claim:
     found = re.search(rb"^ElementDataFile *= *(.*?) *\r?\n?$", start, re.MULTILINE)
     text = start[: found.end()] if found else start
     fields = dict(re.findall(r"^(\w+) *= *(.*?) *\r?$", text.decode("latin-1"), re.MULTILINE))
-    if "NDims" not in fields and "ObjectType" not in fields:
+    if not {"NDims", "ObjectType"} & fields.keys():
         raise InputError(f"is {_looks_like(start)} (expected MetaImage)")
     if lacking := [name for name in ("NDims", "DimSize", "ElementType", "ElementDataFile") if name not in fields]:
         raise InputError(f"its MetaImage header lacks {', '.join(lacking)} {_EXPECTED}")
@@ -187,8 +172,8 @@ def _meta(path: str, start: bytes) -> _Claim:
     source, offset = fields["ElementDataFile"], found.end()
     if source.upper() != "LOCAL":
         if source != os.path.basename(source) or re.match("LIST|$", source.upper()) or "%" in source:
-            expected = "expected LOCAL, or one file beside the header"
-            raise InputError(f"its voxels are in another place, {source[:80]!r} ({expected})")
+            what = f"its voxels are in another place, {source[:80]!r}"
+            raise InputError(f"{what} (expected LOCAL, or one file beside the header)")
         beside = os.path.join(os.path.dirname(path), source)
         if not os.path.isfile(beside):
             raise InputError(f"its voxels are in {source[:80]!r}, which is not beside it {_EXPECTED}")
@@ -197,9 +182,9 @@ def _meta(path: str, start: bytes) -> _Claim:
         source = path
         offset += start[offset : offset + 1] == b"\n"
     shape, size = _itk_claim(path, f"MetaImage, DimSize {fields['DimSize'][:80]}")
-    text_voxels = fields.get("BinaryData", "True").lower() == "false"
     compressed = fields.get("CompressedData", "False").lower() == "true"
-    return _Claim(shape, size, source, None if text_voxels else offset, 0, compressed)
+    as_text = fields.get("BinaryData", "True").lower() == "false"
+    return _Claim(shape, size, source, None if as_text else offset, 0, compressed)
 
 
 def _meta_fault(fields: dict[str, str]) -> str | None:
@@ -211,16 +196,12 @@ def _meta_fault(fields: dict[str, str]) -> str | None:
     counts |= dict.fromkeys(("Offset", "Position", "Origin"), rank)
     counts |= dict.fromkeys(("TransformMatrix", "Rotation", "Orientation"), rank**2)
     for name, count in counts.items():
-        if name in fields and (not rank or not _are_numbers(fields[name], count)):
+        words = fields.get(name, "").split()
+        if name in fields and not (rank and len(words) == count and all(map(_NUMBER.fullmatch, words))):
             return f"{name} = {fields[name][:80]}"
         if name in fields and order.index(name) < order.index("NDims"):
             return f"{name} before NDims"
     return None
-
-
-def _are_numbers(text: str, count: int) -> bool:
-    words = text.split()
-    return len(words) == count and all(re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", word) for word in words)
 
 
 def _itk_claim(path: str, what: str) -> tuple[tuple[int, ...], int]:
@@ -268,12 +249,7 @@ def _check_voxels(claim: _Claim) -> None:
 
 
 def _inflated(file: BinaryIO) -> Iterator[int]:
-    """Sizes of the inflated pieces of a gzip (any number of members) or zlib stream, whose checksums are verified.
-
-    Raises:
-        EOFError: the stream ends early.
-        isal_zlib.error: it is damaged.
-    """
+    """Sizes of the inflated pieces of a gzip (any number of members) or zlib stream, whose checksums are verified."""
     data = file.read(_CHUNK_BYTES)
     while data:
         inflate = isal_zlib.decompressobj(wbits=47)  # gzip or zlib, whichever its header says
@@ -298,13 +274,9 @@ def _looks_like(start: bytes) -> str:
         return "one DICOM file"
     if start[344:347] in (b"n+1", b"ni1"):
         return "NIfTI without compression"
-    text = start.lstrip()
-    if text[:1] in (b"{", b"["):
-        return "JSON"
-    if text[:1] == b"<":
-        return "HTML or XML"
-    if re.match(rb"(ObjectType|NDims) *=", text):
-        return "MetaImage"
+    for pattern, what in ((rb"\s*[{[]", "JSON"), (rb"\s*<", "HTML or XML"), (rb"\s*(ObjectType|NDims) *=", "MetaImage")):
+        if re.match(pattern, start):
+            return what
     return "text" if start.isascii() and b"\0" not in start else "no format that is known"
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from nibabel.affines import from_matvec
 
 from bundle.reading.slices import Slice
 
@@ -28,13 +29,7 @@ _ELSEWHERE = re.compile("abd|pelvi|head|brain|skull|neck|spine|knee|hip|leg|foot
 
 
 def plural(number: int, what: str) -> str:
-    """A number of things in words.
-
-    Example::
-
-        >>> plural(1, "slice"), plural(2, "slice"), plural(2, "series")
-        ('1 slice', '2 slices', '2 series')
-    """
+    """A number of things in words: 1 slice, 2 slices, 2 series."""
     return f"{number} {what}{'' if number == 1 or what == 'series' else 's'}"
 
 
@@ -44,12 +39,9 @@ class Series:
 
     A series that mixes these is several `Series` with one `uid`. Positions and vectors are in mm, LPS, as in DICOM;
     :attr:`affine` alone is RAS.
-
-    Args:
-        slices: at least one; in order along their normal if the stack is not :attr:`unfit`.
     """
 
-    slices: tuple[Slice, ...]
+    slices: tuple[Slice, ...]  # at least one; in order along their normal if the stack is not unfit
 
     @property
     def head(self) -> Slice:
@@ -79,14 +71,12 @@ class Series:
 
     @cached_property
     def places(self) -> tuple[tuple[Slice, ...], ...]:
-        """The slices at each position: more than one where a position is there more than once."""
-        places: list[list[Slice]] = []
+        """The slices at each position."""
+        places: list[tuple[Slice, ...]] = []
         for s in self.slices:
-            if places and math.dist(places[-1][0].position, s.position) < 0.01:
-                places[-1].append(s)
-            else:
-                places.append([s])
-        return tuple(map(tuple, places))
+            near = places and math.dist(places[-1][0].position, s.position) < 0.01
+            places.append((*places.pop(), s) if near else (s,))
+        return tuple(places)
 
     @property
     def repeated(self) -> int:
@@ -119,12 +109,9 @@ class Series:
     def affine(self) -> np.ndarray:
         """From indices (column, row, position) to RAS mm; sheared if the gantry was tilted."""
         orientation, spacing = self.head.orientation, self.head.spacing
-        affine = np.eye(4)
-        affine[:3, 0] = np.array(orientation[:3]) * spacing[1]
-        affine[:3, 1] = np.array(orientation[3:]) * spacing[0]
-        affine[:3, 2] = self.step if self.tilted else self.normal * np.linalg.norm(self.step)
-        affine[:3, 3] = self.places[0][0].position
-        return _LPS_TO_RAS @ affine
+        row, column = np.array(orientation[:3]) * spacing[1], np.array(orientation[3:]) * spacing[0]
+        step = self.step if self.tilted else self.normal * np.linalg.norm(self.step)
+        return _LPS_TO_RAS @ from_matvec(np.stack([row, column, step], 1), self.places[0][0].position)
 
     @cached_property
     def unfit(self) -> str | None:
@@ -194,8 +181,8 @@ class Series:
         """What makes one CT better than another for a survival map, the weightiest first; large is good."""
         head = self.head
         words = f"{head.body_part} {head.description}"
-        extent = float(np.linalg.norm(self.step)) * len(self.places) if len(self.places) > 1 else 0.0
-        apart = extent / max(1, len(self.places))
+        apart = float(np.linalg.norm(self.step)) if len(self.places) > 1 else 0.0
+        extent = apart * len(self.places)
         kernel, rank = {False: ("soft", 2), None: ("unknown", 1), True: ("sharp", 0)}[sharp_kernel(head.kernel)]
         chest = 1 if _CHEST.search(words) else -1 if _ELSEWHERE.search(words) else 0
         derived = "DERIVED" in head.image_type
@@ -218,7 +205,7 @@ class Series:
             f"kernel {head.kernel}" if head.kernel else "",
             plural(len(self.slices), "slice"),
             f"{' and '.join(f'{mm:g}' for mm in thick[:3])} mm thick" if thick else "",
-            self.plane if self.plane != "?" else "",
+            self.plane.strip("?"),
             f"{head.columns} x {head.rows}" if head.rows else "",
         ]
         return f"{', '.join(filter(None, parts))} (series {self.uid or 'without UID'})"
@@ -226,8 +213,6 @@ class Series:
 
 def sharp_kernel(kernel: str) -> bool | None:
     """Whether a convolution kernel is one for lung or bone (edges overshoot, noise is high); None if it isn't known.
-
-    Siemens and Canon number their kernels, GE names them, Philips has letters.
 
     Example::
 

@@ -136,9 +136,8 @@ def _text(header: pydicom.Dataset, keyword: str) -> str:
 
 
 def _numbers(header: pydicom.Dataset, keyword: str, count: int) -> tuple[float, ...] | None:
-    """That many finite numbers, or None."""
     try:
-        numbers = tuple(float(v) for v in np.atleast_1d(header.get(keyword)))
+        numbers = tuple(map(float, np.atleast_1d(header.get(keyword))))
     except Exception:
         return None
     return numbers if len(numbers) == count and all(map(math.isfinite, numbers)) else None

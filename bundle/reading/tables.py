@@ -1,9 +1,6 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
-"""CSV tables whose faults are told by row and column, all at once.
-
-Read by the `csv` module, not by pandas: pandas drops the number of a row's line, renames repeated columns and guesses types.
-"""
+"""CSV tables whose faults are told by row and column, all at once: by `csv`, as pandas drops the number of a row's line."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ import csv
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from bundle.errors import InputError
 
@@ -23,12 +21,9 @@ _ID_BYTES = 200  # names of files may have 255, and more is added to an id
 VALID_ID = f"a name of up to {_ID_BYTES} bytes without / \\ .. or control characters, as files are named after it"
 
 
+@dataclass
 class Row:
     """One row of a table, and the faults found in it.
-
-    Args:
-        line: where it is in the file; the header is line 1.
-        cells: text by column.
 
     Example::
 
@@ -38,10 +33,9 @@ class Row:
         ["row 3, column time: 'soon' (expected months as a number > 0)"]
     """
 
-    def __init__(self, line: int, cells: dict[str, str]) -> None:
-        self.line = line
-        self.cells = cells
-        self.faults: list[str] = []
+    line: int  # of the file, where the header is line 1
+    cells: dict[str, str]
+    faults: list[str] = field(default_factory=list)
 
     def fault(self, column: str, what: str) -> None:
         """Note what is wrong in a column."""
@@ -58,9 +52,7 @@ class Row:
 
 
 def read_table(path: str | os.PathLike) -> tuple[list[str], list[Row]]:
-    """The header of a CSV in UTF-8, and each row that is not blank.
-
-    A row with more or fewer values than the header has no cells, and a fault that says so.
+    """The header of a CSV in UTF-8, and each row that is not blank; one of the wrong length has a fault and no cells.
 
     Raises:
         InputError: the file is missing, empty or no CSV in UTF-8.
@@ -77,23 +69,17 @@ def read_table(path: str | os.PathLike) -> tuple[list[str], list[Row]]:
     lines = [(line, values) for line, values in lines if any(values)]
     if not lines:
         raise InputError(f"table {path}: the file is empty (expected a header, such as patient_id,image,time,event)")
-    (_, header), *rest = lines
+    header = lines[0][1]
     rows = []
-    for line, values in rest:
-        row = Row(line, dict(zip(header, values, strict=False)))
-        if len(values) != len(header):
-            row.cells = {}
-            row.faults.append(f"row {line}: {len(values)} values (expected {len(header)}, as in the header)")
-        rows.append(row)
+    for line, values in lines[1:]:
+        fault = f"row {line}: {len(values)} values (expected {len(header)}, as in the header)"
+        fits = len(values) == len(header)
+        rows.append(Row(line, dict(zip(header, values)) if fits else {}, [] if fits else [fault]))
     return header, rows
 
 
 def raise_faults(path: str | os.PathLike, faults: Sequence[str]) -> None:
-    """Refuse a table that has faults, each on a line of its own.
-
-    Raises:
-        InputError: there is a fault.
-    """
+    """Raise an :class:`InputError` that lists the faults of a table, if there are any."""
     if faults:
         count = "a fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise InputError(f"{path} has {count}:\n" + "\n".join(f"  {fault}" for fault in faults))
