@@ -164,9 +164,9 @@ def jobs(work: Path) -> list[Job]:
 def kill_and_compare(job: Job, kills: int, alone: dict[str, str], seconds: float, work: Path, rng: random.Random) -> int:
     """How many of so many kills passed."""
     done = passed = 0
-    (work / "killed").mkdir()
+    (work / "killed" / job.name).mkdir(parents=True)
     while done < kills:
-        folder, log, here = work / "killed" / str(done), work / "killed" / f"{done}.txt", 0
+        folder, log, here = work / "killed" / job.name / str(done), work / "killed" / f"{job.name} {done}.txt", 0
         while True:
             step = rng.choice((0, rng.randint(1, 12))) if here < min(KILLS_A_RUN, kills - done) else 0
             attempt = Attempt(job, folder, log, step)
@@ -187,7 +187,6 @@ def kill_and_compare(job: Job, kills: int, alone: dict[str, str], seconds: float
         passed += 0 if wrong else here
         if not wrong:
             shutil.rmtree(folder)
-    shutil.rmtree(work / "killed", ignore_errors=passed < kills)
     return passed
 
 
