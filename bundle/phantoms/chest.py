@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-from bundle.phantoms.phantom import CENSORED_AT, Phantom, PhantomParams, ball, clipped, smooth_noise
+from bundle.phantoms.phantom import CENSORED_AT, Phantom, PhantomParams, ball, smooth_noise
 
 
 class Chest:
@@ -124,7 +124,7 @@ def chest(body: Chest, dies: bool) -> Phantom:
     if dies:
         for _ in range(int(rng.integers(1, 5))):
             gt |= body.subpleural_patch(lung)
-        time = clipped(62 - 600 * gt.sum() / lung.sum(), 2, 60)
+        time = float(np.clip(62 - 600 * gt.sum() / lung.sum(), 2, 60))
     for _ in range(int(rng.integers(0, 4))):
         glass |= body.subpleural_patch(lung & ~gt)
     inner = np.argwhere(lung & ~gt & (body.depth > 12))

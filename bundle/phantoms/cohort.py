@@ -75,13 +75,7 @@ def phantom_name(phantom: str | int) -> str:
 
 
 def make_phantom(phantom: str | int, rng: np.random.Generator, dies: bool, params: PhantomParams) -> Phantom:
-    """Draw one phantom.
-
-    Args:
-        phantom: its name or number.
-        rng: fixes every voxel.
-        dies: whether the patient does; means nothing where the outcome is drawn.
-        params: what may be changed.
+    """Draw one phantom, given by name or number; `dies` means nothing where the outcome is drawn.
 
     Raises:
         InputError: there is no such phantom.

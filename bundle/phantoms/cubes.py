@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-from bundle.phantoms.phantom import CENSORED_AT, Phantom, PhantomParams, ball, clipped, smooth_noise
+from bundle.phantoms.phantom import CENSORED_AT, Phantom, PhantomParams, ball, smooth_noise
 
 RISK = 20.0  # of a scan that is all lesion; a tenth of it shortens the expected time by the factor exp(2)
 
@@ -93,7 +93,7 @@ class Cube:
         """
         death = 80 * np.exp(-risk) * self.fate.weibull(1.5)
         censoring = self.fate.uniform(5, CENSORED_AT)
-        time = clipped(min(death, censoring), 1, CENSORED_AT - 1)
+        time = float(np.clip(min(death, censoring), 1, CENSORED_AT - 1))
         return self.laid(gt, v, masks, time=time, event=int(death <= censoring), true_risk=risk)
 
     def laid(self, gt: np.ndarray, v: np.ndarray | float | None, masks: dict, **outcome) -> Phantom:
@@ -118,13 +118,13 @@ def central_sphere(cube: Cube, dies: bool) -> Phantom:
 def spheres(cube: Cube, dies: bool) -> Phantom:
     """1-3 bright spheres anywhere; time falls with their volume."""
     gt, _ = cube.spheres(cube.params.sphere_count, cube.params.sphere_radius)
-    return cube.scan(dies, gt, clipped(40 - 160 * gt.mean(), 2, 40))
+    return cube.scan(dies, gt, np.clip(40 - 160 * gt.mean(), 2, 40))
 
 
 def honeycomb(cube: Cube, dies: bool) -> Phantom:
     """A honeycomb of hollow bubbles along the faces; time falls with the volume of the walls."""
     gt, filled = cube.honeycomb()
-    return cube.scan(dies, gt, clipped(60 - 200 * gt.mean(), 2, 60), gt_filled_mask=filled)
+    return cube.scan(dies, gt, np.clip(60 - 200 * gt.mean(), 2, 60), gt_filled_mask=filled)
 
 
 def corner_sphere(cube: Cube, dies: bool) -> Phantom:
@@ -139,7 +139,7 @@ def spheres_honeycomb(cube: Cube, dies: bool, corner_radius: float = 0) -> Phant
     corner = cube.ball(1, corner_radius)  # what of a sphere lies in it can't be seen, and is no cause
     wall, _ = cube.honeycomb()
     gt = cube.spheres(cube.params.sphere_count, cube.params.sphere_radius)[0] & ~corner
-    return cube.scan(dies, gt, clipped(40 - 160 * gt.mean(), 2, 40), confounder_mask=wall | corner)
+    return cube.scan(dies, gt, np.clip(40 - 160 * gt.mean(), 2, 40), confounder_mask=wall | corner)
 
 
 def spheres_honeycomb_corner(cube: Cube, dies: bool) -> Phantom:
@@ -151,7 +151,7 @@ def counted_spheres(cube: Cube, dies: bool) -> Phantom:
     """1-5 spheres: more or larger ones, shorter life."""
     # Apart, because nobody can count two spheres that look like one.
     gt, number = cube.spheres(cube.params.small_count, cube.params.small_radius, gap=2)
-    return cube.scan(dies, gt, clipped(45 - 7 * number - 40 * gt.mean(), 2, 45))
+    return cube.scan(dies, gt, np.clip(45 - 7 * number - 40 * gt.mean(), 2, 45))
 
 
 def texture(cube: Cube, dies: bool) -> Phantom:
@@ -161,7 +161,7 @@ def texture(cube: Cube, dies: bool) -> Phantom:
     # The very mean and standard deviation of the background, however small the sample is.
     inside, outside = smooth[gt], cube.v[~gt]
     v = outside.mean() + outside.std() * (smooth - inside.mean()) / inside.std()
-    return cube.scan(dies, gt, clipped(40 - 160 * gt.mean(), 2, 40), v)
+    return cube.scan(dies, gt, np.clip(40 - 160 * gt.mean(), 2, 40), v)
 
 
 # What is drawn in these sets a risk only; the outcome is drawn, whatever `dies` says.

@@ -95,7 +95,3 @@ def smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], sigma: float)
     """Gaussian noise smoothed by `sigma` voxels, with mean 0 and standard deviation 1."""
     noise = ndimage.gaussian_filter(rng.normal(size=shape), sigma, mode="reflect")
     return (noise - noise.mean()) / noise.std()
-
-
-def clipped(value: float, low: float, high: float) -> float:
-    return float(np.clip(value, low, high))
