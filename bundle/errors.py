@@ -2,15 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """One kind of error for everything a user can put right, and one sentence for every other."""
 
-from __future__ import annotations
-
 import math
 import os
 import sys
 from collections.abc import Callable
 from typing import Any
-
-__all__ = ["InputError", "checked_numbers", "input_error_of", "plain_errors", "scan_fault", "unforeseen"]
 
 
 class InputError(ValueError):
@@ -43,10 +39,7 @@ def checked_numbers(
 
 
 def input_error_of(error: BaseException | None) -> InputError | None:
-    """The :class:`InputError` behind an exception, or ``None``.
-
-    MONAI and ignite wrap errors raised in configs, transforms and engines, so the cause chain is followed.
-    """
+    """The :class:`InputError` behind an exception, or ``None``: MONAI and ignite wrap what is raised in their callbacks."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, InputError):
@@ -57,13 +50,7 @@ def input_error_of(error: BaseException | None) -> InputError | None:
 
 
 def unforeseen(patient: str, error: BaseException, doing: str) -> str:
-    """One sentence about an error that no check expected: the cause at the bottom, without what MONAI wraps around it.
-
-    Example::
-
-        >>> unforeseen("P7", ZeroDivisionError("division by zero"), "predicting")
-        'patient P7: ZeroDivisionError while predicting: division by zero'
-    """
+    """One sentence about an error that no check expected, by the cause at the bottom of its chain."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"patient {patient}: {type(error).__name__} while {doing}: {' '.join(str(error).split())}"

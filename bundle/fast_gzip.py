@@ -5,12 +5,8 @@
 Importing it registers it. Files have no name and date in their header, so that equal volumes are equal files.
 """
 
-from __future__ import annotations
-
 from isal import igzip
 from nibabel.openers import ImageOpener
-
-__all__ = ["open_gzip"]
 
 
 def open_gzip(path: str, mode: str = "rb", compresslevel: int = 1) -> igzip.IGzipFile:

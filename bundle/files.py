@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that are there whole or not at all, and that show when they have been damaged."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io
@@ -18,17 +16,6 @@ from typing import Any
 import torch
 
 from bundle.errors import InputError
-
-__all__ = [
-    "DamagedFile",
-    "file_sha256",
-    "load_checked",
-    "remove_leftovers",
-    "save_checked",
-    "write_atomically",
-    "write_json",
-    "write_text",
-]
 
 _TEMPORARY = f".tmp-{socket.gethostname()}-"
 _MARK = b"sha256:"

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training scans, preprocessed once and kept on disk."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
@@ -24,8 +22,6 @@ from bundle.data.fingerprint import code_digest, describe, describe_scan
 from bundle.errors import InputError, scan_fault
 from bundle.files import DamagedFile, load_checked, remove_leftovers, save_checked
 
-__all__ = ["ScanCache", "fill_caches"]
-
 CODE = ("transforms/*.py", "reading/*.py")  # that makes what is cached
 _CACHED = ("image", "lung", "lung_mask_source")
 _KEPT = ("patient_id", "time", "event", "clinical")  # of the record, and never in a file
@@ -38,19 +34,18 @@ class ScanCache(PersistentDataset):
     """MONAI's `PersistentDataset`, with files named after the content of the scan and all that was done to it.
 
     A name is the SHA-256 of the content of the scan and its lung mask, of every transform before the first random one
-    with its arguments, and of their code and MONAI's version. So a copied scan is found, and a changed scan or setting
-    never reads a stale file. Times, events and covariates are not in a file.
+    with its arguments, and of their code and MONAI's version: a changed scan or setting never reads a stale file.
+    Times, events and covariates are not in a file. One with a wrong checksum is made again.
 
-    Images are rounded to 16 bits between 0 and 1 of the HU window, an error of at most 1/131070 of it (0.01 HU of
-    1200 HU), and the lung is a boolean: 3 bytes a voxel instead of 8. Training reads what the file holds, whether the
-    file was there or had to be made. A file with a wrong checksum is made again.
+    Images are rounded to 16 bits of the HU window (0.01 HU of 1200 HU), the lung is a boolean: 3 bytes a voxel instead
+    of 8. Training reads what the file holds, whether the file was there or had to be made.
 
     Args:
         data: records of the cohort.
         transform: a MONAI `Compose`. What comes before its first random transform is cached: `image` (1, D, H, W)
             scaled to [0, 1], `lung` (1, D, H, W) of 0 and 1, and `lung_mask_source`.
-        cache_dir: folder of the cache. Several runs may share it, also at the same time.
-        on_fault: "fail" raises on the first bad scan, "skip" leaves bad scans out and names each in the log.
+        cache_dir: folder, which several runs may share at the same time.
+        on_fault: "fail" raises the faults of all bad scans, "skip" leaves bad scans out and names each in the log.
     """
 
     def __init__(self, data: Sequence[dict], transform: Callable, cache_dir: str, on_fault: str = "fail") -> None:
@@ -72,12 +67,11 @@ class ScanCache(PersistentDataset):
 
     def _cachecheck(self, item_transformed: dict) -> dict:
         record, path = item_transformed, self.file(item_transformed)
-        cached = None
-        if path.is_file():
-            try:
-                cached = load_checked(path)
-            except DamagedFile as e:
-                logger.warning(f"{e}; it is made again.")
+        try:
+            cached = load_checked(path) if path.is_file() else None
+        except DamagedFile as e:
+            logger.warning(f"{e}; it is made again.")
+            cached = None
         if cached is None:
             cached = self.preprocess(record)
             save_checked(cached, path)
@@ -94,14 +88,11 @@ class ScanCache(PersistentDataset):
         return {**item, "image": (image * _LEVELS).round().to(torch.uint16), "lung": lung.bool()}
 
     def fill(self, jobs: int = 0, progress: Callable[[Iterable], Iterable] = iter) -> int:
-        """Preprocess every scan that is not in the cache yet, so that a bad one shows before training starts.
+        """Preprocess every scan that is not in the cache yet, and count them.
 
         Args:
             jobs: processes that share the work; 0 for this one alone.
             progress: wraps what is iterated over, such as `tqdm`.
-
-        Returns:
-            how many scans were not in the cache.
 
         Raises:
             InputError: the faults of all bad scans, unless they are skipped; no scan is left.
@@ -120,15 +111,14 @@ class ScanCache(PersistentDataset):
         for fault in faults:
             logger.warning(f"left out: {fault}")
         if not good:
-            raise InputError(
-                f"none of the {len(faults)} scans of a part of the cohort can be used: train and val need some each."
-            )
+            none = f"none of the {len(faults)} scans of a part of the cohort can be used"
+            raise InputError(f"{none}: train and val need some each.")
         self.data = good
         return made
 
 
 class _Filling(Dataset):
-    """The work of :meth:`ScanCache.fill`: for each scan its key, whether it was missing, and what is wrong with it."""
+    """For each scan of a cache its key, whether it was missing, and what is wrong with it."""
 
     def __init__(self, cache: ScanCache) -> None:
         self.cache = cache
@@ -148,12 +138,9 @@ class _Filling(Dataset):
 
 
 def fill_caches(*datasets: ScanCache, jobs: int = 0) -> None:
-    """Preprocess all scans that are not in the cache yet, with a progress bar; a bad scan shows before training.
-
-    Of several processes of a training the first one does, and the others find the cache filled.
+    """Fill caches with a progress bar, before training; of its processes the first does, and the others wait for it.
 
     Args:
-        datasets: caches to fill.
         jobs: processes that share the work; 0 for this one alone.
     """
     first = idist.get_rank() == 0

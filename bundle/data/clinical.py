@@ -3,10 +3,8 @@
 """Clinical covariates as the vector that the network takes: scaled, one-hot, without gaps.
 
 Everything is fitted on the training scans alone and kept in `settings.json`. So gaps are filled by a normal distribution,
-whose mean and covariance are plain JSON, and not by scikit-learn's `IterativeImputer`, which would have to be pickled.
+which is plain JSON, and not by scikit-learn's `IterativeImputer`, which would have to be pickled.
 """
-
-from __future__ import annotations
 
 import logging
 from collections import Counter
@@ -16,27 +14,14 @@ import numpy as np
 
 from bundle.errors import InputError
 
-__all__ = ["clinical_kinds", "clinical_names", "em_step", "encode_clinical", "fill_in", "fit_clinical", "fit_gaussian"]
-
 logger = logging.getLogger(__name__)
 
 
 def fill_in(x: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Replace what is missing by its expectation given what is there, under a normal distribution.
-
-    Args:
-        x: rows, (n, d), NaN where missing.
-        mean: (d,).
-        covariance: (d, d).
+    """Replace what is missing (NaN) in x (n, d) by its expectation given what is there, under a normal distribution.
 
     Returns:
         the rows without gaps, and the covariance (d, d) that the missing values still have, summed over rows.
-
-    Example::
-
-        >>> rows, left = fill_in(np.array([[2.0, np.nan]]), np.zeros(2), np.array([[1.0, 0.5], [0.5, 1.0]]))
-        >>> rows.tolist(), left[1, 1].item()
-        ([[2.0, 1.0]], 0.75)
     """
     filled, left = x.copy(), np.zeros_like(covariance)
     gaps = np.isnan(x)
@@ -53,30 +38,21 @@ def em_step(x: np.ndarray, mean: np.ndarray, covariance: np.ndarray, ridge: floa
 
     The log-likelihood of the known values never falls; with a ridge, that less ``n ridge trace(covariance^-1) / 2``.
 
-    Args:
-        x: rows, (n, d), NaN where missing.
-        mean: (d,).
-        covariance: (d, d).
-        ridge: added to the variances.
-
     Source: Little & Rubin, Statistical Analysis with Missing Data, 3rd ed. 2019, section 11.2.
     """
     filled, left = fill_in(x, mean, covariance)
-    mean = filled.mean(0)
-    covariance = ((filled - mean).T @ (filled - mean) + left) / len(x) + ridge * np.eye(len(mean))
-    return mean, covariance
+    off = filled - filled.mean(0)
+    return filled.mean(0), (off.T @ off + left) / len(x) + ridge * np.eye(len(mean))
 
 
 def fit_gaussian(
     x: np.ndarray, ridge: float = 1e-3, tolerance: float = 1e-6, max_steps: int = 1000
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance of rows with gaps, by EM from the mean and the variance of each column.
+    """Mean and covariance of rows (n, d) with gaps, of about unit scale, by EM from the mean and variance of each column.
 
     Args:
-        x: rows, (n, d), NaN where missing; every column has values, of about unit scale.
         ridge: added to the variances, so that few scans or correlated columns don't make the covariance singular.
         tolerance: stop when nothing changes by more.
-        max_steps: stop at the latest.
     """
     mean, covariance = np.nanmean(x, 0), np.diag(np.nanvar(x, 0) + ridge)
     for _ in range(max_steps):
@@ -88,7 +64,7 @@ def fit_gaussian(
 
 
 def _numbers(covariates: Mapping, columns: Mapping) -> list[float]:
-    """The covariates of a scan as numbers, NaN where missing: scaled, or 0 and 1 for all categories but the first."""
+    """The covariates of a scan as numbers, NaN where missing."""
     row: list[float] = []
     for name, fitted in columns.items():
         value = covariates.get(name)
@@ -101,7 +77,7 @@ def _numbers(covariates: Mapping, columns: Mapping) -> list[float]:
 
 
 def _collinear_fault(x: np.ndarray, names: Sequence[str]) -> str | None:
-    """Which column of x (n, d) follows from those before it (R² above 0.9999); `names` has the cohort's column of each."""
+    """Which column of x (n, d) follows from those before it (R² above 0.9999)."""
     x = x - x.mean(0)
     for j in range(1, len(names)):
         slope = np.linalg.lstsq(x[:, :j], x[:, j])[0]
@@ -116,19 +92,15 @@ def _collinear_fault(x: np.ndarray, names: Sequence[str]) -> str | None:
 
 
 def fit_clinical(records: Sequence[dict], columns: Mapping[str, str], missing_mask: bool = False) -> dict:
-    """Learn from the training scans how covariates become the network's clinical vector.
+    """Learn from the training scans how covariates become the network's clinical vector, as plain JSON.
 
     Numeric columns are scaled to mean 0 and standard deviation 1. Categorical ones become 0 and 1 for each category but
-    the first. A gap is filled with the value that is expected given the patient's other covariates, under the normal
-    distribution that EM fits to the numbers of all columns.
+    the first. A gap is filled with what is expected given the patient's other covariates, by :func:`fit_gaussian`.
 
     Args:
         records: training scans with `covariates`, from :func:`~bundle.data.read_cohort`.
         columns: kind of each column, "numeric" or "categorical"; the order is that of the vector.
         missing_mask: append for each column with gaps in training a number that is 1 where the value is missing.
-
-    Returns:
-        plain JSON for :func:`encode_clinical`; empty if no columns are named.
 
     Raises:
         InputError: naming columns that are empty, constant, or a linear combination of others in training.
@@ -153,8 +125,7 @@ def fit_clinical(records: Sequence[dict], columns: Mapping[str, str], missing_ma
         x = np.array([_numbers(record["covariates"], fitted) for record in records])
         mean, covariance = fit_gaussian(x)
         names = [name for name, each in fitted.items() for _ in each.get("categories", [0, 1])[1:]]
-        fault = _collinear_fault(fill_in(x, mean, covariance)[0], names)
-        faults += [fault] if fault else []
+        faults += filter(None, [_collinear_fault(fill_in(x, mean, covariance)[0], names)])
     if faults:
         raise InputError("clinical " + "; ".join(faults) + ": leave it out of the key clinical.")
     return {
@@ -165,10 +136,7 @@ def fit_clinical(records: Sequence[dict], columns: Mapping[str, str], missing_ma
 
 
 def clinical_kinds(encoding: Mapping | list[Mapping]) -> dict[str, str]:
-    """The columns that an encoding takes and their kinds, as :func:`~bundle.data.read_cohort` wants them.
-
-    Args:
-        encoding: one, or those of the members of an ensemble.
+    """The columns that an encoding (or those of an ensemble) takes, as :func:`~bundle.data.read_cohort` wants them.
 
     Raises:
         InputError: a column is of one kind for one member, and of another for another.
@@ -183,21 +151,18 @@ def clinical_kinds(encoding: Mapping | list[Mapping]) -> dict[str, str]:
 
 
 def clinical_names(encoding: Mapping) -> list[str]:
-    """What each number of the clinical vector is; as many as the vector is long."""
-    if not encoding:
-        return []
+    """What each number of the clinical vector is."""
     names = []
-    for name, fitted in encoding["columns"].items():
+    for name, fitted in encoding.get("columns", {}).items():
         names += [f"{name}={category}" for category in fitted["categories"][1:]] if "categories" in fitted else [name]
-    return names + [f"{name} missing" for name in encoding["missing_mask"]]
+    return names + [f"{name} missing" for name in encoding.get("missing_mask", [])]
 
 
 def encode_clinical(records: Sequence[dict], encoding: Mapping | list[Mapping]) -> list[dict]:
     """The records with `clinical`, the vector that the network takes, as floats.
 
-    Three things are missing values, and are filled in: a gap, a column that the table lacks, and a category that
-    training had not seen. The last two are logged, once a column. `imputed` says in a sentence what was filled in for a
-    scan.
+    A gap, a column that the table lacks and a category that training had not seen are filled in, and `imputed` says so
+    in a sentence. The last two are logged, once a column.
 
     Args:
         records: scans, with `covariates` where the table has any.
@@ -230,7 +195,7 @@ def encode_clinical(records: Sequence[dict], encoding: Mapping | list[Mapping]) 
             value = covariates.get(name)
             if value is None:
                 absent[name] = name
-            elif _unseen(value, fitted):
+            elif value not in fitted.get("categories", [value]):
                 absent[name] = f"{name} ({value} was not seen in training)"
         record = {**record, "clinical": filled.tolist() + [float(name in absent) for name in encoding["missing_mask"]]}
         if absent:
@@ -240,17 +205,12 @@ def encode_clinical(records: Sequence[dict], encoding: Mapping | list[Mapping]) 
     return encoded
 
 
-def _unseen(value: object, fitted: Mapping) -> bool:
-    return value not in fitted.get("categories", [value])
-
-
 def _log_absent(records: Sequence[dict], columns: Mapping) -> None:
-    """Warn of columns without any value, and of categories that training had not seen."""
     for name, fitted in columns.items():
-        values = [record.get("covariates", {}).get(name) for record in records]
-        known = [value for value in values if value is not None]
-        if values and not known:
+        counts = Counter(record.get("covariates", {}).get(name) for record in records)
+        if set(counts) == {None}:
             logger.warning(f"column {name}: no scan has a value; each gets the one expected of its other covariates.")
-        for value, count in Counter(value for value in known if _unseen(value, fitted)).items():
-            categories = ", ".join(fitted["categories"])
-            logger.warning(f"column {name}: {value} was not seen in training ({categories}); missing in {count} scan(s).")
+        for value, count in counts.items():
+            if value is not None and value not in fitted.get("categories", [value]):
+                seen = f"was not seen in training ({', '.join(fitted['categories'])})"
+                logger.warning(f"column {name}: {value} {seen}; missing in {count} scan(s).")

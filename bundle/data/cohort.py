@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read a cohort CSV and check it whole, before anything runs."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import math
@@ -16,9 +14,7 @@ from pathlib import Path
 
 from bundle.errors import InputError
 from bundle.reading.scan_file import IMAGE_SUFFIXES, scan_stem
-from bundle.reading.tables import MASK_COLUMNS, VALID_ID, Row, positive, raise_faults, read_table, valid_id
-
-__all__ = ["MASK_COLUMNS", "SPLITS", "patient_digest", "patient_of", "read_cohort", "single_scan"]
+from bundle.reading.tables import MASK_COLUMNS, VALID_ID, Row, finite, positive, raise_faults, read_table, valid_id
 
 SPLITS = ("train", "val", "test")
 _ON_FAULT = ("fail", "skip", "row")
@@ -30,15 +26,12 @@ Scan = tuple[Row, dict]  # a row, and the record that is made of it
 
 
 def patient_digest(patient_id: str) -> str:
-    """Short digest under which `settings.json` remembers a training patient without naming them.
-
-    It hides ids from a reader, not from somebody who tries all ids that there may be.
-    """
+    """Short digest of a training patient's id, for `settings.json`; somebody who tries all ids can still find it."""
     return hashlib.sha256(patient_id.encode()).hexdigest()[:16]
 
 
 def patient_of(record: Mapping) -> str:
-    """Whose scan a record is: the `patient_id` of the table, where the record's own names one of several scans."""
+    """Whose scan a record is: the `patient_id` of the table."""
     return record.get("patient", record["patient_id"])
 
 
@@ -52,7 +45,7 @@ def read_cohort(
     check_files: bool = True,
     on_fault: str = "fail",
 ) -> list[dict]:
-    r"""Read a cohort and check every row, so that all faults are told at once.
+    """Read a cohort and check every row, so that all faults are told at once.
 
     Args:
         path: CSV in UTF-8, one row a scan. Columns `patient_id`, `image`, `time` (months) and `event` (1 died, 0
@@ -61,7 +54,7 @@ def read_cohort(
         need_outcome: whether `time`, `event` and at least one death must be there (not so in inference).
         clinical: clinical columns to take and the kind of each, "numeric" or "categorical".
         need_clinical: whether these columns must be there. If not, all values of one that isn't are missing.
-        tmax: last month of the model; every time must be below it. None: not checked.
+        tmax: last month of the model, if every time must be below it.
         check_files: whether images and masks must exist and have a suffix that can be read.
         on_fault: what to do about a scan whose files are at fault: "fail" (raise), "skip" (leave it out with a
             warning) or "row" (keep it, with the sentence in `record["fault"]`). Faults of the table always raise.
@@ -73,23 +66,14 @@ def read_cohort(
 
     Raises:
         InputError: each fault as ``row N, column X: what (expected ...)``; N is the line in the file.
-
-    Example::
-
-        >>> import tempfile
-        >>> with tempfile.NamedTemporaryFile("w") as file:
-        ...     print("patient_id,image,time,event,age\nA,a.nii.gz,12.5,1,61", file=file, flush=True)
-        ...     (record,) = read_cohort(file.name, clinical={"age": "numeric"}, check_files=False)
-        >>> record["patient_id"], record["time"], record["event"], record["covariates"]
-        ('A', 12.5, 1, {'age': 61.0})
     """
-    path, clinical = str(path), {} if clinical is None else clinical
+    clinical = {} if clinical is None else clinical
     _check_options(clinical, tmax, on_fault)
     header, rows = read_table(path)
     faults = _header_faults(header, need_outcome, clinical, need_clinical)
     if not rows:
         faults.append("row 2: the table has no rows (expected one row a scan)")
-    folder = Path(path).parent
+    folder = Path(str(path)).parent
     scans = [(row, _record(row, folder, need_outcome, clinical, tmax)) for row in rows if row.cells]
     _compare_ids_and_images(scans)
     _compare_scans_of_patients(scans)
@@ -98,9 +82,7 @@ def read_cohort(
     if need_outcome and not faults and not any(record["event"] for record in records):
         faults.append("column event: no row has event 1 (expected at least one death)")
     scan_faults = _check_files(scans) if check_files else []
-    if on_fault == "fail":
-        faults += scan_faults
-    raise_faults(path, faults)
+    raise_faults(path, faults + (scan_faults if on_fault == "fail" else []))
     return _without_faults(records, path, need_outcome) if on_fault == "skip" else records
 
 
@@ -120,7 +102,6 @@ def single_scan(image: str | os.PathLike) -> list[dict]:
 
 
 def _check_options(clinical: Mapping[str, str], tmax: float | None, on_fault: str) -> None:
-    """Refuse arguments of another shape, as a command line may give them."""
     if on_fault not in _ON_FAULT:
         raise InputError(f"on_fault is '{on_fault}' (expected one of {', '.join(_ON_FAULT)})")
     if not isinstance(clinical, Mapping) or not all(kind in _KINDS for kind in clinical.values()):
@@ -130,9 +111,7 @@ def _check_options(clinical: Mapping[str, str], tmax: float | None, on_fault: st
         raise InputError(f"tmax is {tmax!r} (expected a number of months)")
 
 
-def _header_faults(
-    header: Sequence[str], need_outcome: bool, clinical: Mapping[str, str], need_clinical: bool
-) -> list[str]:
+def _header_faults(header: Sequence[str], need_outcome: bool, clinical: Mapping[str, str], need_clinical: bool) -> list[str]:
     where = "row 1, column"
     faults = [f"{where} {name!r}: there are {n} (expected 1)" for name, n in Counter(header).items() if n > 1]
     needed = ["patient_id", "image"] + (["time", "event"] if need_outcome else [])
@@ -159,13 +138,13 @@ def _record(row: Row, folder: Path, need_outcome: bool, clinical: Mapping[str, s
     for column in ("image", *MASK_COLUMNS):
         if cells.get(column):
             record[column] = os.path.abspath(folder / os.path.expanduser(cells[column]))
-    if "time" in cells and "event" in cells and (need_outcome or cells["time"] or cells["event"]):
+    if {"time", "event"} <= cells.keys() and (need_outcome or cells["time"] or cells["event"]):
         record["time"] = row.parse("time", positive, "months as a number > 0")
-        record["event"] = row.parse("event", _zero_or_one, "1 died or 0 censored")
+        record["event"] = row.parse("event", lambda text: (0, 1).index(float(text)), "1 died or 0 censored")
         if tmax is not None and record["time"] is not None and record["time"] >= tmax:
             row.fault("time", f"{cells['time']} (expected less than tmax, which is {tmax:g})")
     if "split" in cells:
-        record["split"] = row.parse("split", _split, "train, val or test")
+        record["split"] = row.parse("split", lambda text: SPLITS[SPLITS.index(text)], "train, val or test")
     if "fold" in cells:
         record["fold"] = row.parse("fold", _integer, "an integer")
     if clinical:
@@ -178,7 +157,7 @@ def _record(row: Row, folder: Path, need_outcome: bool, clinical: Mapping[str, s
 
 
 def _compare_ids_and_images(scans: Sequence[Scan]) -> None:
-    """Note ids that differ by their spelling alone, and images of several patients that are in different parts."""
+    """Note ids that differ by spelling alone, and images of several patients in different parts."""
     by_spelling: dict[str, Row] = {}
     by_image: dict[str, Scan] = {}
     for row, record in scans:
@@ -195,16 +174,14 @@ def _compare_ids_and_images(scans: Sequence[Scan]) -> None:
 
 
 def _compare_scans_of_patients(scans: Sequence[Scan]) -> None:
-    """Note what is wrong between the scans of a patient, and name all but the first `<patient_id>_2`, `_3` and so on."""
+    """Note what is wrong between the scans of a patient, and name all but the first `<patient_id>_2`, `_3`, ..."""
     scans_of: dict[str, list[Scan]] = defaultdict(list)
     for row, record in scans:
         if record.get("patient_id"):
             scans_of[record["patient_id"]].append((row, record))
     for patient, group in scans_of.items():
         for number, (row, record) in enumerate(group[1:], start=2):
-            before = group[: number - 1]
-            same = [other.line for other, its in before if its.get("image") == record.get("image")]
-            if same:
+            if same := [other.line for other, its in group[: number - 1] if its.get("image") == record.get("image")]:
                 twice = f"{patient!r} is in row {same[0]} too, with the same image"
                 row.fault("patient_id", f"{twice} (expected one row a scan)")
             _compare_parts((row, record), group[0], "patient", "all scans of a patient in one")
@@ -212,10 +189,8 @@ def _compare_scans_of_patients(scans: Sequence[Scan]) -> None:
             if name in scans_of:
                 taken = f"scan {number} of {patient!r} is to be named {name!r}, which is another patient"
                 row.fault("patient_id", f"{taken} (expected names that differ)")
-            record["patient_id"] = name
-        if len(group) > 1:
-            for _, record in group:
-                record["patient"] = patient
+            record |= {"patient_id": name, "patient": patient}
+            group[0][1]["patient"] = patient
 
 
 def _compare_parts(scan: Scan, other: Scan, same: str, expected: str) -> None:
@@ -231,23 +206,20 @@ def _check_files(scans: Sequence[Scan]) -> list[str]:
     """What is wrong with images and masks; the record of a scan keeps its own faults."""
     faults: list[str] = []
     for row, record in scans:
-        found = [
-            f"row {row.line}, column {column}: {what}"
-            for column in ("image", *MASK_COLUMNS)
-            if column in record and (what := _file_fault(record[column], folder=column == "image"))
-        ]
-        if found:
-            record["fault"] = "; ".join(found)
-        faults += found
+        for column in ("image", *MASK_COLUMNS):
+            if column in record and (what := _file_fault(record[column], folder=column == "image")):
+                faults.append(f"row {row.line}, column {column}: {what}")
+                record["fault"] = "; ".join(filter(None, [record.get("fault"), faults[-1]]))
     return faults
 
 
-def _without_faults(records: Sequence[dict], path: str, need_outcome: bool) -> list[dict]:
-    """The records without those at fault, each of which is named in the log."""
-    good = [record for record in records if "fault" not in record]
+def _without_faults(records: Sequence[dict], path: str | os.PathLike, need_outcome: bool) -> list[dict]:
+    good = []
     for record in records:
         if "fault" in record:
             _log.warning("patient %s is left out: %s", record["patient_id"], record["fault"])
+        else:
+            good.append(record)
     if not good or (need_outcome and not any(record["event"] for record in good)):
         raise InputError(f"{path}: no {'deaths' if good else 'scans'} remain once scans at fault are left out")
     return good
@@ -266,14 +238,6 @@ def _file_fault(path: str, folder: bool) -> str | None:
     return None
 
 
-def _zero_or_one(text: str) -> int:
-    return (0, 1).index(float(text))
-
-
-def _split(text: str) -> str:
-    return SPLITS[SPLITS.index(text)]
-
-
 def _integer(text: str) -> int:
     value = float(text)
     if not value.is_integer():
@@ -282,14 +246,11 @@ def _integer(text: str) -> int:
 
 
 def _number(text: str) -> float | None:
-    value = float(text)
-    if math.isinf(value):
-        raise ValueError(text)
-    return None if math.isnan(value) else value
+    return None if math.isnan(float(text)) else finite(text)
 
 
 def _category(text: str) -> str | None:
-    """Numbers in one spelling: a program that knows no missing integers writes 1 as 1.0."""
+    """Numbers in one spelling: some programs write 1 as 1.0."""
     try:
         value = float(text)
     except ValueError:

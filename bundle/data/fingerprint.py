@@ -2,14 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a cached file or a finished map depends on, as plain JSON and SHA-256: scans, transforms and code."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
 import re
 from collections.abc import Mapping
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +18,23 @@ import torch
 
 from bundle.files import file_sha256
 
-__all__ = ["code_digest", "content_digest", "describe", "describe_scan"]
-
 # Keys of a record that no transform reads: they may change without the scan being preprocessed again.
 _NOT_READ = {"patient_id", "time", "event", "clinical", "patient", "gt_mask", "confounder_mask", "split", "fold"}
 _NOT_READ |= {"covariates", "imputed"}
+_STAMP = attrgetter("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino", "st_dev")
 _DATA_FILE = re.compile(rb"^(?:ElementDataFile\s*=|data ?file:)\s*(.+?)\s*$", re.MULTILINE | re.IGNORECASE)
 
 
 def content_digest(path: str) -> str:
-    """SHA-256 of the content of a scan, wherever it lies and whenever it was written.
+    """SHA-256 of the content of a scan, a file or a folder, wherever it lies and whenever it was written.
 
     The data files that a detached header (.mhd, .nrrd) names count too. A file that has not been touched since this
     process last read it is not read again.
-
-    Args:
-        path: a file, or a folder with slices in it.
     """
     p = Path(path)
-    files = p.rglob("*") if p.is_dir() else _parts(p)
-    digests = [_file_digest(str(file), *_stamp(file)) for file in files if file.is_file()]
-    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
+    files = [file for file in (p.rglob("*") if p.is_dir() else _parts(p)) if file.is_file()]
+    digests = sorted(_file_digest(file, _STAMP(file.stat())) for file in files)
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _parts(header: Path) -> list[Path]:
@@ -54,27 +49,15 @@ def _parts(header: Path) -> list[Path]:
     return [header, data] if data.is_file() else list(header.parent.iterdir())  # a list or a pattern of files
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev
-
-
 @cache
-def _file_digest(path: str, *stamp: int) -> str:
+def _file_digest(path: Path, stamp: tuple[int, ...]) -> str:
     return file_sha256(path)
 
 
 def describe(thing: Any) -> Any:
-    """Everything that shapes what a transform does, as plain JSON.
+    """Everything that shapes what a transform does, as plain JSON: its class and attributes, and those of what it holds.
 
-    An object becomes its class and attributes, and so do the objects that it holds. A string that is the name of a
-    file (weights of a network) becomes the SHA-256 of its content.
-
-    Example::
-
-        >>> from monai.transforms import Flip
-        >>> describe(Flip(spatial_axis=0))["spatial_axis"]
-        0
+    A string that is the name of a file (weights of a network) becomes the SHA-256 of its content.
     """
     if thing is None or isinstance(thing, (bool, int, float)):
         return thing
@@ -101,11 +84,7 @@ def describe_scan(record: dict) -> dict:
 
 
 def code_digest(*patterns: str) -> str:
-    """SHA-256 of MONAI's version and of this package's files.
-
-    Args:
-        patterns: of the files, as `Path.glob` takes them.
-    """
+    """SHA-256 of MONAI's version and of this package's files that match patterns, as `Path.glob` takes them."""
     package = Path(__file__).parents[1]
     digests = [file_sha256(file) for pattern in patterns for file in sorted(package.glob(pattern))]
     return hashlib.sha256(json.dumps([monai.__version__, digests]).encode()).hexdigest()

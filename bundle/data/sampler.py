@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The order in which training scans are shown."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 
@@ -13,19 +11,16 @@ from torch.utils.data import Sampler
 from bundle.data.cache import ScanCache
 from bundle.errors import checked_numbers
 
-__all__ = ["EventSampler"]
-
 
 class EventSampler(Sampler[int]):
     """A random order with the deaths spread evenly, so that every batch has the same share of them.
 
-    In batches of a few scans the ups and downs of that share would be most of the gradient's noise: they move the
-    locations of all patches alike, and nothing is learnt of where the danger is.
+    The ups and downs of that share would be most of the gradient's noise: they move the locations of all patches alike.
 
-    Where fewer than `min_event_share` died, their scans come several times an epoch to make up that share, and some
-    others wait for another epoch: with one death in ten, most batches have none, and the network learns that nobody
-    dies. An epoch has as many places as there are scans. How many die is then learnt too high, and is corrected after
-    training: severity and Cox's baseline hazard are fitted to all scans, each once.
+    Where fewer than `min_event_share` died, their scans come several times an epoch, and some others wait for another
+    epoch: else most batches have no death, and the network learns that nobody dies. An epoch has as many places as
+    there are scans. How many die is then learnt too high; severity and Cox's baseline hazard, which are fitted to all
+    scans once, correct it.
 
     Args:
         dataset: whose records have `event`.
@@ -33,8 +28,7 @@ class EventSampler(Sampler[int]):
     """
 
     def __init__(self, dataset: ScanCache, min_event_share: float) -> None:
-        expected = "a share in [0, 1)"
-        checked_numbers("min_event_share", min_event_share, 1, expected, lambda share: 0 <= share < 1)
+        checked_numbers("min_event_share", min_event_share, 1, "a share in [0, 1)", lambda share: 0 <= share < 1)
         self.dataset = dataset
         self.min_event_share = min_event_share
 

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each scan is for: training, validation and test, or the folds of a cross-validation. No patient is in two."""
 
-from __future__ import annotations
-
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,8 +11,6 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from bundle.data.cohort import SPLITS, patient_of
 from bundle.errors import InputError
-
-__all__ = ["cross_validation_parts", "split_cohort", "stratified_folds"]
 
 _FRACTIONS = (0.7, 0.15, 0.15)  # of train, val and test
 _TIME_BINS = 4  # strata of the deaths and of the censored, at most; each has at least one scan a fold
@@ -28,14 +24,6 @@ def split_cohort(records: Sequence[dict], *, fold: int | None = None, seed: int 
     train. Else 70, 15 and 15 % of the patients are drawn at random, with the same share of deaths in each part (at least
     one, if three or more died). The parts are the same for the same patients and seed, whatever the order of the rows.
 
-    Args:
-        records: from :func:`~bundle.data.read_cohort`.
-        fold: which fold to validate on.
-        seed: of the random split.
-
-    Returns:
-        {"train": [...], "val": [...], "test": [...]}; test may be empty.
-
     Raises:
         InputError: no such fold; a fold of a cohort with a column `split`; nothing left to train or to validate on.
 
@@ -45,18 +33,17 @@ def split_cohort(records: Sequence[dict], *, fold: int | None = None, seed: int 
         >>> {name: len(part) for name, part in split_cohort(cohort).items()}
         {'train': 14, 'val': 4, 'test': 2}
     """
-    parts: dict[str, list[dict]] = {name: [] for name in SPLITS}
     if all("split" in record for record in records):
         if fold is not None:
             raise InputError(f"fold is {fold}, but the cohort's column split already says what each scan is for")
-        for record in records:
-            parts[record["split"]].append(record)
+        parts = {name: [record for record in records if record["split"] == name] for name in SPLITS}
     elif fold is not None:
-        folds = sorted({record["fold"] for record in records if "fold" in record})
-        if fold not in folds:
+        fold_of = [record.get("fold") for record in records]
+        if fold not in fold_of:
+            folds = sorted(set(fold_of) - {None})
             raise InputError(f"fold {fold} does not exist (expected one of column fold: {folds or 'there is none'})")
-        for record in records:
-            parts["val" if record["fold"] == fold else "train"].append(record)
+        val, train = _parted(records, fold_of, fold)
+        parts = {"train": train, "val": val, "test": []}
     else:
         parts = _random_parts(records, seed)
     for name in ("train", "val"):
@@ -85,8 +72,7 @@ def _shares(count: int) -> np.ndarray:
     """How many of `count` patients each part gets: near to the fractions, and not 0 where `count` allows."""
     exact = count * np.array(_FRACTIONS)
     shares = np.floor(exact + 1e-9).astype(int)
-    for i in np.argsort(shares - exact, kind="stable")[: count - shares.sum()]:
-        shares[i] += 1
+    shares[np.argsort(shares - exact, kind="stable")[: count - shares.sum()]] += 1
     for i in range(len(shares)):
         if shares[i] == 0 and shares.max() > 1:
             shares[shares.argmax()] -= 1
@@ -95,33 +81,19 @@ def _shares(count: int) -> np.ndarray:
 
 
 def stratified_folds(records: Sequence[dict], folds: int, seed: int = 0) -> list[int]:
-    """Fold 0, 1, ... of each scan, by scikit-learn's `StratifiedGroupKFold`.
+    """Fold 0, 1, ... of each scan: strata are quantiles of time, of the deaths and of the censored; groups are patients.
 
-    Strata are quantiles of time, of the deaths and of the censored. Groups are patients: all scans of one come into the
-    same fold. Folds are the same for the same scans and seed, whatever the order of the rows.
-
-    Args:
-        records: from :func:`~bundle.data.read_cohort`.
-        folds: how many.
-        seed: of the shuffle.
+    Folds are the same for the same scans and seed, whatever the order of the rows.
 
     Raises:
-        InputError: fewer patients than folds, or a fold in which nobody died.
-
-    Example::
-
-        >>> cohort = [{"patient_id": f"P{i}", "time": 10.0 + i, "event": i % 2} for i in range(6)]
-        >>> sorted(stratified_folds(cohort, folds=3))
-        [0, 0, 1, 1, 2, 2]
+        InputError: fewer than two folds, or fewer deaths than folds, or a fold in which nobody died.
     """
     if folds < 2:
         raise InputError(f"the number of folds is {folds} (expected at least 2).")
     count, deaths = len({patient_of(record) for record in records}), len(_dead(records))
     if deaths < folds:
-        raise InputError(
-            f"the cohort has {count} patients, {deaths} of whom died: too few for {folds} folds "
-            "(expected at least one death in each)."
-        )
+        few = f"the cohort has {count} patients, {deaths} of whom died: too few for {folds} folds"
+        raise InputError(f"{few} (expected at least one death in each).")
     found = _draw_folds(records, folds, seed)
     _require_deaths(records, found)
     return found
@@ -151,19 +123,13 @@ def _draw_folds(records: Sequence[dict], folds: int, seed: int) -> list[int]:
 def cross_validation_parts(records: Sequence[dict], folds: int | None = None, seed: int = 0) -> dict[int, dict]:
     """For each fold train, val and test: the fold itself is the test, an eighth of the other patients validates.
 
-    Which weights are best is then decided without the scans that they are measured on.
-
     Args:
         records: from :func:`~bundle.data.read_cohort`.
         folds: how many to draw by :func:`stratified_folds`. None takes those of the column ``fold``, or 5 without it.
         seed: of the folds and of what validates.
 
-    Returns:
-        {fold: {"train": [...], "val": [...], "test": [...]}}.
-
     Raises:
-        InputError: too few patients or deaths for the folds; fewer than two deaths outside one of them, of which one is
-            needed to train on and one to validate on.
+        InputError: too few patients or deaths for the folds; fewer than two deaths outside one of them.
     """
     if folds is None and any("fold" in record for record in records):
         fold_of = [record["fold"] for record in records]
@@ -174,8 +140,7 @@ def cross_validation_parts(records: Sequence[dict], folds: int | None = None, se
         fold_of = stratified_folds(records, 5 if folds is None else folds, seed)
     parts = {}
     for fold in sorted(set(fold_of)):
-        test = [record for record, of in zip(records, fold_of, strict=True) if of == fold]
-        rest = [record for record, of in zip(records, fold_of, strict=True) if of != fold]
+        test, rest = _parted(records, fold_of, fold)
         deaths = len(_dead(rest))
         if deaths < 2:
             raise InputError(
@@ -183,11 +148,15 @@ def cross_validation_parts(records: Sequence[dict], folds: int | None = None, se
                 "to validate on); folds that are more alike, or more patients, are needed."
             )
         inner = _draw_folds(rest, min(_VALIDATION, deaths), seed)
-        validates = next(of for record, of in zip(rest, inner, strict=True) if record["event"])
-        train = [record for record, of in zip(rest, inner, strict=True) if of != validates]
-        val = [record for record, of in zip(rest, inner, strict=True) if of == validates]
+        val, train = _parted(rest, inner, next(of for record, of in zip(rest, inner) if record["event"]))
         parts[fold] = {"train": train, "val": val, "test": test}
     return parts
+
+
+def _parted(records: Sequence[dict], fold_of: Sequence[int], fold: int) -> tuple[list[dict], list[dict]]:
+    """Those of a fold, and the others."""
+    pairs = list(zip(records, fold_of))
+    return [record for record, of in pairs if of == fold], [record for record, of in pairs if of != fold]
 
 
 def _dead(records: Sequence[dict]) -> set[str]:
@@ -195,8 +164,7 @@ def _dead(records: Sequence[dict]) -> set[str]:
 
 
 def _require_deaths(records: Sequence[dict], fold_of: Sequence[int]) -> None:
-    without = sorted(set(fold_of) - {fold for record, fold in zip(records, fold_of, strict=True) if record["event"]})
-    if without:
+    if without := sorted(set(fold_of) - {fold for record, fold in zip(records, fold_of) if record["event"]}):
         raise InputError(
             f"fold {', '.join(map(str, without))} has no event (expected a death in each, or nothing can be measured "
             "there); fewer folds, or another column fold, may help."

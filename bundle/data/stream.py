@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A stream of scans in which a bad one doesn't end the run."""
 
-from __future__ import annotations
-
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +11,6 @@ from torch.utils.data import IterableDataset
 
 from bundle.errors import InputError, scan_fault
 
-__all__ = ["ScanStream"]
-
 logger = logging.getLogger(__name__)
 
 
@@ -22,7 +18,7 @@ class ScanStream(IterableDataset):
     """Scans one after the other. A bad one is noted in `faults` as (patient_id, sentence), and the next one comes.
 
     Patients in `done` are passed over. A thread prepares the next scan while the last one is in use: reading a CT takes
-    as long as predicting it, and most of the time is spent in libraries that leave Python to others.
+    as long as predicting it.
 
     Args:
         data: records of the cohort; one with a key ``fault`` is bad from the start.
@@ -39,16 +35,13 @@ class ScanStream(IterableDataset):
 
     def __iter__(self) -> Iterator[dict]:
         todo = [record for record in self.data if record["patient_id"] not in self.done]
-        for record, (item, fault) in zip(todo, self._prepared(todo), strict=True):
+        for record, (item, fault) in zip(todo, self._prepared(todo)):
             if fault:
                 self.faults.append((record["patient_id"], fault))
             else:
                 yield item
 
     def _prepared(self, todo: list[dict]) -> Iterator[tuple[dict | None, str]]:
-        if self.ahead == 0:
-            yield from map(self.prepare, todo)
-            return
         with ThreadPoolExecutor(1) as reader:
             read: deque[Future] = deque()
             for record in todo:
@@ -74,13 +67,7 @@ class ScanStream(IterableDataset):
         self.faults.append((patient_id, fault))
 
     def require_all(self, on_fault: str = "fail") -> None:
-        """After a run: raise if a scan failed, unless ``on_fault`` is ``skip``.
-
-        Raises:
-            InputError: naming how many scans failed, and the first of them.
-        """
+        """After a run: raise an :class:`InputError` if a scan failed, unless ``on_fault`` is ``skip``."""
         if self.faults and on_fault != "skip":
-            raise InputError(
-                f"{len(self.faults)} of {len(self.data)} scans failed, the others are done; the first: "
-                f"{self.faults[0][1]}"
-            )
+            failed = f"{len(self.faults)} of {len(self.data)} scans failed"
+            raise InputError(f"{failed}, the others are done; the first: {self.faults[0][1]}")

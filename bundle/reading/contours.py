@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Regions that were drawn on a CT, as DICOM keeps them (RTSTRUCT, SEG), turned into masks on the CT's own grid."""
 
-from __future__ import annotations
-
 import re
 
 import highdicom
@@ -15,8 +13,6 @@ from skimage.draw import polygon2mask
 from bundle.errors import InputError
 from bundle.reading.dicom import straighten
 from bundle.reading.series import Series
-
-__all__ = ["read_region", "referenced_series", "region_names", "region_numbers"]
 
 _OFF_PLANE = 0.3  # of the slice spacing: what a contour may be off the slice it was drawn on
 

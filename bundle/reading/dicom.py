@@ -2,11 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find the chest CT among the DICOM files of a folder, check that its slices make a volume, and read it in HU.
 
-Pixels are read by ITK (GDCM), as MONAI's `ITKReader` does: it decodes JPEG, JPEG-LS, JPEG 2000 and RLE without further
-packages, and applies each slice's own rescale slope and intercept.
+ITK (GDCM) decodes JPEG, JPEG-LS, JPEG 2000 and RLE, and applies each slice's own rescale slope and intercept.
 """
-
-from __future__ import annotations
 
 import itertools
 import logging
@@ -25,8 +22,6 @@ from bundle.errors import InputError
 from bundle.reading.scan_file import size_fault
 from bundle.reading.series import Series, plural
 from bundle.reading.slices import Slice, read_slice
-
-__all__ = ["choose_series", "list_series", "read_dicom", "straighten"]
 
 _AIR_HU = -1024.0
 _log = logging.getLogger(__name__)
@@ -49,7 +44,7 @@ def list_series(folder: str | os.PathLike) -> list[Series]:
 
 
 def _volumes(stack: Series) -> list[Series]:
-    """A stack in order; in parts, if it holds several volumes that thickness, acquisition or phase tells apart."""
+    """A stack in order; its volumes, if thickness, acquisition or phase tells several apart."""
     if stack.unfit:
         return [stack]
     stack = stack.with_slices(stack.slices)
@@ -121,7 +116,7 @@ def read_dicom(folder: str | os.PathLike, where: str, uid: str | None = None) ->
     """The chest CT of a folder, as :func:`choose_series` chooses it.
 
     Returns:
-        (D, H, W) float32, indexed by column, row and position; its affine to RAS mm; notes for who reads the results.
+        (D, H, W) float32 in HU, indexed by column, row and position; its affine to RAS mm; notes for the report.
 
     Raises:
         InputError: as :func:`choose_series`; a file is damaged; slices at one position that differ.
@@ -167,9 +162,6 @@ def straighten(array: np.ndarray, affine: np.ndarray, mode: str = "bilinear", ou
         affine: RAS, with a third column that isn't perpendicular to the slices.
         mode: "bilinear" or "nearest".
         outside: value where there was no slice.
-
-    Returns:
-        (1, D', H', W') float32 with its affine.
     """
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     z = affine[:3, 2] / spacing[2]
@@ -202,7 +194,6 @@ def _pixels(paths: list[str], where: str) -> np.ndarray:
 
 
 def _readable(path: str) -> bool:
-    """Whether ITK can read the pixels of one slice."""
     try:
         itk.imread(path, pixel_type=itk.F)
     except Exception:

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a tree of scans and a clinical table, as public data sets come, to the rows of a cohort CSV."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os
@@ -26,8 +24,6 @@ from bundle.reading.dicom import choose_series, list_series
 from bundle.reading.scan_file import scan_stem
 from bundle.reading.series import Series
 from bundle.reading.tables import MASK_COLUMNS, MISSING, VALID_ID, Row, finite, positive, read_table, valid_id
-
-__all__ = ["LAYOUTS", "UNITS", "Layout", "read_clinical", "scan_row"]
 
 _log = logging.getLogger(__name__)
 
@@ -94,7 +90,6 @@ def read_clinical(path: str | os.PathLike, layout: Layout) -> tuple[dict[int, di
 
 
 def _new_names(header: Sequence[str], layout: Layout, with_outcome: bool) -> tuple[dict[str, str], list[str]]:
-    """What the other columns are called in the cohort, and what is wrong with the header."""
     needed = [layout.patient, *filter(None, [layout.visit]), *([layout.time, layout.event] if with_outcome else [])]
     faults = [f"row 1, column {c}: missing (found: {', '.join(header)})" for c in needed if c not in header]
     taken = {layout.patient, layout.time, layout.event}
@@ -114,7 +109,9 @@ def _cohort_row(row: Row, layout: Layout, names: Mapping[str, str], with_outcome
         months = UNITS[layout.unit]
         expected = f"{layout.unit} as a number > 0"
         found["time"] = row.parse(layout.time, lambda text: f"{positive(text) * months:.6g}", expected)
-        found["event"] = row.parse(layout.event, _event, "1 died or 0 censored")
+        found["event"] = row.parse(
+            layout.event, lambda text: str((0, 1).index(float(_EVENT.get(text.lower(), text)))), "1 died or 0 censored"
+        )
     return found | {names[c]: text for c, text in row.cells.items() if c in names}
 
 
@@ -177,7 +174,6 @@ def tidy(name: str) -> str:
 
 
 def _files(patient: str, images: Path) -> dict[str, str]:
-    """The scan and masks that are single files."""
     found: dict[str, list[str]] = {}
     wanted = {patient.lower(): "image"}
     for column in MASK_COLUMNS:
@@ -208,14 +204,8 @@ def _folder_of(series: Series, stacks: Sequence[Series], patient: str) -> Path:
 
 
 def _fits(path: Path, series: Series) -> bool:
-    """Whether a mask made earlier is on the grid of the series."""
     try:
         mask = nib.load(path)
         return series.tilted or (mask.shape == series.shape and np.allclose(mask.affine, series.affine, atol=1e-3))
     except (OSError, nib.filebasedimages.ImageFileError):
         return False
-
-
-def _event(text: str) -> str:
-    """ "1" or "0", from a number or a word."""
-    return str((0, 1).index(float(_EVENT.get(text.lower(), text))))

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a file is the scan that its name and header say, found out in bounded memory before any voxel is loaded."""
 
-from __future__ import annotations
-
 import gzip
 import math
 import os
@@ -19,8 +17,6 @@ from isal import isal_zlib
 
 from bundle.errors import InputError
 
-__all__ = ["IMAGE_SUFFIXES", "MOST_VOXELS", "check_scan_file", "scan_stem", "size_fault"]
-
 IMAGE_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
 
 # 1024 x 1024 x 1024: four times a CT of 1000 slices of 512 x 512. As float32 that is 4 GiB, what one scan may take.
@@ -33,17 +29,22 @@ _NIFTI_BYTES = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 _EXPECTED = "(expected a whole scan)"
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
-_MAGIC = (
-    (b"\x1f\x8b", "compressed by gzip"),
-    (b"NRRD", "NRRD"),
-    (b"PK\x03\x04", "a ZIP archive"),
-    (b"\x93NUMPY", "a NumPy array"),
-    (b"\x89PNG", "a PNG picture"),
-    (b"\xff\xd8\xff", "a JPEG picture"),
-    (b"%PDF", "a PDF"),
-    (b"\x89HDF", "HDF5"),
-    *((bytes([0x80, protocol]), "a Python pickle") for protocol in range(2, 6)),
-)
+_MAGIC = {
+    rb"\x1f\x8b": "compressed by gzip",
+    rb"NRRD": "NRRD",
+    rb"PK\x03\x04": "a ZIP archive",
+    rb"\x93NUMPY": "a NumPy array",
+    rb"\x89PNG": "a PNG picture",
+    rb"\xff\xd8\xff": "a JPEG picture",
+    rb"%PDF": "a PDF",
+    rb"\x89HDF": "HDF5",
+    rb"\x80[\x02-\x05]": "a Python pickle",
+    rb"(?s:.{128})DICM": "one DICOM file",
+    rb"(?s:.{344})n[+i]1": "NIfTI without compression",
+    rb"\s*[{[]": "JSON",
+    rb"\s*<": "HTML or XML",
+    rb"\s*(ObjectType|NDims) *=": "MetaImage",
+}
 
 
 class _Claim(NamedTuple):
@@ -221,7 +222,6 @@ def _itk_claim(path: str, what: str) -> tuple[tuple[int, ...], int]:
 
 
 def _check_voxels(claim: _Claim) -> None:
-    """Refuse fewer or more bytes of voxels than the header claims, and a damaged stream."""
     if claim.offset is None:
         return  # text may write a voxel in any number of characters; the reader counts them
     expected = claim.skip + claim.size
@@ -266,18 +266,8 @@ def _inflated(file: BinaryIO) -> Iterator[int]:
 
 
 def _looks_like(start: bytes) -> str:
-    """What the first bytes of a file are, in words."""
-    for magic, what in _MAGIC:
-        if start.startswith(magic):
-            return what
-    if start[128:132] == b"DICM":
-        return "one DICOM file"
-    if start[344:347] in (b"n+1", b"ni1"):
-        return "NIfTI without compression"
-    for pattern, what in ((rb"\s*[{[]", "JSON"), (rb"\s*<", "HTML or XML"), (rb"\s*(ObjectType|NDims) *=", "MetaImage")):
-        if re.match(pattern, start):
-            return what
-    return "text" if start.isascii() and b"\0" not in start else "no format that is known"
+    otherwise = "text" if start.isascii() and b"\0" not in start else "no format that is known"
+    return next((what for magic, what in _MAGIC.items() if re.match(magic, start)), otherwise)
 
 
 def _by(sizes) -> str:

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A stack of DICOM slices: where it lies, whether it is one whole CT volume, and how fit it is for a survival map."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable
@@ -14,8 +12,6 @@ import numpy as np
 from nibabel.affines import from_matvec
 
 from bundle.reading.slices import Slice
-
-__all__ = ["LARGEST_TILT", "Series", "plural", "sharp_kernel"]
 
 LARGEST_TILT = 31.0  # degrees; the gantry of a scanner tilts by up to 30
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -65,7 +61,7 @@ class Series:
             return "?"
         return ("sagittal", "coronal", "axial")[int(np.abs(self.normal).argmax())]
 
-    def with_slices(self, slices: Iterable[Slice]) -> Series:
+    def with_slices(self, slices: Iterable[Slice]) -> "Series":
         """A stack of these slices, in order along this one's normal."""
         return Series(tuple(sorted(slices, key=lambda s: (float(np.dot(s.position, self.normal)), s.path))))
 
@@ -116,27 +112,24 @@ class Series:
     @cached_property
     def unfit(self) -> str | None:
         """Why this is no stack of CT slices with a known place; None if it is one."""
-        head = self.head
-        if head.modality != "CT":
-            return f"modality {head.modality or 'missing'}, not CT"
-        if "LOCALIZER" in head.image_type:
-            return "a localiser"
-        if head.colours != 1:
-            return "colour pictures"
-        if head.frames > 1:
-            return "a multi-frame object (expected one file a slice)"
-        for name, value in (("ImageOrientationPatient", head.orientation), ("PixelSpacing", head.spacing)):
-            if value is None:
-                return f"{name} is missing or not valid"
-        if not 1 <= min(head.rows, head.columns) <= max(head.rows, head.columns) <= _LARGEST_PIXELS:
-            return f"{head.columns} x {head.rows} pixels (expected Columns and Rows of 1 to {_LARGEST_PIXELS})"
-        if cut := sum(not s.whole for s in self.slices):
-            return f"{cut} of {plural(len(self.slices), 'file')} truncated (expected whole ones)"
-        if lost := sum(s.position is None for s in self.slices):
-            return f"ImagePositionPatient is missing or not valid in {lost} of {len(self.slices)} slices"
-        if len(self.slices) < 3:
-            return f"{plural(len(self.slices), 'slice')} (expected at least 3)"
-        return None
+        head, count = self.head, len(self.slices)
+        cut = sum(not s.whole for s in self.slices)
+        lost = sum(s.position is None for s in self.slices)
+        sized = all(1 <= side <= _LARGEST_PIXELS for side in (head.rows, head.columns))
+        size = f"{head.columns} x {head.rows} pixels (expected Columns and Rows of 1 to {_LARGEST_PIXELS})"
+        checks = (
+            (head.modality != "CT", f"modality {head.modality or 'missing'}, not CT"),
+            ("LOCALIZER" in head.image_type, "a localiser"),
+            (head.colours != 1, "colour pictures"),
+            (head.frames > 1, "a multi-frame object (expected one file a slice)"),
+            (head.orientation is None, "ImageOrientationPatient is missing or not valid"),
+            (head.spacing is None, "PixelSpacing is missing or not valid"),
+            (not sized, size),
+            (cut, f"{cut} of {plural(count, 'file')} truncated (expected whole ones)"),
+            (lost, f"ImagePositionPatient is missing or not valid in {lost} of {count} slices"),
+            (count < 3, f"{plural(count, 'slice')} (expected at least 3)"),
+        )
+        return next((fault for wrong, fault in checks if wrong), None)
 
     @cached_property
     def fault(self) -> str | None:

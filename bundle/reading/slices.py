@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the header of one DICOM file says of its slice, read by pydicom: a few tags, and never the pixels."""
 
-from __future__ import annotations
-
 import math
 import os
 import re
@@ -13,8 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pydicom
-
-__all__ = ["Slice", "read_slice"]
 
 _TAGS = (
     "PatientID PatientName SOPInstanceUID SeriesInstanceUID FrameOfReferenceUID Modality SeriesDescription ProtocolName "
@@ -124,7 +120,6 @@ def _is_whole(header: pydicom.Dataset, path: str) -> bool:
 
 
 def _text(header: pydicom.Dataset, keyword: str) -> str:
-    """A value as printable text."""
     try:
         value = header.get(keyword)
     except Exception:  # pydicom converts values as they are asked for

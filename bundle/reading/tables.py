@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """CSV tables whose faults are told by row and column, all at once: by `csv`, as pandas drops the number of a row's line."""
 
-from __future__ import annotations
-
 import csv
 import math
 import os
@@ -11,8 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from bundle.errors import InputError
-
-__all__ = ["MASK_COLUMNS", "MISSING", "VALID_ID", "Row", "finite", "positive", "raise_faults", "read_table", "valid_id"]
 
 MASK_COLUMNS = ("lung_mask", "gt_mask", "confounder_mask")  # of a cohort: files beside the image
 MISSING = ("", "na", "n/a", "nan", "none", "null", "not collected", "unknown")  # words for a value that is not there

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What MONAI's transforms do not have: loading CT with checks, the lung mask, the quality gate, random origins."""
 
-from __future__ import annotations
-
 from bundle.transforms.augment import RandOrigind
 from bundle.transforms.load import LoadCTd, check_hu
 from bundle.transforms.lung import LUNG_METHODS, LungMaskd, lungmask_digests, lungmask_network

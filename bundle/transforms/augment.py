@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Augmentation: let the patch grid begin anywhere, so that nothing can be learnt from where it falls."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
 
 import torch
@@ -12,39 +10,26 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform, RandomizableTransform
 from monai.utils import ensure_tuple_rep
 
-__all__ = ["RandOrigind"]
-
 
 class RandOrigind(RandomizableTransform, MapTransform):
     """Pad each axis in front by a random whole number of voxels, the same for all keys.
 
-    Patches and windows of attention then begin elsewhere in the scan, and nothing of it is lost, as it would be if the
-    scan were moved within its box. In inference :class:`~bundle.maps.GridShiftInferer` pads in the same way.
-
-    The affine is left as it is: this is for training only, where nothing goes back to the scan's own grid.
+    Patches and windows of attention then begin elsewhere in the scan, and nothing of it is lost. In inference
+    :class:`~bundle.maps.GridShiftInferer` pads in the same way. The affine is left as it is: this is for training only.
 
     Args:
         keys: tensors (C, D, H, W), all of one spatial shape.
         max_pad: the most voxels in front of an axis; their number is uniform in 0..max_pad.
         mode: of `torch.nn.functional.pad`, one for all keys or one for each.
         prob: share of the calls that pad.
-        allow_missing_keys: do not raise if a key is missing.
-
-    Raises:
-        ValueError: `max_pad` is negative, or there are neither one nor as many modes as keys.
     """
 
     def __init__(
-        self,
-        keys: KeysCollection,
-        max_pad: int,
-        mode: str | Sequence[str] = "replicate",
-        prob: float = 1.0,
-        allow_missing_keys: bool = False,
+        self, keys: KeysCollection, max_pad: int, mode: str | Sequence[str] = "replicate", prob: float = 1.0
     ) -> None:
         if max_pad < 0:
             raise ValueError(f"max_pad is {max_pad} (expected at least 0 voxels)")
-        MapTransform.__init__(self, keys, allow_missing_keys)
+        MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, prob)
         self.max_pad = max_pad
         self.mode = ensure_tuple_rep(mode, len(self.keys))

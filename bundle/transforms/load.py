@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Load a CT and its masks, and refuse what is not a volume in HU with a known place in space."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Hashable, Mapping, Sequence
 
@@ -21,8 +19,6 @@ from bundle.reading.dicom import read_dicom
 from bundle.reading.scan_file import check_scan_file
 from bundle.reading.series import LARGEST_TILT
 
-__all__ = ["LoadCTd", "check_hu"]
-
 _AIR_HU = -1024  # padding outside the field of view (-2048, -3024) becomes air
 SPACING_MM = (0.1, 20.0)
 _LARGEST_M3 = 1.0  # a table's width, height and length; what a scan takes once resampled is bounded by it
@@ -35,8 +31,7 @@ class LoadCTd(MapTransform):
 
     An image becomes a MetaTensor (1, D, H, W) in HU, at least -1024, with its affine in RAS, as int16 where the file has
     16 bits (a chest CT then takes half the memory and time until it is resampled), else as float32; a mask becomes 0/1
-    (1 where the file is > 0) as uint8 on the same grid. `original_affine` and `spatial_shape` in the image's metadata
-    say what grid the heat map must come back to.
+    (1 where the file is > 0) as uint8 on the same grid.
 
     Args:
         keys: images; the masks must be on the grid of the first.
@@ -44,10 +39,7 @@ class LoadCTd(MapTransform):
         hounsfield: whether the images are CT; false for heat maps, which are read as they are, as float32.
 
     Raises:
-        InputError: naming the patient and the file, for a file that is missing, damaged or too large
-            (:func:`bundle.reading.check_scan_file`), 2-D, 4-D, thinner than 3 voxels, holds NaN or infinity, has an
-            affine that is not finite, sheared or of an impossible size, or lacks slices; for an image that is not in
-            HU; for a mask of another shape or affine than the image.
+        InputError: naming the patient, the file and what is wrong with it; a mask is on another grid than the image.
     """
 
     def __init__(
@@ -89,14 +81,10 @@ class LoadCTd(MapTransform):
 
 
 def check_hu(image: Tensor) -> str | None:
-    """What shows that an image is not a CT in Hounsfield units; None if nothing does.
+    """What shows that an image (finite values of any shape) is not a CT in Hounsfield units; None if nothing does.
 
     A chest CT has air near -1000 HU (at least one voxel in a thousand from -1500 to -700 HU), stays within
-    -4000..32000, and has hardly anything but constant padding below -1500. An 8-bit picture, stored values
-    without the rescale intercept, and a slope or intercept applied twice or wrongly break one of these.
-
-    Args:
-        image: finite values of any shape.
+    -4000..32000, and has hardly anything but constant padding below -1500.
 
     Example::
 
@@ -119,10 +107,8 @@ def check_hu(image: Tensor) -> str | None:
     if low < _HU_RANGE[0] or high > _HU_RANGE[1]:
         return f"{span}, beyond {_HU_RANGE[0]:g}..{_HU_RANGE[1]:g} {expected}"
     too_low = values[values < -1500]
-    if len(too_low):
-        padding = too_low == too_low.mode().values
-        if float((~padding).sum()) > 0.02 * len(values):
-            return f"{span}, much of it below -1500: slope or intercept look wrong or applied twice {expected}"
+    if len(too_low) and (too_low != too_low.mode().values).sum() > 0.02 * len(values):  # the commonest is padding
+        return f"{span}, much of it below -1500: slope or intercept look wrong or applied twice {expected}"
     if share(-1500, -700) < 1e-3:
         # Lung is at 150-350 if 1024 was added and at 650-850 if the sign was turned; bodies have little else there.
         if share(900, 1224) >= 1e-2 and share(650, 850) > share(150, 350):
@@ -150,7 +136,6 @@ def _read(path: str, where: str, series: str | None = None) -> MetaTensor:
 
 
 def _read_file(path: str, where: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Voxels, affine and notes of a file, by MONAI's readers."""
     try:
         check_scan_file(path)
     except InputError as fault:
@@ -173,21 +158,17 @@ def _read_file(path: str, where: str) -> tuple[np.ndarray, np.ndarray, list[str]
 
 
 def _volume_fault(array: np.ndarray) -> str | None:
-    """Why voxels are not one 3-D volume of finite numbers."""
     if array.ndim != 3:
         what = "is 2-D" if array.ndim < 3 else "holds several volumes or channels"
         return f"{what}, {_by(array.shape)} (expected one 3-D volume)"
     if min(array.shape) < 3:
         return f"has {_by(array.shape)} voxels (expected at least 3 slices, rows and columns)"
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        count = int((~np.isfinite(array)).sum())
-        what = "1 voxel is" if count == 1 else f"{count} voxels are"
-        return f"{what} NaN or infinite (expected finite numbers)"
+    if array.dtype.kind == "f" and (count := np.count_nonzero(~np.isfinite(array))):
+        return f"{'1 voxel is' if count == 1 else f'{count} voxels are'} NaN or infinite (expected finite numbers)"
     return None
 
 
 def _affine_fault(affine: np.ndarray, shape: Sequence[int]) -> str | None:
-    """Why an affine is not that of a scan with so many voxels."""
     if affine.shape != (4, 4) or not np.isfinite(affine).all():
         return f"its affine is {_rows(affine)} (expected 4 x 4 finite numbers)"
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
@@ -195,8 +176,8 @@ def _affine_fault(affine: np.ndarray, shape: Sequence[int]) -> str | None:
         return f"its spacing is {_by(spacing)} mm (expected {SPACING_MM[0]:g} to {SPACING_MM[1]:g} mm)"
     shear = np.degrees(np.arccos(min(1.0, abs(np.linalg.det(affine[:3, :3] / spacing)))))
     if shear > LARGEST_TILT:
-        expected = f"expected at most {LARGEST_TILT:g}, a tilted gantry"
-        return f"its affine {_rows(affine)} is sheared by {shear:.0f} degrees ({expected})"
+        sheared = f"its affine {_rows(affine)} is sheared by {shear:.0f} degrees"
+        return f"{sheared} (expected at most {LARGEST_TILT:g}, a tilted gantry)"
     extent = spacing * shape
     if extent.prod() > _LARGEST_M3 * 1e9:
         return f"it spans {_by(extent.round())} mm (expected at most {_LARGEST_M3:g} cubic metre)"
@@ -204,11 +185,7 @@ def _affine_fault(affine: np.ndarray, shape: Sequence[int]) -> str | None:
 
 
 def _last_axis_fastest(array: np.ndarray) -> Tensor:
-    """The volume as torch likes it in memory.
-
-    Plane by plane, each of which fits into the cache, and as float32, which torch turns round block by block: ten times as
-    fast, and exact for what is held here, 8 and 16 bits or float32.
-    """
+    """The volume as torch likes it in memory: ten times as fast plane by plane, and as float32, exact for what is held."""
     volume = torch.from_numpy(array)
     out = torch.empty(volume.shape, dtype=volume.dtype)
     for index in range(volume.shape[1]):

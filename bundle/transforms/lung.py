@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the lung is: a given mask, the lungmask network, or a threshold segmentation that needs no weights."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -22,8 +20,6 @@ from bundle.errors import InputError
 from bundle.files import file_sha256
 from bundle.transforms.lung_threshold import fill_thorax, threshold_lung_mask
 
-__all__ = ["LUNG_METHODS", "LungMaskd", "lungmask_digests", "lungmask_network"]
-
 LUNG_METHODS = ("auto", "given", "lungmask", "threshold", "none")
 
 
@@ -31,16 +27,15 @@ class LungMaskd(MapTransform):
     """Write `lung`, where the lung is, on the grid of the image, and `lung_mask_source`, how that is known.
 
     `lung` is (1, D, H, W) float32 in {0, 1} with the image's affine and history of transforms, so that `Invertd` brings
-    it back. The image must be in HU and in RAS order (after `Orientationd`). A mask that came with the scan, `lung_mask`,
-    must be on the image's grid (named in the same `Orientationd` and `Spacingd`); it leaves the data.
+    it back. The image must be in HU and in RAS order. A mask that came with the scan, `lung_mask`, must be on the
+    image's grid; it leaves the data.
 
     Args:
         keys: the image; one key.
         method: "given"; "lungmask" (:func:`lungmask_network`); "threshold" (:func:`threshold_lung_mask`); "none" (1
             everywhere, for phantoms without lungs); "auto": the given mask, else lungmask if there are `weights`, else
             threshold.
-        weights: local file with lungmask's state dict (R231, LTRCLobes, R231CovidWeb), or two: that of the lobes, and
-            that which fills what it drops (lungmask's fused model). Nothing is ever downloaded.
+        weights: local file with lungmask's state dict, or two (lungmask's fused model). Nothing is ever downloaded.
         fill: add what the mask drops inside the thorax (:func:`fill_thorax`), for very sick lungs.
 
     Raises:
@@ -70,7 +65,6 @@ class LungMaskd(MapTransform):
         if source == "auto":
             source = "given" if given is not None else "lungmask" if self.weights else "threshold"
         patient = data.get("patient_id", "?")
-
         if (source in ("lungmask", "threshold") or self.fill) and nib.aff2axcodes(image.affine.numpy()) != ("R", "A", "S"):
             raise ValueError("LungMaskd needs the image in RAS order: put Orientationd(axcodes='RAS') before it")
         if source == "none":
@@ -89,34 +83,22 @@ class LungMaskd(MapTransform):
             mask = fill_thorax(mask, image.as_tensor())
             source += ", thorax filled"
 
-        lung = MetaTensor(mask.to(image.device)).copy_meta_from(image)
-        data["lung"] = lung
-        data["lung_mask_source"] = source
-        return data
+        return data | {"lung": MetaTensor(mask.to(image.device)).copy_meta_from(image), "lung_mask_source": source}
 
 
 def check_method(method: str) -> str:
-    """The method of lung masking, if it is one of :data:`LUNG_METHODS`.
-
-    Raises:
-        InputError: it is none of them.
-    """
+    """Refuse a method of lung masking that is none of :data:`LUNG_METHODS`."""
     if method not in LUNG_METHODS:
         raise InputError(f"lung_mask is {method!r} (expected one of {', '.join(LUNG_METHODS)})")
     return method
 
 
 def lungmask_digests(weights: str | Sequence[str] | None) -> list[str]:
-    """SHA-256 of each file of lungmask's weights, so that masks of other weights are told apart; empty without.
-
-    Raises:
-        InputError: a file is missing, or there are more than two.
-    """
+    """SHA-256 of each file of lungmask's weights, so that masks of other weights are told apart."""
     return [file_sha256(path) for path in _files(weights)]
 
 
 def _files(weights: str | Sequence[str] | None) -> tuple[str, ...]:
-    """One file, or two, as a tuple, after checking that they exist."""
     files = tuple(map(str, ensure_tuple(weights))) if weights else ()
     if len(files) > 2:
         raise InputError(f"lungmask weights: {len(files)} files (expected one, or two to fuse: lobes, then R231)")
@@ -131,14 +113,8 @@ def lungmask_network(hu: Tensor, weights: str, fill_weights: str | None = None) 
 
     Args:
         hu: (1, D, H, W) in RAS order.
-        weights: local file with lungmask's state dict; of lobes (LTRCLobes), all lobes are lung.
-        fill_weights: another (R231), for what the first drops: lungmask's fused model.
-
-    Returns:
-        (1, D, H, W) float32 in {0, 1}.
-
-    Raises:
-        InputError: a file is not a state dict of lungmask's network.
+        weights: local file with lungmask's state dict (R231, LTRCLobes, R231CovidWeb).
+        fill_weights: another (R231), for what the first (LTRCLobes) drops: lungmask's fused model.
     """
     # lungmask wants (slice, row, column) as a DICOM series has them: rows to the back, columns to the patient's left.
     slices = hu[0].detach().cpu().numpy().transpose(2, 1, 0)[:, ::-1, ::-1]
@@ -151,7 +127,8 @@ def lungmask_network(hu: Tensor, weights: str, fill_weights: str | None = None) 
 def _lungmask(weights: str, fill_weights: str | None):
     from lungmask.mask import LMInferer  # here, as importing it silences every UserWarning of the process
 
-    for path in filter(None, (weights, fill_weights)):
+    files = list(filter(None, (weights, fill_weights)))
+    for path in files:
         try:
             # lungmask leaves it to torch's default, which the environment can change, whether a file may run code.
             torch.load(path, map_location="cpu", weights_only=True)
@@ -160,5 +137,4 @@ def _lungmask(weights: str, fill_weights: str | None):
     try:
         return LMInferer(modelpath=weights, fillmodel_path=fill_weights, force_cpu=True, tqdm_disable=True)
     except Exception as error:
-        files = " or ".join(filter(None, (weights, fill_weights)))
-        raise InputError(f"lungmask weights {files}: not a state dict of lungmask's U-net") from error
+        raise InputError(f"lungmask weights {' or '.join(files)}: not a state dict of lungmask's U-net") from error

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lung masks without weights: a threshold, the body's and the thorax's hull, airways out, two lungs, closing."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,8 +12,6 @@ from scipy.spatial import ConvexHull, QhullError
 from skimage.draw import polygon
 from skimage.morphology import isotropic_erosion, isotropic_opening
 from torch import Tensor
-
-__all__ = ["fill_thorax", "threshold_lung_mask"]
 
 _WORKING_MM = 3.0  # finer voxels tell nothing more about where the lung is, at many times the cost
 _BODY_HU = -500.0
@@ -42,16 +38,11 @@ _IN_PLANE[:, 1, 1] = _IN_PLANE[1, :, 1] = True
 def threshold_lung_mask(hu: Tensor, spacing: Sequence[float]) -> Tensor:
     """Both lungs from HU alone, without trachea and main bronchi, with vessels, nodules and most masses filled in.
 
-    Air inside the body (below -400 HU, and not the air around the body in its axial slice) is parted into components;
-    the largest two are the lungs. Lungs that touch are parted where they are thinnest. Each is closed by a ball of 15
-    mm radius and, where that closes more than a thin layer, by one of 25 mm: vessels, the hilum, and masses that the
-    lung surrounds on most sides. What dents the lungs at the chest wall is filled in up to the slice's convex hull, or
-    that of both lungs and their mirror image if it is thick.
+    Air inside the body is parted into components; the largest two are the lungs. Each is closed by a ball of 15 mm
+    radius, and in part by one of 25 mm. What dents the lungs at the chest wall is filled in up to a convex hull.
 
-    A mass in a corner of the lung, and consolidation or effusion that takes a whole lobe, can't be told from what lies
-    beside the lung, and are left out (:func:`fill_thorax` brings them back). Measured in docs/lung_masks.md.
-
-    Works on blocks of voxels of up to 3 mm a side.
+    A mass in a corner of the lung, and consolidation or effusion that takes a whole lobe, are left out
+    (:func:`fill_thorax` brings them back). Measured in docs/results/lung_masks.md.
 
     Args:
         hu: (1, D, H, W) in RAS order: the first axis runs across the patient, the last from feet to head.
@@ -61,10 +52,7 @@ def threshold_lung_mask(hu: Tensor, spacing: Sequence[float]) -> Tensor:
         (1, D, H, W) float32 in {0, 1}; 0 everywhere if there is no lung (no component of at least 20 mL).
     """
     block = [max(1, int(_WORKING_MM / mm + 1e-3)) for mm in spacing]
-    values = hu.detach().cpu().float()
-    if max(block) == 1:
-        return torch.from_numpy(_lungs(values[0].numpy(), np.asarray(spacing, dtype=float))).float()[None]
-    means = F.avg_pool3d(values[None], block, block, ceil_mode=True, count_include_pad=False)[0, 0]
+    means = F.avg_pool3d(hu.detach().cpu().float()[None], block, ceil_mode=True, count_include_pad=False)[0, 0]
     lungs = torch.from_numpy(_lungs(means.numpy(), np.asarray(spacing, dtype=float) * block)).float()
     whole = F.interpolate(lungs[None, None], scale_factor=[float(n) for n in block], mode="trilinear")[0]
     return (whole[(..., *(slice(n) for n in hu.shape[1:]))] >= 0.5).float()
@@ -80,9 +68,6 @@ def fill_thorax(lungs: Tensor, hu: Tensor) -> Tensor:
     Args:
         lungs: (1, D, H, W) in {0, 1}, in RAS order.
         hu: of the same shape.
-
-    Returns:
-        (1, D, H, W) float32 in {0, 1}.
     """
     values, mask = hu[0].detach().cpu().numpy(), lungs[0].detach().cpu().numpy() > 0.5
     hull = _hulls(mask, _middle(_largest(values > _BODY_HU)), mirror=True)
@@ -91,7 +76,6 @@ def fill_thorax(lungs: Tensor, hu: Tensor) -> Tensor:
 
 
 def _lungs(values: np.ndarray, spacing: np.ndarray) -> np.ndarray:
-    """:func:`threshold_lung_mask` at the resolution of `values`."""
     pixel_mm2 = spacing[0] * spacing[1]
     tissue = _largest(values > _BODY_HU)
     body = _fill_slices(tissue)
@@ -103,7 +87,7 @@ def _lungs(values: np.ndarray, spacing: np.ndarray) -> np.ndarray:
     airways = _airways(values, air & body, spacing)
 
     labels, number = ndimage.label(air & ~airways)
-    inside = 2 * np.bincount(labels[body], minlength=number + 1) >= np.bincount(labels.ravel(), minlength=number + 1)
+    inside = ndimage.mean(body, labels, np.arange(number + 1)) >= 0.5
     labels *= inside[labels]  # air between the arms and the trunk isn't
     lungs = np.zeros_like(air)
     for lung in _two_lungs(labels, spacing):
@@ -121,7 +105,6 @@ def _sizes(labels: np.ndarray) -> np.ndarray:
 
 
 def _largest(mask: np.ndarray) -> np.ndarray:
-    """The largest component."""
     labels, _ = ndimage.label(mask)
     return mask & (labels == _sizes(labels).argmax())
 
@@ -133,15 +116,12 @@ def _middle(body: np.ndarray) -> float:
 
 
 def _fill_slices(mask: np.ndarray, largest: float = np.inf) -> np.ndarray:
-    """Fill the holes, of up to `largest` pixels, of each axial slice.
-
-    A hole may touch the slice's border along less than half the side of a square of its area: a narrow field of
-    view may cut a lung.
-    """
+    """Fill the holes, of up to `largest` pixels, of each axial slice."""
     labels, _ = ndimage.label(~mask, _IN_PLANE)
     sizes = _sizes(labels)
     border = np.concatenate([edge.ravel() for edge in (labels[0], labels[-1], labels[:, 0], labels[:, -1])])
     contact = np.bincount(border, minlength=len(sizes))
+    # A narrow field of view may cut a lung: up to half the side of a square of the hole's area may be on the border.
     hole = (contact <= 0.5 * np.sqrt(sizes)) & (sizes <= largest)
     hole[0] = False
     return mask | hole[labels]
@@ -211,10 +191,7 @@ def _close(mask: np.ndarray, spacing: np.ndarray) -> np.ndarray:
 
 
 def _dents(lungs: np.ndarray, middle: float, spacing: np.ndarray) -> np.ndarray:
-    """What lies between the convex hull of both lungs and the lungs in axial slices, but for the mediastinum.
-
-    The other lung shows how far a lung with a large mass should reach, but less exactly: no body is quite symmetric.
-    """
+    """What lies between the convex hull of both lungs and the lungs in axial slices, but for the mediastinum."""
     found = np.zeros_like(lungs)
     for mirror, thin_mm in ((False, _THIN_MM), (True, 2 * _THIN_MM)):
         outside = _hulls(lungs, middle, mirror) & ~lungs
@@ -228,19 +205,12 @@ def _dents(lungs: np.ndarray, middle: float, spacing: np.ndarray) -> np.ndarray:
 
 
 def _airways(values: np.ndarray, air: np.ndarray, spacing: np.ndarray) -> np.ndarray:
-    """Trachea and main bronchi, from the head down.
-
-    The largest chain of tube-sized components of axial slices is the trachea. Where it meets a lung (a thin wall is
-    lost in partial volume), its lumen is followed on, one voxel aside a slice, until it ends or widens.
-    """
+    """The trachea, the largest chain of tube-sized components of axial slices, and its lumen followed into the bronchi."""
     pixel_mm2 = spacing[0] * spacing[1]
     labels, _ = ndimage.label(air, _IN_PLANE)
     area = _sizes(labels) * pixel_mm2
     tube = (area >= _AIRWAY_MM2[0]) & (area <= _AIRWAY_MM2[1])
     widest = int(air.sum((0, 1)).argmax())  # below it, long tubes are bowel
-
-    def volume(chain: list[int]) -> float:
-        return float(area[chain].sum())
 
     trachea: list[int] = []
     chains: dict[int, list[int]] = {}  # the chain that ends in each component of the slice above
@@ -250,8 +220,8 @@ def _airways(values: np.ndarray, air: np.ndarray, spacing: np.ndarray) -> np.nda
         longer = {}
         for label in np.unique(here[tube[here]]):
             parents = [chains[parent] for parent in np.unique(above[here == label]) if parent in chains]
-            longer[label] = max(parents, key=volume, default=[]) + [label]
-            trachea = max(trachea, longer[label], key=volume)
+            longer[label] = max(parents, key=lambda chain: area[chain].sum(), default=[]) + [label]
+            trachea = max(trachea, longer[label], key=lambda chain: area[chain].sum())
         chains, above = longer, here
     if len(trachea) * spacing[2] < _AIRWAY_LENGTH_MM:
         return np.zeros_like(air)

@@ -2,16 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The numbers and words that say how scans are prepared, checked before anything is built with them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
 from bundle.errors import checked_numbers
 from bundle.transforms.load import SPACING_MM
 from bundle.transforms.lung import check_method
-
-__all__ = ["check_preprocessing"]
 
 
 def check_preprocessing(
@@ -22,11 +18,8 @@ def check_preprocessing(
     Args:
         spacing: of the voxels that the network sees, mm: one number, or one for each axis.
         hu_window: HU that become 0 and 1.
-        lung_mask: how the lung is found, one of :data:`~bundle.transforms.LUNG_METHODS`.
+        lung_mask: one of :data:`~bundle.transforms.LUNG_METHODS`.
         margin: around the lung, mm.
-
-    Returns:
-        The same keys: three floats, two floats, the word, and a float.
 
     Raises:
         InputError: what was given, and what was expected.

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The last look at a scan before a network sees it: is it a CT of a chest, whole, in HU, fine enough?"""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
@@ -14,8 +12,6 @@ from monai.utils import convert_to_numpy
 
 from bundle.errors import InputError, checked_numbers
 
-__all__ = ["QualityGated", "check_quality"]
-
 _LUNG_LITRES = (0.8, 10.0)
 _SPACING_MM = (5.0, 10.0)  # voxels larger than this: noted, refused
 _CUT_SIDE = (0.05, 0.25)  # share of the lungs' outline on a face of the volume: noted, refused
@@ -24,22 +20,21 @@ _NEAR_WATER_HU, _NEAR_WATER_SHARE = (-300.0, 300.0), 0.05
 _SOFT_HU = (-150.0, 150.0)  # where the peak of fat (-100) or of soft tissue (40) must be
 _LUNG_MEDIAN_HU = (-985.0, -250.0)  # of emphysema to fibrosis
 _METAL_HU, _METAL_ML = 2500.0, 0.2
-_JUMP = 2.0
+_JUMP = 2.0  # difference between two slices, in units of the median of the seven around it
 
 
 class QualityGated(MapTransform):
     """Refuse a scan that no survival map can be drawn from, and add what its reader should know to `notes`.
 
-    Place it behind :class:`~bundle.transforms.lung.LungMaskd`. A scan whose lungs aren't masked (`lung_mask: none`,
-    phantoms) is passed on unchecked. :func:`check_quality` says what is checked.
+    It comes after :class:`~bundle.transforms.LungMaskd`. A scan whose lungs aren't masked (phantoms) passes unchecked.
 
     Args:
-        keys: the image, in HU and in RAS order; one key. Its lung mask is `lung`, with `lung_mask_source` beside it.
+        keys: the image, in HU and in RAS order; one key.
         lung_litres: volume that the lungs may have.
         max_spacing: largest voxel side of the scan on file, mm.
 
     Raises:
-        InputError: naming the patient and every fault; or the limits are not numbers that can be limits.
+        InputError: naming the patient and every fault of :func:`check_quality`; or the limits can't be limits.
     """
 
     def __init__(
@@ -50,8 +45,7 @@ class QualityGated(MapTransform):
     ) -> None:
         super().__init__(keys)
         litres = "two ascending volumes in litres, such as [0.8, 10]"
-        low, high = checked_numbers("lung_litres", lung_litres, 2, litres, lambda low, high: 0 <= low < high)
-        self.lung_litres = low, high
+        self.lung_litres = checked_numbers("lung_litres", lung_litres, 2, litres, lambda low, high: 0 <= low < high)
         (self.max_spacing,) = checked_numbers("max_spacing", max_spacing, 1, "a number of mm above 0", lambda mm: mm > 0)
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
@@ -68,16 +62,13 @@ class QualityGated(MapTransform):
             max_spacing=self.max_spacing,
         )
         if faults:
-            source = data["lung_mask_source"]
-            raise InputError(
-                f"patient {data.get('patient_id', '?')}, image {image.meta.get('filename_or_obj', '')}: not a chest CT "
-                f"fit for a survival map: {'; '.join(faults)} (lung mask: {source})"
-            )
+            where = f"patient {data.get('patient_id', '?')}, image {image.meta.get('filename_or_obj', '')}"
+            what = f"not a chest CT fit for a survival map: {'; '.join(faults)}"
+            raise InputError(f"{where}: {what} (lung mask: {data['lung_mask_source']})")
         known = data.get("notes", "")
         if "contrast" not in known:
             notes.append("contrast phase unknown")
-        data["notes"] = "; ".join(filter(None, [known, *notes]))
-        return data
+        return data | {"notes": "; ".join(filter(None, [known, *notes]))}
 
 
 def check_quality(
@@ -100,7 +91,7 @@ def check_quality(
         max_spacing: largest voxel side on file, mm.
 
     Returns:
-        (faults, notes), each a list of phrases; docs/real_ct.md has the thresholds and their reasons.
+        (faults, notes), each a list of phrases; docs/data.md has the thresholds and their reasons.
     """
     faults, notes = [], []
     coarsest = float(max(on_file))
@@ -112,27 +103,24 @@ def check_quality(
     litres = float(lung.sum() * np.prod(spacing) / 1e6)
     if not lung_litres[0] <= litres <= lung_litres[1]:
         faults.append(f"lung volume is {litres:.2f} L (expected {lung_litres[0]:g} to {lung_litres[1]:g} L)")
-    cut: tuple[list[str], list[str]] = [], []
-    for share, where, (note, fault) in _cuts(lung):
-        if share > note:
-            cut[share > fault].append(f"the {where} ({100 * share:.0f} % of their cross-section)")
-    for found, phrases, expected in zip(cut, (notes, faults), ("", " (expected them whole)"), strict=True):
-        if found:
-            phrases.append(f"the lungs are cut at {', '.join(found)}{expected}")
+    slight, severe = _cuts(lung)
+    if slight:
+        notes.append(f"the lungs are cut at {', '.join(slight)}")
+    if severe:
+        faults.append(f"the lungs are cut at {', '.join(severe)} (expected them whole)")
     return faults, notes + _hints(hu, lung, spacing)
 
 
 def _value_faults(hu: np.ndarray, lung: np.ndarray) -> list[str]:
-    """What shows that values are not HU of a chest: fat and soft tissue, or the lung, are not where they must be."""
     faults = []
     low, high = _NEAR_WATER_HU
     near = float(((hu > low) & (hu < high)).mean())
     if near < _NEAR_WATER_SHARE:
-        faults.append(
-            f"{100 * near:.1f} % of the voxels are in {low:g} to {high:g} HU, where fat and soft tissue are (expected "
-            f"at least {100 * _NEAR_WATER_SHARE:g} %)"
-        )
-    elif not _SOFT_HU[0] < (peak := _peak(hu, low, high)) < _SOFT_HU[1]:
+        what = f"{100 * near:.1f} % of the voxels are in {low:g} to {high:g} HU, where fat and soft tissue are"
+        faults.append(f"{what} (expected at least {100 * _NEAR_WATER_SHARE:g} %)")
+    count, edges = np.histogram(hu, bins=np.arange(low, high + 1, 20))
+    peak = edges[count.argmax()] + 10
+    if near >= _NEAR_WATER_SHARE and not _SOFT_HU[0] < peak < _SOFT_HU[1]:
         faults.append(f"fat and soft tissue peak at {peak:.0f} HU (expected {_SOFT_HU[0]:g} to {_SOFT_HU[1]:g} HU)")
     median = float(np.median(hu[lung]))
     if not _LUNG_MEDIAN_HU[0] < median < _LUNG_MEDIAN_HU[1]:
@@ -142,7 +130,6 @@ def _value_faults(hu: np.ndarray, lung: np.ndarray) -> list[str]:
 
 
 def _hints(hu: np.ndarray, lung: np.ndarray, spacing: Sequence[float]) -> list[str]:
-    """What a reader of the map should know of the scan."""
     notes = []
     width, depth = (float(np.ptp(np.flatnonzero(lung.any(axes)))) for axes in ((1, 2), (0, 2)))
     if width * spacing[0] < depth * spacing[1]:
@@ -150,32 +137,23 @@ def _hints(hu: np.ndarray, lung: np.ndarray, spacing: Sequence[float]) -> list[s
     metal = float((hu > _METAL_HU).sum() * np.prod(spacing) / 1000)
     if metal >= _METAL_ML:
         notes.append(f"metal ({metal:.1f} mL above {_METAL_HU:g} HU), streaks may mislead the map")
-    if (jump := _jump(hu)) > _JUMP:
-        notes.append(
-            f"a jump between neighbouring slices ({jump:.1f} times the usual difference): motion, or slices are missing"
-        )
+    difference = np.abs(np.diff(hu, axis=2)).mean((0, 1))
+    usual = [np.median(difference[max(0, k - 3) : k + 4]) for k in range(len(difference))]
+    jump = float((difference / np.maximum(usual, 1.0)).max(initial=0.0))
+    if jump > _JUMP:
+        times = f"{jump:.1f} times the usual difference"
+        notes.append(f"a jump between neighbouring slices ({times}): motion, or slices are missing")
     return notes
 
 
-def _peak(hu: np.ndarray, low: float, high: float) -> float:
-    """The commonest value between two HU, in bins of 20."""
-    count, edges = np.histogram(hu, bins=np.arange(low, high + 1, 20))
-    return float(edges[count.argmax()] + 10)
-
-
-def _cuts(lung: np.ndarray) -> list[tuple[float, str, tuple[float, float]]]:
-    """For each face of the volume: how much of the lungs' cross-section lies on it, its name, limits."""
-    cuts = []
+def _cuts(lung: np.ndarray) -> tuple[list[str], list[str]]:
+    """The faces of the volume that cut the lungs slightly, and severely."""
+    cuts: tuple[list[str], list[str]] = [], []
     for axis, names in enumerate((("left side", "right side"), ("back", "front"), ("lower end", "upper end"))):
-        others = tuple(a for a in range(3) if a != axis)
-        limits = _CUT_END if axis == 2 else _CUT_SIDE
-        whole = lung.sum(others).max() if axis == 2 else lung.any(axis).sum()
-        cuts += [(float(lung.take(end, axis).sum() / whole), name, limits) for end, name in zip((0, -1), names, strict=True)]
+        note, fault = _CUT_END if axis == 2 else _CUT_SIDE
+        whole = lung.sum((0, 1)).max() if axis == 2 else lung.any(axis).sum()
+        for end, name in zip((0, -1), names):
+            share = float(lung.take(end, axis).sum() / whole)
+            if share > note:
+                cuts[share > fault].append(f"the {name} ({100 * share:.0f} % of their cross-section)")
     return cuts
-
-
-def _jump(hu: np.ndarray) -> float:
-    """Largest mean difference between neighbouring axial slices, in units of the median among the seven around it."""
-    difference = np.abs(np.diff(hu, axis=2)).mean((0, 1))
-    usual = [np.median(difference[max(0, k - 3) : k + 4]) for k in range(len(difference))]
-    return float((difference / np.maximum(usual, 1.0)).max(initial=0.0))
