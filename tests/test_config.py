@@ -19,6 +19,7 @@ from monai.bundle import ConfigParser
 from bundle.errors import InputError
 from bundle.maps import GridShiftInferer
 from bundle.networks import SurvivalMapNet
+from bundle.run import share_of_window
 from bundle.run.config import check_config, flat
 from bundle.survival import CenTime, SurvivalMapLoss
 
@@ -143,6 +144,18 @@ def test_a_value_that_nothing_can_use_is_one_sentence(override, message):
         checked(**override)
 
 
+@pytest.mark.parametrize("hu", [5, [-900], [-700, -900], [-1100, -700], [-900, 300], "wide", [-900, "high"]])
+def test_a_narrow_window_outside_the_window_is_one_sentence(hu):
+    message = "^--narrow_hu_window is .* .expected null, or two ascending HU within hu_window, -1000 to 200"
+    with pytest.raises(InputError, match=message):
+        share_of_window(hu, [-1000, 200])
+
+
+def test_a_narrow_window_of_one_number_ends_a_training_in_one_sentence(tiny_cohort, tmp_path):
+    with pytest.raises(InputError, match="--narrow_hu_window is 5 .expected null, or two ascending HU"):
+        train(tiny_cohort, tmp_path, narrow_hu_window=5)
+
+
 def test_a_folder_may_be_called_by_a_number(tiny_cohort, tmp_path, monkeypatch):
     assert checked(ckpt_dir=123)["ckpt_dir"] == "123"
 
@@ -188,6 +201,12 @@ def test_a_run_from_another_folder(tiny_cohort, tmp_path, root, trained):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "predictions.csv").is_file()
+
+
+def test_a_package_that_is_missing_is_named(root):
+    code = "import sys; sys.modules['filelock'] = None; from monai.bundle import run; run(config_file='configs/train.json')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert done.returncode == 1 and "ModuleNotFoundError: import of filelock" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------- configs as they ship

@@ -2,17 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a training keeps: its best weights, and all that it takes to go on where it was stopped.
 
-Four handlers with one job each, in this order: :class:`BestModel`, :class:`CollapseGuard`, :class:`Patience`,
-:class:`RunCheckpoint`.
+Four handlers, in this order: :class:`BestModel`, :class:`CollapseGuard`, :class:`Patience`, :class:`RunCheckpoint`.
 """
-
-from __future__ import annotations
 
 import copy
 import logging
 import math
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,65 +20,46 @@ import torch
 from filelock import FileLock, Timeout
 from ignite.engine import Engine, Events
 
+from bundle import files
 from bundle.errors import InputError
-from bundle.files import (
-    DamagedFile,
-    file_sha256,
-    load_checked,
-    remove_leftovers,
-    save_checked,
-    write_atomically,
-    write_json,
-)
 from bundle.handlers import HistoryWriter
 from bundle.run.settings import differences, read_settings, settings_file
-
-__all__ = ["BestModel", "CollapseGuard", "Patience", "RunCheckpoint"]
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False, repr=False)
 class BestModel:
-    """Keep the best weights, in memory and as `model.pt` with its `settings.json`.
+    """Keep the best weights, in memory and as `model.pt`, a plain state dict, with its `settings.json`.
 
-    `model.pt` is the network's plain state dict, `settings.json` has its settings and the SHA-256 of the weights. Both are
-    written by the first of several processes, under another name, flushed and renamed. MONAI's `CheckpointSaver` writes in
-    place.
+    Both files are whole at any moment; MONAI's `CheckpointSaver` writes in place.
 
     Args:
         ckpt_dir: folder of the run.
-        settings: of the run; see :func:`bundle.run.training_settings`.
+        settings: from :func:`bundle.run.training_settings`.
         network: whose weights are kept.
         objective: its arguments, as learnt by then, go into `settings.json`.
         validator: the evaluator that `ValidationHandler` runs, earlier in the list of handlers.
         metric: its metric that is largest for the best weights.
         val_interval: epochs between two validations.
-        settled: first epoch whose weights may be the best for good. The likelihood of a few validation scans is often
-            best while the map is still forming. Until then `model.pt` holds the best so far, and it is replaced after.
+        settled: first epoch whose weights may be the best for good; the likelihood of a few validation scans is often
+            best while the map is still forming.
     """
 
-    def __init__(
-        self,
-        ckpt_dir: str,
-        settings: dict,
-        network: torch.nn.Module,
-        objective: torch.nn.Module,
-        validator: Engine,
-        metric: str,
-        val_interval: int,
-        settled: int = 1,
-    ) -> None:
-        self.path = Path(ckpt_dir) / "model.pt"
-        self.settings = settings
-        self.network = network
-        self.objective = objective
-        self.validator = validator
-        self.metric = metric
-        self.val_interval = val_interval
-        self.settled = settled
+    ckpt_dir: str
+    settings: dict
+    network: torch.nn.Module
+    objective: torch.nn.Module
+    validator: Engine
+    metric: str
+    val_interval: int
+    settled: int = 1
+
+    def __post_init__(self) -> None:
+        self.path = Path(self.ckpt_dir) / "model.pt"
         self.value: float | None = None
         self.epoch = 0
-        self.found: dict = {"objective": settings["objective"]}  # what the weights change about the settings
+        self.found: dict = {"objective": self.settings["objective"]}  # what the weights change about the settings
         self.weights: dict[str, torch.Tensor] | None = None
 
     def state_dict(self) -> dict:
@@ -93,28 +72,39 @@ class BestModel:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.update)
 
     def update(self, engine: Engine) -> None:
-        """Keep this epoch's weights if its validation was the best so far."""
         epoch = engine.state.epoch
         if epoch == self.settled:
             self.value = None
-        value = self.validator.state.metrics[self.metric] if epoch % self.val_interval == 0 else -math.inf
+        if epoch % self.val_interval != 0:
+            return
+        value = float(self.validator.state.metrics[self.metric])
         if value > (-math.inf if self.value is None else self.value):
-            self.value, self.epoch = float(value), epoch
+            self.value, self.epoch = value, epoch
             self.found = {"objective": {**self.settings["objective"], **self.objective.arguments}}
-            self.weights = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
-            self.write()
+            self.keep()
 
-    def write(self) -> None:
-        """Write `model.pt` and `settings.json`."""
-        if idist.get_rank() != 0 or self.weights is None:
+    def finish(self, fit: Callable[[dict], dict] | None) -> None:
+        """Put the best weights into the network, fit what belongs to finished weights, and keep both."""
+        if self.weights is None:
+            return
+        self.network.load_state_dict(self.weights)
+        if fit is not None:
+            self.found = {**self.found, **fit(self.found["objective"])}
+        self.keep()
+
+    def keep(self) -> None:
+        """Take the network's weights, and let the first of several processes write them."""
+        self.weights = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
+        if idist.get_rank() != 0:
             return
 
         def save(path: Path) -> None:
             with open(path, "wb") as f:  # by its name, torch would put that into the file
                 torch.save(self.weights, f)
 
-        write_atomically(self.path, save)
-        write_json(settings_file(self.path), {**self.settings, **self.found, "weights_sha256": file_sha256(self.path)})
+        files.write_atomically(self.path, save)
+        sha256 = files.file_sha256(self.path)
+        files.write_json(settings_file(self.path), {**self.settings, **self.found, "weights_sha256": sha256})
 
     def is_whole(self) -> bool:
         """Whether `model.pt` and `settings.json` are there and belong together."""
@@ -125,35 +115,26 @@ class BestModel:
             return False
         return True
 
-    def finish(self, fit: Callable[[dict], dict] | None) -> None:
-        """Put the best weights into the network, fit what belongs to finished weights, and write them."""
-        if self.weights is None:
-            return
-        self.network.load_state_dict(self.weights)
-        if fit is not None:
-            self.found = {**self.found, **fit(self.found["objective"])}
-        self.weights = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
-        self.write()
 
-
+@dataclass(eq=False, repr=False)
 class CollapseGuard:
-    """Take back an epoch that undid what was learnt.
+    """Take back an epoch that undid what was learnt: one whose mean loss is far above the first one's.
 
-    A softmin over thousands of patches has sharp edges. Now and then a step takes a network over one, all patches come out
-    alike, and what has no gradient doesn't come back. After an epoch whose mean loss is far above the first one's, training
-    goes on with the state that the best epoch so far began with.
+    A softmin has sharp edges: beyond one, all patches come out alike, and no gradient leads back. Training goes on with
+    the state that the best epoch so far began with.
 
     Args:
         parts: network, objective and optimizer, by name: what is taken back.
         history: what keeps the losses of an epoch, earlier in the list of handlers.
-        collapsed: how far above the first epoch's mean loss is too far; of a loss that is a log-likelihood, in nats. The
-            regularisers' schedule adds 3 to 4.5.
+        collapsed: how far above the first epoch's mean loss is too far; of a loss that is a log-likelihood, in nats.
+            The regularisers' schedule adds 3 to 4.5.
     """
 
-    def __init__(self, parts: Mapping[str, Any], history: HistoryWriter, collapsed: float = 5.0) -> None:
-        self.parts = dict(parts)
-        self.history = history
-        self.collapsed = collapsed
+    parts: Mapping[str, Any]
+    history: HistoryWriter
+    collapsed: float = 5.0
+
+    def __post_init__(self) -> None:
         self.first_loss, self.least_loss = math.inf, math.inf
         self.before: dict = {}  # what this epoch began with
         self.sound: dict = {}  # what the epoch of the least loss began with
@@ -187,20 +168,19 @@ class CollapseGuard:
             self.least_loss, self.sound = loss, self.before
 
 
+@dataclass(eq=False, repr=False)
 class Patience:
     """Stop at the first validation so many epochs or more after the best one.
 
-    MONAI's `EarlyStopHandler` counts validations, has no state to go on with, and would wait for a best that
-    :class:`BestModel` has not settled on.
+    MONAI's `EarlyStopHandler` counts validations, and has no state to go on with.
 
     Args:
         best: knows which epoch was the best.
         epochs: to wait; None to go through all epochs.
     """
 
-    def __init__(self, best: BestModel, epochs: int | None = None) -> None:
-        self.best = best
-        self.epochs = epochs
+    best: BestModel
+    epochs: int | None = None
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
@@ -214,77 +194,64 @@ class Patience:
             engine.terminate()
 
 
+@dataclass(eq=False, repr=False)
 class RunCheckpoint:
     """Save all that it takes to go on after every epoch, and go on with a run that was stopped.
 
-    `last.pt` holds every part's state, with a checksum; the one before it is `previous.pt`, which is used if `last.pt` turns
-    out damaged. ignite's `Checkpoint` neither flushes nor has a checksum. After the last epoch the best weights are
-    finished. A second run that trains in the same folder waits until the first has ended: one that outlived its killed
-    parent, for instance.
+    `last.pt` has a checksum (ignite's `Checkpoint` has none); if it is damaged, `previous.pt` is used. A second run in
+    the same folder waits until the first has ended: one that outlived its killed parent, for instance.
 
     Args:
         ckpt_dir: folder of the run.
-        settings: of the run; see :func:`bundle.run.training_settings`.
+        settings: from :func:`bundle.run.training_settings`.
         parts: all that has a state, by name.
         best: the best weights, which are finished at the end.
-        finish: called once with the best weights in the network and the settings of their objective; returns what of
-            `settings.json` it found.
+        finish: from the settings of the objective, what of `settings.json` is fitted to the best weights.
         resume: go on with an unfinished run of the same settings; if false, start from the beginning.
     """
 
-    def __init__(
-        self,
-        ckpt_dir: str,
-        settings: dict,
-        parts: Mapping[str, Any],
-        best: BestModel,
-        finish: Callable[[dict], dict] | None = None,
-        resume: bool = True,
-    ) -> None:
-        self.ckpt_dir = Path(ckpt_dir)
-        self.settings = settings
-        self.parts = dict(parts)
-        self.best = best
-        self.finish = finish
-        self.resume = resume
+    ckpt_dir: str
+    settings: dict
+    parts: Mapping[str, Any]
+    best: BestModel
+    finish: Callable[[dict], dict] | None = None
+    resume: bool = True
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.load)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
 
     def load(self, engine: Engine) -> None:
-        """Prepare the folder, and go on where a run of the same settings stopped."""
-        first = idist.get_rank() == 0
-        if first:
-            lock(self.ckpt_dir)
-            remove_leftovers(self.ckpt_dir)
+        folder = Path(self.ckpt_dir)
+        if idist.get_rank() == 0:
+            lock(folder)
+            files.remove_leftovers(folder)
             if not self.resume:
-                for name in ("last.pt", "previous.pt"):
-                    (self.ckpt_dir / name).unlink(missing_ok=True)
-            state = newest_state(self.ckpt_dir)
-        idist.barrier()  # what is damaged is gone
-        if not first:
-            state = newest_state(self.ckpt_dir)
+                for path in states(folder):
+                    path.unlink()
+            newest_state(folder)  # damaged ones go before the other processes look
+        idist.barrier()
+        state = newest_state(folder)
         idist.barrier()  # every process has read it
         if state is None:
             return
         changed = differences(state["settings"], self.settings)
         if changed:
             raise InputError(
-                f"{self.ckpt_dir} holds a run with other settings ({'; '.join(changed)}); "
+                f"{folder} holds a run with other settings ({'; '.join(changed)}); "
                 "repeat them, choose another --ckpt_dir, or start from the beginning with --resume false."
             )
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         engine.state.epoch, engine.state.iteration = state["epoch"], state["iteration"]
         if state["finished"] and self.best.is_whole():
-            logger.info(f"{self.ckpt_dir} is a finished run of {state['epoch']} epochs: nothing to do.")
+            logger.info(f"{folder} is a finished run of {state['epoch']} epochs: nothing to do.")
             engine.terminate()
         elif state["ended"]:
             self.end(engine)
             engine.terminate()
         else:
-            logger.info(f"going on after epoch {state['epoch']} of {engine.state.max_epochs} in {self.ckpt_dir}.")
+            logger.info(f"going on after epoch {state['epoch']} of {engine.state.max_epochs} in {folder}.")
 
     def save(self, engine: Engine) -> None:
         ended = engine.should_terminate or engine.state.epoch >= engine.state.max_epochs
@@ -292,43 +259,42 @@ class RunCheckpoint:
         if ended:
             self.end(engine)
 
+    def end(self, engine: Engine) -> None:
+        self.best.finish(self.finish)
+        self.save_state(engine, ended=True, finished=True)
+
     def save_state(self, engine: Engine, ended: bool, finished: bool = False) -> None:
         if idist.get_rank() != 0:
             return
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"settings": self.settings, "epoch": engine.state.epoch, "iteration": engine.state.iteration}
-        last = self.ckpt_dir / "last.pt"
+        last = Path(self.ckpt_dir) / "last.pt"
         if last.is_file():
-            os.replace(last, self.ckpt_dir / "previous.pt")
-        save_checked({**state, "ended": ended, "finished": finished}, last)
+            os.replace(last, last.with_name("previous.pt"))
+        files.save_checked({**state, "ended": ended, "finished": finished}, last)
 
-    def end(self, engine: Engine) -> None:
-        """The best weights, finished."""
-        self.best.finish(self.finish)
-        self.save_state(engine, ended=True, finished=True)
+
+def states(folder: Path) -> list[Path]:
+    """The states of a run that are there, newest first."""
+    return [path for path in (folder / "last.pt", folder / "previous.pt") if path.is_file()]
 
 
 def newest_state(folder: Path) -> dict | None:
-    """The newest state of a run that is whole; None if there is none.
-
-    Raises:
-        InputError: there are states, and all are damaged.
-    """
-    damaged = []
-    for path in (folder / "last.pt", folder / "previous.pt"):
-        if path.is_file():
-            try:
-                state = load_checked(path)
-            except DamagedFile as e:
-                damaged.append(path)
-                logger.warning(f"{e}; going back to the epoch before.")
-                continue
-            for worse in damaged:
-                worse.unlink(missing_ok=True)  # or it would become the previous one
+    """The newest state of a run that is whole; None if there is none."""
+    damaged: list[Path] = []
+    for path in states(folder):
+        try:
+            state = files.load_checked(path)
+        except files.DamagedFile as e:
+            logger.warning(f"{e}; going back to the epoch before.")
+            damaged.append(path)
+        else:
+            for newer in damaged:
+                newer.unlink()  # it would become the previous one
             return state
     if damaged:
-        names = " and ".join(map(str, damaged))
-        raise InputError(f"{names}: damaged (the checksum is wrong or missing); --resume false starts from the beginning.")
+        fault = f"{' and '.join(map(str, damaged))}: damaged (the checksum is wrong or missing)"
+        raise InputError(f"{fault}; --resume false starts from the beginning.")
     return None
 
 

@@ -2,11 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A config is checked whole before any of it is built: misspelt keys, switches as text, values that nothing can use.
 
-MONAI sets whatever key a command line names, so that a misspelt one is ignored, and Python Fire hands over ``false`` as a
-text, which is true. Neither may pass without a word.
+MONAI sets whatever key a command line names, so that a misspelt one is ignored, and Python Fire hands over ``false`` as
+a text, which is true.
 """
-
-from __future__ import annotations
 
 import difflib
 import importlib.util
@@ -25,25 +23,12 @@ from monai.utils import ensure_tuple, str2bool
 
 from bundle.errors import InputError
 
-__all__ = ["check_config", "flat", "running_config"]
-
-PATHS = ("bundle_root", "cohort", "image", "ckpt", "ckpt_dir", "output_dir", "cache_dir", "maps_dir", "lungmask_weights")
-# The least value of each key that is a number, and whether it is a whole one.
-NUMBERS = {
-    "batch_size": (1, int),
-    "fold": (0, int),
-    "horizon": (1, int),
-    "jobs": (1, int),
-    "learning_rate": (0, float),
-    "max_epochs": (1, int),
-    "num_workers": (0, int),
-    "patience": (1, int),
-    "seed": (0, int),
-    "shifts": (1, int),
-    "sigma": (0, float),
-    "tmax": (2, int),
-    "val_interval": (1, int),
-}
+PATHS = ("bundle_root", "cohort", "image", "ckpt", "lungmask_weights")
+PATHS += ("ckpt_dir", "output_dir", "cache_dir", "maps_dir")
+# The least value of each key that is a whole number, and of each that is any.
+COUNTS = {"tmax": 2, "fold": 0, "num_workers": 0, "seed": 0}
+COUNTS |= dict.fromkeys(("batch_size", "horizon", "jobs", "max_epochs", "patience", "shifts", "val_interval"), 1)
+NUMBERS = {"learning_rate": 0, "sigma": 0}
 # What MONAI itself reads of a config, whether anything in the config refers to it or not.
 MONAI_KEYS = {"_meta_", "imports", "initialize", "run", "finalize", *DEFAULT_MLFLOW_SETTINGS["configs"]}
 MONAI_KEYS |= {re.split("::|#", p["id"])[0] for p in (*TrainProperties.values(), *InferProperties.values())}
@@ -52,12 +37,9 @@ _REFERENCE = re.compile(r"@([\w:#]+)")
 
 
 def running_config() -> tuple[ConfigParser | None, str | None]:
-    """The parser of the config that is being evaluated, and its first file; None each where there is none.
-
-    MONAI hands an expression nothing of the parser that evaluates it, so the callers are searched for it.
-    """
+    """The parser of the config that is being evaluated, and its first file; None each where there is none."""
     parser, file = None, None
-    frame = inspect.currentframe()
+    frame = inspect.currentframe()  # MONAI hands an expression nothing of its parser, but that is among the callers
     while frame is not None:
         if parser is None and isinstance(frame.f_locals.get("self"), ConfigParser):
             parser = frame.f_locals["self"]
@@ -83,15 +65,6 @@ def flat(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, config
 
 
-def components(config: Any, key: str = "") -> Iterator[tuple[str, dict]]:
-    """Every part of a config that has a ``_target_``, with its id."""
-    if isinstance(config, dict) and "_target_" in config:
-        yield key, config
-    if isinstance(config, (dict, list)):
-        for name, value in config.items() if isinstance(config, dict) else enumerate(config):
-            yield from components(value, f"{key}#{name}" if key else str(name))
-
-
 def check_config(parser: ConfigParser, file: str | None = None) -> None:
     """Refuse what a config can't mean, and turn texts into the switches and paths that they stand for, in place.
 
@@ -104,19 +77,21 @@ def check_config(parser: ConfigParser, file: str | None = None) -> None:
     """
     config = parser.config
     faults = list(unknown_keys(config, ConfigParser.load_config_file(file))) if file else []
-    for key, value in list(flat(config)):
+    leaves = list(flat(config))
+    for key, value in leaves:
         if isinstance(value, str) and value.lower() in ("true", "false"):
             parser[key] = value.lower() == "true"
     for key in PATHS:
-        if isinstance(config.get(key), (int, float)) and not isinstance(config.get(key), bool):
-            if isinstance(config[key], float):
-                faults.append(f"--{key} is the number {config[key]} (expected a path; put ./ before its name).")
+        if type(config.get(key)) is float:  # 1.50 is 1.5 by now
+            faults.append(f"--{key} is the number {config[key]} (expected a path; put ./ before its name).")
+        if type(config.get(key)) is int:
             config[key] = str(config[key])
     if isinstance(config.get("spacing"), (int, float)):
         config["spacing"] = [float(config["spacing"])] * 3  # the same along every axis
     faults += number_faults(config)
-    for key, component in list(components(config)):
-        faults += component_faults(parser, key, component)
+    for key, name in leaves:
+        if key.endswith("#_target_"):
+            faults += component_faults(parser, key.removesuffix("#_target_"), name)
     faults += device_faults(config)
     if faults:
         raise InputError("\n       ".join(faults))
@@ -124,38 +99,35 @@ def check_config(parser: ConfigParser, file: str | None = None) -> None:
 
 
 def unknown_keys(config: dict, written: dict) -> Iterator[str]:
-    """A sentence on each key at the top of a config that is not `written` in its first file and that nothing reads.
-
-    One that starts with ``_`` is a note.
-    """
+    """A sentence on each key at the top that is not `written` in the first file, nor read, nor a note (``_...``)."""
     read = {re.split("::|#", name)[0] for _, v in flat(config) if isinstance(v, str) for name in _REFERENCE.findall(v)}
     for key in config.keys() - written.keys() - read - MONAI_KEYS:
         if not key.startswith("_"):
-            yield f"--{key} is no key of this config{nearest(key, sorted(written))}."
+            yield f"--{key} is no key of this config{nearest(key, written)}."
 
 
-def nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: dict) -> str:
     """``(did you mean X?)`` of the known name that is most alike, if one is."""
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    match = difflib.get_close_matches(name, sorted(known), n=1)
     return f" (did you mean {match[0]}?)" if match else ""
 
 
 def number_faults(config: dict) -> Iterator[str]:
     """A sentence on each number at the top of a config that is none, or too small."""
-    for key, (least, kind) in NUMBERS.items():
+    for key, least in (COUNTS | NUMBERS).items():
         value = config.get(key)
         if value is None or isinstance(value, dict) or str(value)[:1] in ("$", "@"):
             continue
-        number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-        if not (number and value >= least):
-            yield f"--{key} is {value} (expected a {'whole ' if kind is int else ''}number, at least {least})."
+        kinds, expected = (int, "a whole number") if key in COUNTS else ((int, float), "a number")
+        if isinstance(value, bool) or not isinstance(value, kinds) or value < least:
+            yield f"--{key} is {value} (expected {expected}, at least {least})."
 
 
-def component_faults(parser: ConfigParser, key: str, component: dict) -> Iterator[str]:
+def component_faults(parser: ConfigParser, key: str, name: str) -> Iterator[str]:
     """A sentence on each argument of a component that it doesn't take, or that is no switch where one is expected."""
-    name = component["_target_"]
     if name == "MLFlowHandler" and importlib.util.find_spec("mlflow") is None:
         yield "--tracking mlflow needs the package mlflow: pip install mlflow."
+    component = parser[key]
     target = locate(ConfigComponent(component, key, parser.locator).resolve_module_name())
     if target is None:
         yield f"{key}: there is nothing called {name}."
@@ -163,25 +135,23 @@ def component_faults(parser: ConfigParser, key: str, component: dict) -> Iterato
     parameters, open_ended = parameters_of(target)
     for argument in component.keys() - ConfigComponent.non_arg_keys:
         if argument in parameters:
-            if "bool" in str(parameters[argument].annotation).split(" | ") or parameters[argument].annotation is bool:
+            annotation = parameters[argument].annotation
+            if annotation is bool or "bool" in str(annotation).split(" | "):
                 yield from switch_faults(parser, f"{key}#{argument}")
         elif not open_ended:
             short = name.split(".")[-1]
-            yield f"--{key}#{argument}: {short} has no argument {argument}{nearest(argument, list(parameters))}."
+            yield f"--{key}#{argument}: {short} has no argument {argument}{nearest(argument, parameters)}."
 
 
 def parameters_of(target: Any) -> tuple[dict[str, inspect.Parameter], bool]:
-    """The parameters of a class or function by name, and whether it takes any other.
-
-    ``**kwargs`` of a constructor are taken to be those of its base classes' constructors.
-    """
-    kinds = target.__mro__ if inspect.isclass(target) else [target]
+    """The parameters of a class or function by name, and whether it takes any other."""
+    calls = [target]
+    if inspect.isclass(target):  # ``**kwargs`` of a constructor are those of its base classes' constructors
+        calls = [vars(kind)["__init__"] for kind in target.__mro__ if "__init__" in vars(kind)]
     found: dict[str, inspect.Parameter] = {}
-    for kind in kinds:
-        if inspect.isclass(kind) and "__init__" not in vars(kind):
-            continue
+    for call in calls:
         try:
-            parameters = inspect.signature(kind.__init__ if inspect.isclass(kind) else kind).parameters
+            parameters = inspect.signature(call).parameters
         except (ValueError, TypeError):  # written in C
             return found, True
         found = dict(parameters) | found
@@ -191,7 +161,7 @@ def parameters_of(target: Any) -> tuple[dict[str, inspect.Parameter], bool]:
 
 
 def switch_faults(parser: ConfigParser, key: str) -> Iterator[str]:
-    """Make a bool of the value that a switch has, wherever in the config that is written; a sentence if it is none."""
+    """Make a bool of the value that a switch has, wherever in the config it is written; a sentence if it is none."""
     value = parser.get(key)
     while isinstance(value, str) and re.fullmatch(r"@[\w:#]+", value):
         key, value = ReferenceResolver.normalize_id(value[1:]), parser.get(value[1:])
@@ -204,7 +174,7 @@ def switch_faults(parser: ConfigParser, key: str) -> Iterator[str]:
 
 
 def device_faults(config: dict) -> Iterator[str]:
-    """A sentence if ``device`` names one that isn't there; the name becomes the device."""
+    """Make a device of the name in ``device``; a sentence if it isn't there."""
     name = config.get("device")
     if name is None or str(name).startswith("$"):
         return

@@ -2,12 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes, one result: batches are shared out, maps are gathered, and the loss sees them all.
 
-A loss that each process takes of its own scans and averages is another loss: smoothness is a mean over pairs of patches,
-a partial likelihood needs everybody at risk, and the last batch is uneven. Survival maps are small, so every process
-gathers those of the whole batch, and computes the loss that one process would.
+The mean of each process's loss is another loss: a partial likelihood needs everybody at risk, and the last batch is
+uneven. Survival maps are small, so every process gathers those of the whole batch.
 """
-
-from __future__ import annotations
 
 import logging
 import os
@@ -31,8 +28,6 @@ from torch.utils.data import BatchSampler, Sampler
 
 from bundle.errors import InputError
 from bundle.run.engine import prepare_batch
-
-__all__ = ["GatherInferer", "RankBatches", "begin", "device", "end", "on_all_scans", "parallel", "share"]
 
 
 def begin() -> None:
@@ -68,31 +63,26 @@ def parallel(network: torch.nn.Module) -> DistributedDataParallel:
 
 
 def share(records: list[dict]) -> list[dict]:
-    """This process's share of the scans to evaluate; where there are fewer than processes, one that another has, too.
-
-    Metrics score a patient once, whoever sends them, but need something from every process.
-    """
+    """This process's share of the scans to evaluate; where there are too few, one that another process has, too."""
+    # Metrics score a patient once, whoever sends them, but need something from every process.
     return records[idist.get_rank() :: idist.get_world_size()] or records[:1]
 
 
 class RankBatches(Sampler[list[int]]):
     """Batches of which each process loads its share, in the order and with the random numbers of one process alone.
 
-    A process for which the last batch has no scan gets its first one, which doesn't count. How many scans of a share count
-    is kept for :meth:`prepare`, the `prepare_batch` of the engine: batches come to it in the order in which they were drawn
-    up, and names wouldn't tell, as those who died may come several times in one.
+    A process for which the last batch has no scan gets its first one, which doesn't count.
 
     Args:
         sampler: gives all processes the same order.
         batch_size: of the batch of all processes.
-        transform: of the dataset; its random transforms draw for the scans of other processes, too. (Workers of a
-            DataLoader have random numbers of their own.)
+        transform: of the dataset; its random transforms draw for the scans of other processes, too.
     """
 
     def __init__(self, sampler: Sampler[int], batch_size: int, transform: Compose) -> None:
         self.batches = BatchSampler(sampler, batch_size, drop_last=False)
         self.random = [t for t in transform.flatten().transforms if isinstance(t, RandomizableTrait)]
-        self.rows: deque[int] = deque()
+        self.rows: deque[int] = deque()  # how many of this process's scans count, for each batch that was drawn up
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -113,26 +103,20 @@ class RankBatches(Sampler[list[int]]):
             for transform in self.random:
                 transform.randomize()
 
-    def prepare(self, batch: dict, device: torch.device | None = None, non_blocking: bool = False, **kwargs: Any) -> tuple:
-        """:func:`bundle.run.prepare_batch`, with the outcome of all processes' scans.
-
-        `rows`, for :class:`GatherInferer`, is the number of this process's scans that count.
-        """
+    def prepare(self, batch: dict, device: torch.device | None = None, non_blocking: bool = False, **kwargs) -> tuple:
+        """The `prepare_batch` of the engine, with all processes' outcomes, and the `rows` that count of this one's."""
         image, outcome, args, extra = prepare_batch(batch, device, non_blocking, **kwargs)
         rows = self.rows.popleft()
         return image, gather(outcome[:rows]), args, {**extra, "rows": rows}
 
 
 def gather(part: Tensor) -> Tensor:
-    """Concatenate the rows of all processes; the gradient reaches this one's rows, times the number of processes.
-
-    DistributedDataParallel divides the sum of all processes' gradients by their number.
-    """
+    """Concatenate the rows of all processes; the gradient reaches this one's rows."""
     world = idist.get_world_size()
     if world == 1:
         return part
     parts = evenly_divisible_all_gather(part.detach(), concat=False)
-    if part.requires_grad:
+    if part.requires_grad:  # times `world`, because DistributedDataParallel takes the mean of all gradients
         parts[idist.get_rank()] = part.detach() + world * (part - part.detach())
     return torch.cat(list(parts))
 
@@ -142,14 +126,14 @@ class GatherInferer(Inferer):
 
     def __call__(self, inputs: Tensor, network: torch.nn.Module, *args: Any, rows: int, **kwargs: Any) -> Tensor:
         survival_map = network(inputs, *args, **kwargs)[:rows]
-        grid = torch.tensor(survival_map.shape[2:], device=inputs.device)
-        grid = idist.all_reduce(grid, op="MAX").tolist()
-        pad = [n for largest, own in zip(reversed(grid), reversed(survival_map.shape[2:])) for n in (0, largest - own)]
+        own = survival_map.shape[2:]
+        grid = idist.all_reduce(torch.tensor(own, device=inputs.device), op="MAX").tolist()
+        pad = [n for largest, size in zip(reversed(grid), reversed(own)) for n in (0, largest - size)]
         return gather(F.pad(survival_map, pad))
 
 
 def on_all_scans(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
-    """Let metrics of an epoch look at one process's scans, which are all there are, rather than everybody's of them."""
+    """Let metrics of an epoch look at one process's scans: they gather everybody's, and each has them all."""
 
     def first(compute: Callable) -> Callable:
         return lambda y_pred, y: compute(*(t[: len(t) // idist.get_world_size()] for t in (y_pred, y)))

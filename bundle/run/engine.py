@@ -1,29 +1,29 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
-"""How a batch goes into a network, and an evaluator that a bad scan doesn't stop."""
+"""How a batch goes into a network, and the main step of an inference and of an evaluation."""
 
-from __future__ import annotations
-
+import os
 from typing import Any
 
 import torch
 from ignite.engine import Engine
-from monai.engines import SupervisedEvaluator
+from monai.engines import Evaluator, SupervisedEvaluator
 from monai.transforms import Transform
 
 from bundle.data.stream import ScanStream
 from bundle.errors import InputError, unforeseen
-
-__all__ = ["ScanEvaluator", "prepare_batch"]
+from bundle.handlers import score_maps
+from bundle.metrics import LocalisationMetric
+from bundle.run.results import PredictionWriter
 
 
 class ScanEvaluator(SupervisedEvaluator):
-    """MONAI's evaluator for the scans of a stream, which goes on when one can't be predicted, for lack of memory perhaps.
+    """MONAI's evaluator, which notes a scan that can't be predicted (for lack of memory, perhaps) and goes on.
 
-    The stream keeps what was wrong. An :class:`InputError` is the run's fault rather than a scan's, and ends it.
+    An :class:`InputError` is the run's fault rather than a scan's, and ends it.
 
     Args:
-        stream: of the scans.
+        stream: of the scans; it keeps what was wrong.
         postprocessing: of the predictions.
         kwargs: what else `SupervisedEvaluator` takes.
     """
@@ -47,10 +47,7 @@ class ScanEvaluator(SupervisedEvaluator):
 def prepare_batch(
     batch: dict, device: torch.device | None = None, non_blocking: bool = False, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None, tuple, dict]:
-    """A collated batch as MONAI's engines take it: image, outcome (B, 2) = (time, event), and what else forward takes.
-
-    Without time and event (inference) the outcome is None.
-    """
+    """A collated batch as MONAI's engines take it: image, outcome (time, event) or None, more inputs of forward."""
 
     def move(x: Any) -> torch.Tensor:
         return torch.as_tensor(x).to(device, non_blocking=non_blocking)
@@ -62,3 +59,48 @@ def prepare_batch(
     if "time" in batch:
         outcome = torch.stack([move(batch["time"]), move(batch["event"])], 1).float()
     return move(batch["image"]), outcome, (), extra
+
+
+def cores() -> int:
+    """The processors of this machine."""
+    return os.cpu_count() or 1
+
+
+def predict(engine: str, evaluator: Evaluator, writer: PredictionWriter, jobs: int) -> None:
+    """Predict the scans of an evaluator's stream.
+
+    Args:
+        engine: ``local``, one scan after the other; ``processes`` or ``ray``, several at a time.
+        evaluator: which has `writer` among its handlers.
+        writer: of the results.
+        jobs: scans at a time, for ``processes``.
+
+    Raises:
+        InputError: several at a time by an ensemble.
+    """
+    from bundle.run.parallel import run_parallel  # it builds a ScanEvaluator in each process
+
+    if engine == "local":
+        evaluator.run()
+    elif not isinstance(evaluator, ScanEvaluator):
+        raise InputError(f"--engine {engine} predicts by one model; leave it out for an ensemble.")
+    else:
+        parts = (evaluator.stream, evaluator.network, evaluator.inferer, evaluator.postprocessing)
+        run_parallel(engine, *parts, writer, jobs)
+
+
+def evaluate(
+    evaluator: ScanEvaluator, stream: ScanStream, maps_dir: str | None, localisation: LocalisationMetric
+) -> None:
+    """Score a model's maps of the scans of a stream or, by `localisation`, another tool's.
+
+    Args:
+        evaluator: predicts and scores.
+        stream: of the scans.
+        maps_dir: folder of the other tool's `<patient_id>_heat.nii.gz`; None to predict.
+        localisation: metric of the maps.
+    """
+    if maps_dir is None:
+        evaluator.run()
+    else:
+        score_maps(stream, maps_dir, localisation)

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which scans a job is about."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -11,33 +9,12 @@ import os
 
 import torch
 
-from bundle.data.clinical import clinical_kinds, encode_clinical
-from bundle.data.cohort import patient_digest, patient_of, read_cohort, single_scan
-from bundle.data.splits import split_cohort
+from bundle.data import encode_clinical, patient_of, read_cohort, single_scan, split_cohort
+from bundle.data.clinical import clinical_kinds
+from bundle.data.cohort import patient_digest
 from bundle.errors import InputError
 
-__all__ = [
-    "cohort_identity",
-    "margin_voxels",
-    "outcomes",
-    "scans_to_evaluate",
-    "scans_to_infer",
-    "share_of_window",
-    "training_cohort",
-]
-
 logger = logging.getLogger(__name__)
-
-
-def margin_voxels(preprocessing: dict) -> list[int]:
-    """Voxels an axis around the lung that cropping keeps, from the ``margin`` (mm) and the ``spacing`` (mm).
-
-    Example::
-
-        >>> margin_voxels({"margin": 6.0, "spacing": [3.0, 3.0, 1.5]})
-        [2, 2, 4]
-    """
-    return [round(preprocessing["margin"] / mm) for mm in preprocessing["spacing"]]
 
 
 def training_cohort(
@@ -53,13 +30,7 @@ def training_cohort(
 
 
 def cohort_identity(parts: dict[str, list[dict]]) -> dict:
-    """Who is in a cohort and what became of them, as `settings.json` keeps it: digests that name nobody.
-
-    An image or a mask that has been replaced since isn't noticed.
-
-    Args:
-        parts: records by part, from :func:`bundle.data.split_cohort`.
-    """
+    """Who is in a cohort and what became of them, for `settings.json`: digests that name nobody and no image."""
     records = [(part, record) for part in ("train", "val") for record in parts[part]]
     known = [[part, r["patient_id"], r["time"], r["event"], *r.get("covariates", {}).values()] for part, r in records]
     return {
@@ -80,13 +51,15 @@ def scans_to_evaluate(cohort: str | None, settings: dict | None, split: str | No
         cohort: CSV file; None gives an empty list.
         settings: of the weights; None (maps of another tool) leaves no scan out.
         split: value of the column ``split`` to keep; None for ``test`` where the cohort has it, else all.
-        on_fault: ``fail`` or ``skip``.
+        on_fault: ``fail`` or ``skip``, for :func:`bundle.data.read_cohort`.
+
+    Raises:
+        InputError: the cohort has no such scan, or none that the weights haven't seen.
     """
     if cohort is None:
         return []
-    encoding = settings["clinical"] if settings else {}
-    tmax = settings["objective"]["tmax"] if settings else None
-    kinds = clinical_kinds(encoding)
+    settings = settings or {"clinical": {}, "objective": {"tmax": None}, "trained_on": []}
+    kinds, tmax = clinical_kinds(settings["clinical"]), settings["objective"]["tmax"]
     records = read_cohort(cohort, clinical=kinds, need_clinical=False, tmax=tmax, on_fault=on_fault)
     splits = {r.get("split") for r in records}
     if split is None and "test" in splits:
@@ -95,46 +68,35 @@ def scans_to_evaluate(cohort: str | None, settings: dict | None, split: str | No
         if split not in splits:
             raise InputError(f'{cohort} has no scan with split "{split}".')
         records = [r for r in records if r.get("split") == split]
-    seen = set(settings["trained_on"]) if settings else set()
+    seen = set(settings["trained_on"])
     unseen = [r for r in records if patient_digest(patient_of(r)) not in seen]
     if len(unseen) < len(records):
         logger.info(f"evaluating {len(unseen)} of {len(records)} scans; the weights were trained on the others.")
     if not unseen:
         raise InputError(f"the weights were trained on every one of the {len(records)} scans to evaluate in {cohort}.")
-    return encode_clinical(unseen, encoding)
+    return encode_clinical(unseen, settings["clinical"])
 
 
 def scans_to_infer(image: str | None, cohort: str | None, encoding: dict, series: str | None = None) -> list[dict]:
-    """The scans to predict: one image (file or DICOM folder) or the rows of a cohort; empty while none is named.
+    """The scans to predict: one image or the rows of a cohort; empty while none is named.
 
     Args:
-        image: its covariates are all missing.
+        image: file or DICOM folder; its covariates are all missing.
         cohort: CSV file.
         encoding: of covariates, from the settings of the weights.
         series: SeriesInstanceUID to take from a DICOM folder; None lets the folder's chest CT be chosen.
+
+    Raises:
+        InputError: both are named, or a series of what is no folder.
     """
     if image is not None and cohort is not None:
         raise InputError("give --image or --cohort, not both.")
     if series is not None and not (image is not None and os.path.isdir(image)):
         raise InputError("--series names one of the DICOM series of a folder: give the folder as --image.")
+    records = []
     if image is not None:
-        return encode_clinical([record | {"series": series} for record in single_scan(image)], encoding)
-    if cohort is not None:
+        records = [record | {"series": series} for record in single_scan(image)]
+    elif cohort is not None:
         kinds = clinical_kinds(encoding)
         records = read_cohort(cohort, need_outcome=False, clinical=kinds, need_clinical=False, on_fault="row")
-        return encode_clinical(records, encoding)
-    return []
-
-
-def share_of_window(hu: list[float] | None, hu_window: list[float]) -> list[float] | None:
-    """Where the bounds `hu` of a narrower window lie in `hu_window`, from 0 to 1; None for none.
-
-    Raises:
-        InputError: it doesn't lie within.
-    """
-    if hu is None:
-        return None
-    low, high = hu_window
-    if not (len(hu) == 2 and low <= hu[0] < hu[1] <= high):
-        raise InputError(f"narrow_hu_window is {hu} (expected null, or two ascending HU from {low:g} to {high:g}).")
-    return [(bound - low) / (high - low) for bound in hu]
+    return encode_clinical(records, encoding)

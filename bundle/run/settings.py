@@ -2,56 +2,41 @@
 # SPDX-License-Identifier: Apache-2.0
 """`settings.json`, which travels beside the weights: all that training fixed and inference must not contradict."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from monai.bundle import ConfigParser
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from torch import nn
 
-from bundle.errors import InputError
+from bundle.errors import InputError, checked_numbers
 from bundle.files import file_sha256
 from bundle.run.config import flat, running_config
 from bundle.survival import check_horizon
 from bundle.transforms import check_preprocessing, lungmask_digests
 
-__all__ = [
-    "differences",
-    "load_weights",
-    "preprocessing_settings",
-    "read_settings",
-    "settings_file",
-    "training_settings",
-]
-
 FORMAT = 1
 MONAI_TRACKING = DEFAULT_MLFLOW_SETTINGS["configs"]
 
-
-# What of a training config may change when a run goes on: where things lie, how fast, what is only shown. All else is what
-# the run is.
+# What of a training config may change when a run goes on: where things lie, how fast, what is only shown. All else is
+# what the run is.
 MAY_CHANGE = (
     *("_meta_", "imports", "initialize", "run", "finalize"),
     *("bundle_root", "dataset_dir", "cohort", "ckpt_dir", "output_dir", "cache_dir", "log_dir", "lungmask_weights"),
     *("device", "network", "num_workers", "not_first", "prepare_batch", "collate"),
     *("resume", "on_fault", "patience", "parts", "settings", "wandb_mode", "wandb_project", *MONAI_TRACKING),
-    *(f"train#{name}" for name in ("dataset", "dataloader", "inferer", "trainer", "handlers", "epoch_handlers", "loss_of")),
-    *(f"train#{name}" for name in ("history", "patience", "checkpoint", "finish", "progress", "tensorboard")),
+    *(f"train#{name}" for name in ("dataset", "dataloader", "inferer", "trainer", "handlers", "epoch_handlers")),
+    *(f"train#{name}" for name in ("history", "loss_of", "patience", "checkpoint", "finish", "progress")),
     *(f"validate#{name}" for name in ("dataset", "dataloader", "inferer", "evaluator", "additional_metrics")),
-    *(f"validate#{name}" for name in ("handlers", "log", "tensorboard")),
+    *(f"validate#{name}" for name in ("handlers", "log")),
+    *("train#tensorboard", "validate#tensorboard"),
 )
 
 
 def run_identity(parser: ConfigParser) -> dict:
-    """All that shapes the weights of a training, by its id in the config: `MAY_CHANGE` says what doesn't.
-
-    The keys at the top have their values; below them, an expression stands for itself.
-    """
+    """All that shapes the weights, by its id in the config: values at the top, and below it expressions as written."""
     passing = tuple(f"{key}#" for key in MAY_CHANGE)
     leaves = {key: value for key, value in flat(parser.config) if not f"{key}#".startswith(passing)}
     for key in [key for key in leaves if key in parser.config]:
@@ -64,7 +49,7 @@ def run_identity(parser: ConfigParser) -> dict:
 def training_settings(
     network: nn.Module, objective: nn.Module, preprocessing: dict, horizon: int, clinical: dict, cohort: dict
 ) -> dict:
-    """What a training run is, as plain JSON: the second of two runs goes on with the first if these are equal.
+    """What a training run is, as plain JSON: a run goes on with one of equal settings.
 
     Args:
         network: has constructor `arguments`, for :func:`bundle.networks.network_from`.
@@ -104,14 +89,11 @@ def preprocessing_settings(
     """How scans are prepared, as plain JSON for `settings.json`.
 
     Args:
-        spacing: of the voxels, mm.
-        hu_window: HU that become 0 and 1.
-        lung_mask: ``auto``, ``given``, ``lungmask``, ``threshold`` or ``none``.
+        spacing, hu_window, lung_mask, margin: see :func:`~bundle.transforms.check_preprocessing`.
         lung_mask_fill: fill the mask up to the thorax.
-        margin: around the lung, mm.
         lungmask_weights: files of the weights of ``lungmask``.
-        trained: settings of the weights in use, which these must not contradict; None in training. The method of lung
-            masking may change among those that mask, because the network saw a mask from either.
+        trained: settings of the weights in use; None in training. The method of lung masking may differ from theirs if
+            both mask, because the network saw a mask from either.
 
     Raises:
         InputError: a value is malformed, or contradicts what the weights were trained with.
@@ -122,24 +104,47 @@ def preprocessing_settings(
     }
     if trained is None:
         return settings
-    fixed = {"lung_mask_fill": False} | trained["preprocessing"]
+    fixed = trained["preprocessing"]
     for key, value in settings.items():
         masks = key.startswith("lung_mask") and "none" not in (settings["lung_mask"], fixed["lung_mask"])
         if value != fixed[key] and not masks and key != "lungmask_sha256":
             raise InputError(
-                f"--{key} {json.dumps(value)} contradicts {json.dumps(fixed[key])}, with which the weights were trained; "
-                "leave it out, or train again with it."
+                f"--{key} {json.dumps(value)} contradicts {json.dumps(fixed[key])}, with which the weights were "
+                "trained; leave it out, or train again with it."
             )
     return fixed | settings
+
+
+def margin_voxels(preprocessing: dict) -> list[int]:
+    """Voxels an axis around the lung that cropping keeps, from the ``margin`` (mm) and the ``spacing`` (mm).
+
+    Example::
+
+        >>> margin_voxels({"margin": 6.0, "spacing": [3.0, 3.0, 1.5]})
+        [2, 2, 4]
+    """
+    return [round(preprocessing["margin"] / mm) for mm in preprocessing["spacing"]]
+
+
+def share_of_window(hu: list[float] | None, hu_window: list[float]) -> list[float] | None:
+    """Where the bounds `hu` of a narrower window lie in `hu_window`, from 0 to 1; None for none.
+
+    Raises:
+        InputError: it doesn't lie within.
+    """
+    if hu is None:
+        return None
+    low, high = hu_window
+    expected = f"null, or two ascending HU within hu_window, {low:g} to {high:g}"
+    bounds = checked_numbers("--narrow_hu_window", hu, 2, expected, lambda start, end: low <= start < end <= high)
+    return [(bound - low) / (high - low) for bound in bounds]
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[str]:
     """The keys in which two settings differ, each as ``key: old -> new``."""
     if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for k in sorted(old.keys() | new.keys()):
-            found += differences(old.get(k), new.get(k), f"{key}.{k}" if key else k)
-        return found
+        keys = sorted(old.keys() | new.keys())
+        return [line for k in keys for line in differences(old.get(k), new.get(k), f"{key}.{k}" if key else k)]
     if old == new or (old is None and new in (False, [])):  # a switch that older settings don't know is off
         return []
     short = [text if len(text := json.dumps(value)) <= 60 else "(long)" for value in (old, new)]
@@ -147,7 +152,7 @@ def differences(old: Any, new: Any, key: str = "") -> list[str]:
 
 
 def settings_file(ckpt: str | Path) -> Path:
-    """Where the settings of a weights file are: `settings.json` in the same folder."""
+    """Where the settings of a weights file are."""
     return Path(ckpt).parent / "settings.json"
 
 
@@ -173,21 +178,5 @@ def read_settings(ckpt: str | Path) -> dict:
         raise InputError(f"{path} has format {version}; this version reads format {FORMAT}.")
     if sha256 != file_sha256(ckpt):
         raise InputError(f"{path} belongs to other weights than {ckpt}: their SHA-256 differ.")
+    settings.get("preprocessing", {}).setdefault("lung_mask_fill", False)  # older settings don't know it
     return settings
-
-
-def load_weights(network: torch.nn.Module, ckpt: str | Path) -> torch.nn.Module:
-    """Load a plain state dict into `network` and return it; nothing but tensors is unpickled.
-
-    Raises:
-        InputError: the file holds no state dict, or that of another architecture.
-    """
-    try:
-        state = torch.load(ckpt, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch raises many kinds for a file that is no checkpoint
-        raise InputError(f"{ckpt} can't be read as weights: {str(e).splitlines()[0]}") from e
-    try:
-        network.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as e:
-        raise InputError(f"{ckpt} holds weights of another architecture than settings.json says.") from e
-    return network

@@ -2,11 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights in use, with all that must be done as in their training: one model, or several as one."""
 
-from __future__ import annotations
-
 import logging
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,28 +11,22 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from bundle.data.clinical import clinical_kinds, clinical_names
+from bundle.data import clinical_names
+from bundle.data.clinical import clinical_kinds
 from bundle.errors import InputError
 from bundle.networks import network_from
-from bundle.run.settings import differences, load_weights, read_settings
+from bundle.run.settings import differences, read_settings
 from bundle.survival import Objective, objective_from, severity_from
-
-__all__ = ["Ensemble", "TrainedModel"]
 
 logger = logging.getLogger(__name__)
 
 
 class TrainedModel:
-    """The network of a weights file, its objective, and the settings beside it.
+    """The network of a weights file, its objective, its severity, and its settings.
 
     Args:
         ckpt: weights file, with its `settings.json` in the same folder.
         device: to compute on.
-
-    Attributes:
-        settings: from :func:`~bundle.run.read_settings`.
-        network, objective: as trained, on the device.
-        severity: of the weights; None for none.
 
     Raises:
         InputError: weights or settings are missing, damaged, or don't belong together.
@@ -46,42 +37,35 @@ class TrainedModel:
         self.network: nn.Module = load_weights(network_from(self.settings["network"]), ckpt).to(device)
         self.objective: Objective = objective_from(self.settings["objective"]).to(device)
         self.severity = severity_from(self.settings.get("severity"))
+        self.preprocessing: dict = self.settings["preprocessing"]
+        self.stride: int = self.network.stride  # voxels from one patch to the next
+        self.usual_shifts = math.gcd(4, self.stride)  # origins of the patch grid an axis: the stride has room for them
 
-    @property
-    def preprocessing(self) -> dict:
-        """How its training scans were prepared."""
-        return {"lung_mask_fill": False} | self.settings["preprocessing"]
 
-    @property
-    def stride(self) -> int:
-        """Voxels from one patch to the next."""
-        return self.network.stride
-
-    @property
-    def usual_shifts(self) -> int:
-        """Origins of the patch grid an axis: as many as the stride has room for, at most 4."""
-        return math.gcd(4, self.stride)
+def load_weights(network: nn.Module, ckpt: str | Path) -> nn.Module:
+    """The network with the state dict of a weights file, of which nothing but tensors is unpickled."""
+    try:
+        state = torch.load(ckpt, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises many kinds for a file that is no checkpoint
+        raise InputError(f"{ckpt} can't be read as weights: {str(e).splitlines()[0]}") from e
+    try:
+        network.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError) as e:
+        raise InputError(f"{ckpt} holds weights of another architecture than settings.json says.") from e
+    return network
 
 
 class Ensemble:
     """Several trained models as one.
 
     Args:
-        ckpt: a weights file, a folder or a list of them. A folder stands for its `model.pt`, or for those of its subfolders
-            (the folds of a cross-validation).
+        ckpt: a weights file, a folder or a list of them. A folder stands for its `model.pt`, or for those of its
+            subfolders (the folds of a cross-validation).
         device: to compute on.
 
-    Attributes:
-        settings: those of the first member. `clinical` is the list of the members' encodings, and `trained_on` names the
-            patients that any of them has seen.
-        networks: a :class:`Member` each.
-        objectives: one each.
-        severity: of each network; None for none.
-        network: the first of the networks.
-
     Raises:
-        InputError: a folder has no weights, or members differ in what must be equal: preprocessing, horizon, tmax, the grid
-            of their maps, or the kind of a clinical column.
+        InputError: a folder has no weights, or members differ in what must be equal: preprocessing, horizon, tmax, the
+            grid of their maps, or the kind of a clinical column.
     """
 
     def __init__(self, ckpt: str | Sequence[str], device: torch.device | str = "cpu") -> None:
@@ -94,12 +78,11 @@ class Ensemble:
             end = start + len(clinical_names(member.settings["clinical"]))
             self.networks.append(Member(member.network, start, end))
             start = end
+        # A severity, or None, for each network.
         self.severity = {network: member.severity for network, member in zip(self.networks, members, strict=True)}
-        self.network = members[0].network
-
-    preprocessing = TrainedModel.preprocessing
-    stride = TrainedModel.stride
-    usual_shifts = TrainedModel.usual_shifts
+        first = members[0]
+        self.network, self.preprocessing = first.network, first.preprocessing
+        self.stride, self.usual_shifts = first.stride, first.usual_shifts
 
 
 def member_files(ckpt: str | Sequence[str]) -> list[str]:
@@ -111,7 +94,7 @@ def member_files(ckpt: str | Sequence[str]) -> list[str]:
             found = [path / "model.pt"] if (path / "model.pt").is_file() else list(path.glob("*/model.pt"))
             if not found:
                 raise InputError(f"the folder {path} has no model.pt, nor has one of its subfolders.")
-            files += map(str, sorted(found, key=fold_number))
+            files += sorted(map(str, found), key=lambda file: (len(file), file))  # fold_2 before fold_10
         else:
             files.append(str(path))
     if not files:
@@ -120,21 +103,17 @@ def member_files(ckpt: str | Sequence[str]) -> list[str]:
     return files
 
 
-def fold_number(file: Path) -> tuple[list[int], str]:
-    """Sorts `fold_2` before `fold_10`."""
-    return [int(digits) for digits in re.findall(r"\d+", file.parent.name)], file.parent.name
-
-
 def joint_settings(files: Sequence[str], members: Sequence[dict]) -> dict:
-    """The settings of an ensemble, from its members' settings and, for the messages, their files."""
+    """Those of the first member, with all members' encodings and trained-on patients; `files` are for the messages."""
 
     def shared(settings: dict) -> dict:
-        grid = {"stride": network_from(settings["network"]).stride}
-        return {**settings["preprocessing"], "horizon": settings["horizon"], "tmax": settings["objective"]["tmax"], **grid}
+        own = {"horizon": settings["horizon"], "tmax": settings["objective"]["tmax"]}
+        return {**settings["preprocessing"], **own, "stride": network_from(settings["network"]).stride}
 
     for file, settings in zip(files, members, strict=True):
         if differ := differences(shared(members[0]), shared(settings)):
-            raise InputError(f"{files[0]} and {file} can't be one ensemble: {'; '.join(differ)} (expected to be equal).")
+            reason = f"{'; '.join(differ)} (expected to be equal)"
+            raise InputError(f"{files[0]} and {file} can't be one ensemble: {reason}.")
     encodings = [settings["clinical"] for settings in members]
     clinical_kinds(encodings)
     seen = sorted({digest for settings in members for digest in settings["trained_on"]})
@@ -143,12 +122,7 @@ def joint_settings(files: Sequence[str], members: Sequence[dict]) -> dict:
 
 
 class Member(nn.Module):
-    """A network that takes its own part of the clinical vector of the ensemble.
-
-    Args:
-        network: of one member.
-        start, end: of its part of the vector; equal if it takes none.
-    """
+    """A network that takes its own part of the ensemble's clinical vector, from `start` to `end`, or none."""
 
     def __init__(self, network: nn.Module, start: int, end: int) -> None:
         super().__init__()
