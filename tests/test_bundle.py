@@ -239,7 +239,7 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(tiny_cohort
         ("lr_scheduler#warmup_multiplier", 0.1),
         ("train#gradient_clip#max_norm", 2.0),
         ("train#random_transforms#0#max_pad", 1),
-        ("train#regularisers#vc_kwargs#end", 0.5),
+        ("train#regularisers#vc_kwargs#gamma", 0.5),
         ("train#sampler#min_event_share", 0.0),
         ("train#collapse_guard#collapsed", 9.0),
         ("load_transforms#4#lung_litres", [0.3, 10]),
@@ -265,7 +265,7 @@ def test_resume_false_starts_from_the_beginning(tiny_cohort, tmp_path, trained):
 
 
 def test_patience_stops_early_and_stays_stopped(tiny_cohort, tmp_path):
-    """Not before a validation: every other epoch of 20 has one."""
+    """And a finished run is left alone."""
     model = train(tiny_cohort, tmp_path, patience=1, learning_rate=1e-12, max_epochs=20)
     assert model.is_file()
     epoch = torch.load(tmp_path / "last.pt", weights_only=True)["epoch"]

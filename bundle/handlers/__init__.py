@@ -6,9 +6,8 @@ from bundle.handlers.evaluation import ScoreScans, score_maps
 from bundle.handlers.failed import failed_scans
 from bundle.handlers.figures import draw_training, report_evaluation, save_figure
 from bundle.handlers.metrics_writer import MetricsWriter, format_metrics_table
-from bundle.handlers.schedules import geometric, step
 from bundle.handlers.tracking import HistoryWriter, Progress, WandbHandler, loss_of
-from bundle.handlers.training import EpochSeed, GradientClip
+from bundle.handlers.training import EpochSeed, GradientClip, geometric
 
 __all__ = [
     "EpochSeed",
@@ -26,5 +25,4 @@ __all__ = [
     "report_evaluation",
     "save_figure",
     "score_maps",
-    "step",
 ]

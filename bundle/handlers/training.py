@@ -16,7 +16,7 @@ from monai.utils import set_determinism
 
 from bundle.errors import InputError
 
-__all__ = ["EpochSeed", "GradientClip"]
+__all__ = ["EpochSeed", "GradientClip", "geometric"]
 
 
 class EpochSeed:
@@ -96,3 +96,9 @@ class GradientClip:
             f"{what} in epoch {engine.state.epoch} for the patients {patients}; training stops, and last.pt keeps the "
             "weights of the epoch before. A smaller --learning_rate, or a look at these scans, may help."
         )
+
+
+def geometric(start: float, end: float, num_steps: int, current_step: int) -> float:
+    """From `start` to `end` at a constant ratio over `num_steps`, then `end`; for MONAI's `ParamSchedulerHandler`."""
+    share = min(1.0, current_step / max(1, num_steps))
+    return start * (end / start) ** share
