@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A finer survival map from several origins of the patch grid."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from itertools import product
 from typing import Any
@@ -20,8 +18,6 @@ from bundle.maps.refinement import refined
 from bundle.networks.patches import share_of_lung, to_grid
 from bundle.survival import Severity, severity_numbers
 
-__all__ = ["GridShiftInferer"]
-
 FEW = 8  # origins that tell severity
 
 
@@ -33,28 +29,24 @@ def in_lung(survival_map: Tensor) -> Tensor:
 class GridShiftInferer(Inferer):
     """Run the network with the patch grid at several origins and combine the maps on a finer grid.
 
-    1. **Origins.** A lesion's border cuts through patches, and a patch that straddles it is hot all over. Here a cell's
-       location is the mean over the patches that contain it, one of each grid, and its weight their geometric mean, as the
-       softmin of the mean location would give it: a cell is hot only if all patches around it are. A cell that patches
-       reach in only a share of the grids, at the lung's border, has its weight times that share squared.
+    1. **Origins.** A patch that straddles a lesion's border is hot all over. Here a cell's location is the mean over
+       the patches that contain it, one of each grid, and its weight their geometric mean: a cell is hot only if all
+       patches around it are. At the lung's border it is less by the square of the share of grids that reach the cell.
     2. **Smoothing** by a Gaussian.
     3. **Refinement** within patches; see :func:`bundle.maps.refinement.refined`.
     4. **Severity** moves all locations of a scan by the same months. Its numbers are the medians of those of 8 of the
        origins, spread evenly: the same 8 in its fit and in use.
 
-    The patient's location is the median of the grids', and so are extra channels: some grids cut up a lesion of a patch or
-    two and don't see it. The result is a survival map like any other, with cells of ``stride / shifts`` voxels.
+    The patient's location is the median of the grids', and so are extra channels: some grids cut up a lesion of a patch
+    or two and don't see it. The result is a survival map like any other, with cells of ``stride / shifts`` voxels.
 
     Args:
-        shifts: origins an axis, a divisor of the network's stride; 1 runs the network once.
+        shifts: origins an axis, a divisor of the stride (else an InputError); 1 runs the network once.
         stride: of the network's patch grid, in voxels.
         sigma: of the Gaussian, in cells; 0 for none.
         refine: do step 3.
         few_origins: run 8 of the `shifts³` origins only, those that tell severity.
         severity: of the network's weights; for several networks, that of each in a dict; None for none.
-
-    Raises:
-        InputError: `shifts` doesn't divide `stride`.
     """
 
     def __init__(
@@ -111,14 +103,12 @@ class GridShiftInferer(Inferer):
         return found
 
     def shift(self, origin: tuple[int, ...]) -> list[int]:
-        """Cells of the combined map that lie in front of the scan with the patch grid at an origin, an axis each.
-
-        Every other origin lies a patch further out: windows of attention, two patches wide, begin in either half.
-        """
+        """Cells of the combined map that lie in front of the scan with the patch grid at an origin, an axis each."""
+        # Every other origin lies a patch further out: windows of attention, two patches wide, begin in either half.
         return [start + self.shifts * (start % 2) for start in origin]
 
     def shifted(self, origin: tuple[int, ...], inputs: Tensor, lung: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Scan and lung with the patch grid at an origin: in front the shift, behind what makes the unshifted grid whole."""
+        """Scan and lung, padded by the shift in front, and behind by what makes the unshifted grid whole."""
         cell, sizes = self.stride // self.shifts, inputs.shape[2:]
         sides = [(start * cell, -size % self.stride) for start, size in zip(self.shift(origin), sizes, strict=True)]
         pad = [n for side in reversed(sides) for n in side]
@@ -142,8 +132,8 @@ class GridShiftInferer(Inferer):
         weight = self.smooth(log_weight / count.clamp_min(1) + reached, inside)
         if self.refine:
             even = self.smooth(reached, inside)
-            image = inputs.detach().as_subclass(Tensor)
-            weight = refined(weight, even, inside, image, lung, self.stride // self.shifts)
+            image, cell = inputs.detach().as_subclass(Tensor), self.stride // self.shifts
+            weight = refined(weight, even, inside, image, lung, cell)
         said = said / count.clamp_min(1).unsqueeze(1)
         patients = [(m[:, :-1] * m[:, -1:]).sum((2, 3, 4)) for m in maps.values()]
         off = torch.stack(patients).quantile(0.5, 0) - (said * weight.unsqueeze(1)).sum((2, 3, 4))

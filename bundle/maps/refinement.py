@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Refinement: what cells of a map look like tells which of them a hot patch is hot for."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -11,23 +9,20 @@ import torch.nn.functional as F
 from monai.networks.layers import GaussianFilter
 from torch import Tensor
 
-__all__ = ["appearance_ratio", "refined"]
-
 BINS = 24  # an axis of a histogram of two numbers; 64 of one
 SAYS_ENOUGH = 0.5  # nats between a map and an even one, from which on looks count in full
 
 
 def refined(weight: Tensor, even: Tensor, inside: Tensor, image: Tensor, lung: Tensor | None, cell: int) -> Tensor:
-    """Weights times :func:`appearance_ratio`; they sum to 1 over a scan.
+    """Weights (B, d, h, w) times :func:`appearance_ratio`; they sum to 1 over a scan.
 
-    A wall one voxel thick makes every patch around it hot, and the air beside it looks like air elsewhere. Of a lesion that
-    the network is sure of in some places only, the rest looks like these. So the scan itself is asked how its hot places
-    differ, in brightness and in texture, from those of a map which is even.
+    A wall one voxel thick makes every patch around it hot, and the air beside it looks like air elsewhere. Of a lesion
+    that the network is sure of in some places only, the rest looks like these. So the scan itself is asked how its hot
+    places differ, in brightness and in texture, from those of a map which is even.
 
     Args:
-        weight: of the cells, 0 outside, (B, d, h, w).
-        even: the weights of a map that knows nothing, (B, d, h, w).
-        inside: which cells are in the map, (B, d, h, w).
+        weight, even: of the cells, 0 outside, and of a map that knows nothing.
+        inside: which cells are in the map.
         image: (B, 1, D, H, W), HU window scaled to [0, 1].
         lung: (B, 1, D, H, W) in {0, 1}; None for no mask.
         cell: side of a cell in voxels.
@@ -42,23 +37,16 @@ def refined(weight: Tensor, even: Tensor, inside: Tensor, image: Tensor, lung: T
 
 
 def appearance_ratio(brightness: Tensor, inside: Tensor, weight: Tensor, even: Tensor) -> Tensor:
-    """By how much the looks of each cell speak for it, (B, d, h, w); 1 outside.
+    """By how much the looks of each cell, (B, d, h, w), speak for it; 1 outside. Arguments as for :func:`refined`.
 
-    The product of two :func:`likelihood_ratio`. The first is of the cell's brightness, squared, and between 0.6 and 3, so
-    that a few rare voxels don't outshine a lesion of mixed brightness. The second is of mean and standard deviation in the
-    3 x 3 x 3 cells around it, its root, as neighbours share most of these cells, and between 0.1 and 10.
+    The product of two :func:`likelihood_ratio`. The first is of the cell's brightness, squared, and between 0.6 and 3,
+    so that a few rare voxels don't outshine a lesion of mixed brightness. The second is of mean and standard deviation
+    in the 3 x 3 x 3 cells around it, its root, as neighbours share most of these cells, and between 0.1 and 10.
 
     Looks don't overrule what the network says. What it finds safer than the median cell gains no more by them than the
-    median cell does; otherwise a structure that protects, but is as bright as a lesion, would be shown as danger. And the
-    less a map says, the less looks add to it: the ratio has the power of the Kullback-Leibler divergence between the map
-    and an even one, over :data:`SAYS_ENOUGH`, at most 1. Otherwise a map of noise, which some brightness happens to have a
-    little more of, would come out as a sharp one.
-
-    Args:
-        brightness: of the cells, (B, d, h, w), HU window scaled to [0, 1].
-        inside: which cells are lung, (B, d, h, w).
-        weight: not negative, 0 outside, (B, d, h, w).
-        even: the weights of a map that knows nothing, (B, d, h, w).
+    median cell does; otherwise a structure that protects, but is as bright as a lesion, would be shown as danger. And
+    the less a map says, the less looks add to it, so that noise isn't sharpened: the ratio has the power of the
+    Kullback-Leibler divergence between the map and an even one, over :data:`SAYS_ENOUGH`, at most 1.
     """
     there = inside.to(brightness.dtype)
     parts = torch.stack([there, brightness * there, brightness.square() * there], 1)
@@ -88,17 +76,10 @@ def bin_of(values: Tensor, bins: int) -> Tensor:
 
 
 def likelihood_ratio(where: Tensor, shape: tuple[int, ...], weight: Tensor, even: Tensor, sigma: float) -> Tensor:
-    """How much more common a cell's looks are where the weight lies than in an even map, (n,).
+    """How much more common a cell's looks are where the weight lies than in an even map, (n,): a naive Bayes factor.
 
-    The ratio of two smoothed histograms, one weighted by `weight` and one by `even`: a naive Bayes factor.
-
-    Args:
-        where: place of each cell in the flattened histogram, (n,).
-        shape: of the histogram.
-        weight: not negative, (n,).
-        even: the weights of a map that knows nothing, (n,). They are smaller at the lung's border. Next to equal ones, such
-            a map would seem to have found whatever only lies further in.
-        sigma: of the Gaussian that smooths the histograms, in bins.
+    `where` is the place of each cell in the flattened histogram of `shape`, smoothed by a Gaussian of `sigma` bins.
+    Even weights are smaller at the lung's border; else a map that knows nothing would seem to find what lies inside.
     """
     share = torch.stack([torch.bincount(where, w.double(), math.prod(shape)) for w in (weight, even)])
     share = (share / share.sum(1, keepdim=True)).float().view(1, 2, *shape)

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """MONAI transforms from a survival map to a distribution, a heat map and the scan's own space."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,23 +15,13 @@ from scipy import ndimage
 from bundle.maps.heat import patch_heat, to_voxels
 from bundle.survival import check_horizon, death_by
 
-__all__ = ["EnsembleToHeatd", "HeatToScand", "MapToHeatd", "mask_to_scan_space", "to_scan_space"]
-
-
-def linear_weights(at: torch.Tensor, size: int) -> torch.Tensor:
-    """Weights (len(at), size) by which linear interpolation at the places `at` takes voxels 0..size-1; 0 is outside."""
-    return (1 - (at.unsqueeze(1) - torch.arange(size).to(at)).abs()).clamp_min(0)
-
 
 def relation(volume_affine: Any, affine: Any) -> tuple[np.ndarray, np.ndarray, list[int], np.ndarray]:
-    """From the voxels of a grid to those of a volume, and how far their axes are from running along each other.
-
-    Args:
-        volume_affine, affine: of the volume and of the grid, RAS, mm.
+    """Voxel of a volume = matrix @ voxel of a grid + offset, from their affines (RAS, mm).
 
     Returns:
-        matrix (3, 3) and offset (3,): voxel of the volume = matrix @ voxel of the grid + offset; the volume's axis along
-        each axis of the grid; and what is left of the matrix without these, 0 where axes are parallel.
+        matrix (3, 3), offset (3,), the volume's axis along each axis of the grid, and what is left of the matrix
+            without these, 0 where axes are parallel.
     """
     to_volume = np.linalg.solve(np.asarray(volume_affine, dtype=float), np.asarray(affine, dtype=float))
     matrix, offset = to_volume[:3, :3], to_volume[:3, 3]
@@ -43,43 +31,37 @@ def relation(volume_affine: Any, affine: Any) -> tuple[np.ndarray, np.ndarray, l
     return matrix, offset, axes, rest
 
 
-def beyond_lung(volume: torch.Tensor, lung: torch.Tensor) -> torch.Tensor:
-    """The volume (1, D, H, W), and just outside the lung the mean of the neighbours (26) that are lung; 0 further away.
-
-    So linear interpolation at the lung's border is between values of the lung, not between one and nothing.
-    """
-    lung = lung.to(volume)
-    near = 27 * F.avg_pool3d(torch.stack([volume * lung, lung], 1), 3, 1, 1)
-    return torch.where(lung > 0, volume, near[:, 0] / near[:, 1].clamp_min(1))
-
-
 def to_scan_space(
     volume: MetaTensor, affine: torch.Tensor, shape: tuple[int, ...], lung: torch.Tensor | None = None
 ) -> MetaTensor:
     """Resample a volume (1, D, H, W) onto the grid given by `affine` (RAS, mm) and `shape`, linearly, keeping its sum.
 
     One resampling by world coordinates undoes orientation, spacing, cropping and padding at once, oblique affines
-    included. What lies outside the volume is 0. With a `lung` mask on the volume's grid, what lies outside the lung
-    (:func:`mask_to_scan_space`) is 0 as well, and its border is as bright as what lies behind it: lesions lie at the pleura.
+    included. What lies outside the volume is 0, and so is what lies outside a `lung` mask on the volume's grid. The
+    lung's border is as bright as what lies behind it: lesions lie at the pleura.
     """
     shape = tuple(int(n) for n in shape)
     affine = torch.as_tensor(affine, dtype=torch.float64)
-    volume_sum = volume.as_tensor().sum()
+    values = volume.as_tensor()
     if lung is not None:
         lung = MetaTensor(torch.as_tensor(lung, device=volume.device), affine=volume.affine)
-        volume = MetaTensor(beyond_lung(volume.as_tensor(), lung.as_tensor()), affine=volume.affine)
+        # Just outside the lung the mean of the neighbours that are lung: interpolation is between values of the lung.
+        inside = lung.as_tensor().to(values)
+        near = 27 * F.avg_pool3d(torch.stack([values * inside, inside], 1), 3, 1, 1)
+        beyond = torch.where(inside > 0, values, near[:, 0] / near[:, 1].clamp_min(1))
+        volume = MetaTensor(beyond, affine=volume.affine)
     out = interpolated(volume, affine, shape)
     if lung is not None:
         out *= torch.from_numpy(mask_to_scan_space(lung, affine, shape)).to(out.device)
-    return out.mul_(volume_sum / out.as_tensor().sum().clamp_min(torch.finfo(torch.float32).tiny))
+    return out.mul_(values.sum() / out.as_tensor().sum().clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def interpolated(volume: MetaTensor, affine: torch.Tensor, shape: tuple[int, ...]) -> MetaTensor:
     """The resampling of :func:`to_scan_space`, whatever comes of the sum.
 
-    Orientation and spacing leave the axes of both grids parallel, and linear interpolation is then a small matrix an axis: a
-    CT takes a tenth of the time and memory of a general resampling, which is left for sheared affines. The memory of the
-    result runs as a NIfTI's does, the first axis fastest, so that it is written fast.
+    Where the axes of both grids are parallel, linear interpolation is a small matrix an axis: a CT takes a tenth of the
+    time and memory of a general resampling, which is left for sheared affines. The memory of the result runs as a
+    NIfTI's does, the first axis fastest, so that it is written fast.
     """
     matrix, offset, source, bent = relation(volume.affine, affine)
     if len(set(source)) < 3 or (abs(bent) * shape).sum(1).max() > 0.01:
@@ -88,16 +70,13 @@ def interpolated(volume: MetaTensor, affine: torch.Tensor, shape: tuple[int, ...
     out = volume.as_tensor()[0].float().permute(*reversed(source))
     for axis, of in reversed(list(enumerate(source))):  # of the grid's axes from last to first, as `out` has them
         at = torch.from_numpy(matrix[of, axis] * np.arange(shape[axis]) + offset[of])
-        out = torch.tensordot(out, linear_weights(at, volume.shape[1 + of]).to(out), ([0], [1]))
+        weights = (1 - (at.unsqueeze(1) - torch.arange(volume.shape[1 + of])).abs()).clamp_min(0)
+        out = torch.tensordot(out, weights.to(out), ([0], [1]))
     return MetaTensor(out.permute(2, 1, 0)[None], affine=affine)
 
 
 def mask_to_scan_space(mask: MetaTensor, affine: torch.Tensor, shape: tuple[int, ...]) -> np.ndarray:
-    """The nearest voxel of a mask (1, D, H, W) for each one of the grid given by `affine` (RAS, mm) and `shape`.
-
-    Returns:
-        uint8 of that shape; 0 outside the mask's grid.
-    """
+    """Nearest voxels of a mask (1, D, H, W) on a grid, by its `affine` (RAS, mm) and `shape`; 0 outside its own."""
     source = np.asarray(mask[0].cpu(), dtype=np.uint8)
     matrix, offset, axes, rest = relation(mask.affine, affine)
     shape = tuple(int(n) for n in shape)
@@ -116,14 +95,8 @@ def mask_to_scan_space(mask: MetaTensor, affine: torch.Tensor, shape: tuple[int,
 class MapToHeatd(Transform):
     """Read a survival map: adds ``pmf``, P(T = 1..tmax months), and ``heat`` on the grid the network saw.
 
-    Args:
-        objective: whose readout to use.
-        horizon: months; heat sums to P(T <= horizon).
-        cell: side of a cell of the map in voxels.
-        map_key, image_key, lung_key: names in the data.
-
-    Raises:
-        InputError: the horizon lies beyond the objective's last month.
+    Heat sums to P(T <= horizon), a month that the objective has (else an InputError); a cell of the map is `cell`
+    voxels wide.
     """
 
     def __init__(self, objective: torch.nn.Module, horizon: int, cell: int, map_key: str = "pred") -> None:
@@ -146,14 +119,10 @@ class MapToHeatd(Transform):
 
 
 class EnsembleToHeatd(Transform):
-    """As :class:`MapToHeatd` for the maps of several networks: ``pmf`` and ``heat`` are the means of the members'.
+    """As :class:`MapToHeatd` for the maps ``pred_0``, ``pred_1``, ... of several networks, one an objective.
 
-    A member's heat sums to its own P(T <= horizon), so the mean sums to that of the mean distribution. ``pred`` becomes
-    the mean of the members' locations and weights, to look at: nothing is read off it.
-
-    Args:
-        objectives: of the members; their maps are ``pred_0``, ``pred_1``, ..., as `EnsembleEvaluator` names them.
-        horizon, cell: as for one.
+    ``pmf`` and ``heat`` are the means of the members', so heat sums to P(T <= horizon) of the mean distribution.
+    ``pred`` becomes the mean of the members' locations and weights, to look at.
     """
 
     def __init__(self, objectives: Sequence[torch.nn.Module], horizon: int, cell: int) -> None:
@@ -170,11 +139,7 @@ class EnsembleToHeatd(Transform):
 
 
 class HeatToScand(MapTransform):
-    """Bring volumes of the lung to the grid of the file that ``image`` was loaded from, under the name ``scan_<key>``.
-
-    Args:
-        keys: volumes on the grid that the network saw, as ``image`` and ``lung`` are; outside the lung there is nothing.
-    """
+    """Bring volumes on the grid of ``lung``, outside of which they are 0, to that of the file, as ``scan_<key>``."""
 
     def __call__(self, data: Mapping[str, Any]) -> dict:
         out = dict(data)

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The networks that turn a CT, clinical covariates or both into a survival map."""
 
-from __future__ import annotations
-
 import inspect
 
 import torch.nn as nn
@@ -11,8 +9,6 @@ import torch.nn as nn
 from bundle.errors import InputError
 from bundle.networks.clinical_net import ClinicalNet
 from bundle.networks.survival_map_net import SurvivalMapNet
-
-__all__ = ["ClinicalNet", "SurvivalMapNet", "network_from"]
 
 NETWORKS = {"ClinicalNet": ClinicalNet, "SurvivalMapNet": SurvivalMapNet}
 

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transformer blocks over the tokens of the lung."""
 
-# No postponed annotations here: TorchScript can't read those of a NamedTuple.
 import math
 from typing import NamedTuple
 
@@ -13,38 +12,21 @@ from torch import Tensor
 
 from bundle.errors import InputError
 
-__all__ = ["Attention", "Block", "Tokens", "tokens_of"]
-
 HEAD_DIM = 16  # numbers of a token that one attention head sees
 MLP_RATIO = 2  # hidden width of a block's MLP over the length of a token
 
 
 class Tokens(NamedTuple):
-    """Where the M tokens of a batch lie.
+    """Where the M tokens of a batch lie."""
 
-    Attributes:
-        index: grid cell of each token, (M, 4) = (scan, z, y, x), scan by scan and window by window.
-        counts: number of tokens of each scan.
-        slots: place of each token in the list of windows that hold any, (M,), ascending.
-        mask: which places of these windows hold a token, (windows, window**3); None if all do.
-    """
-
-    index: Tensor
-    counts: list[int]
-    slots: Tensor
-    mask: Tensor | None
+    index: Tensor  # grid cell of each token, (M, 4) = (scan, z, y, x), scan by scan and window by window
+    counts: list[int]  # number of tokens of each scan
+    slots: Tensor  # place of each token in the list of windows that hold any, (M,), ascending
+    mask: Tensor | None  # which places of these windows hold a token, (windows, window**3); None if all do
 
 
 def tokens_of(share: Tensor, window: int) -> Tokens:
-    """The tokens of a batch: the cells with a share of lung, (B, d, h, w), above 0.
-
-    Args:
-        share: from :func:`bundle.networks.patches.share_of_lung`.
-        window: window side in tokens; 0 for none.
-
-    Raises:
-        ValueError: a scan has no lung.
-    """
+    """The tokens of a batch: cells with a share of lung, (B, d, h, w), above 0; a ValueError for a scan without any."""
     keep = share > 0
     counts: list[int] = keep.flatten(1).sum(1).tolist()
     if min(counts) == 0:
@@ -69,16 +51,13 @@ def tokens_of(share: Tensor, window: int) -> Tokens:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over the tokens that are there, within windows or within a whole scan.
+    """Multi-head self-attention within windows or within a whole scan, one head for every 16 numbers of a token.
 
     The output projection starts at zero, so that every token first learns what it can say by itself.
 
     Args:
-        dim: length of a token, a multiple of 16 or less than that: one head for every 16 numbers.
+        dim: length of a token, a multiple of 16 or less than that.
         window: window side in tokens; 0 lets every token of a scan see every other one.
-
-    Raises:
-        InputError: an argument is out of range.
     """
 
     def __init__(self, dim: int, window: int) -> None:
@@ -125,15 +104,11 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with FiLM at its end: ``x * (1 + tanh(scale)) + shift``.
+    """Pre-norm transformer block with FiLM at its end: ``x * (1 + tanh(scale)) + shift``, at first the identity.
 
-    Scale and shift come from one context vector a scan. They start at zero, which makes FiLM the identity.
+    Scale and shift come from a context vector of `context_dim` numbers a scan; 0 for no FiLM.
 
     Source: Perez et al., FiLM, AAAI 2018.
-
-    Args:
-        dim, window: see :class:`Attention`.
-        context_dim: length of the context vector; 0 for no FiLM.
     """
 
     def __init__(self, dim: int, window: int, context_dim: int) -> None:

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The baseline that doesn't look at the scan: a survival map from clinical covariates alone."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -11,24 +9,19 @@ from torch import Tensor
 from bundle.errors import InputError
 from bundle.networks.patches import share_of_lung, to_grid
 
-__all__ = ["ClinicalNet"]
-
 
 class ClinicalNet(nn.Module):
     """Clinical vector -> survival map with the same location and the same weight everywhere in the lung.
 
-    It takes the place of :class:`~bundle.networks.SurvivalMapNet` in every config, objective and metric. The location is a
-    linear function: under a Cox objective this is Cox regression.
+    It takes the place of :class:`~bundle.networks.SurvivalMapNet` in every config, whose arguments and errors it
+    shares. Under a Cox objective it is Cox regression.
 
     Args:
-        clinical_dim: length of the clinical vector.
         stride: side of the map's cells in voxels.
-        loc_bias: location in months that an untrained network gives; learnt, as the bias of a linear layer.
-        extra: further numbers that an objective asks for, bounded by 3, 0 in an untrained network.
+        loc_bias: location in months of an untrained network; learnt.
 
     Raises:
         InputError: there are no clinical columns.
-        ValueError: in `forward`, an input has another shape, or a scan has no lung.
     """
 
     def __init__(self, clinical_dim: int, stride: int = 4, loc_bias: float = 60.0, extra: int = 0) -> None:
@@ -50,7 +43,6 @@ class ClinicalNet(nn.Module):
             nn.init.zeros_(self.to_extra.bias)
 
     def forward(self, image: Tensor, lung: Tensor | None = None, clinical: Tensor | None = None) -> Tensor:
-        """The survival map of each scan; arguments and shapes as for :class:`~bundle.networks.SurvivalMapNet`."""
         image, lung = to_grid(image, lung, self.stride)
         if clinical is None or clinical.shape[1] != self.clinical_dim:
             raise ValueError(f"clinical must be a vector of length {self.clinical_dim} a scan.")

@@ -2,13 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Heads: from tokens to a location in months and a weight for every patch.
 
-Whatever the head, the patient's location is the weighted sum of the map's locations. A patch's weight doesn't depend on
+The patient's location is the weighted sum of the map's locations, whatever the head. A patch's weight doesn't depend on
 how much of it is lung; in means over the lung a patch counts by its share of lung.
 
 A new head is a subclass of :class:`Head` with an entry in :data:`HEADS`.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Sequence
@@ -19,8 +17,6 @@ from torch import Tensor
 
 from bundle.errors import InputError
 from bundle.networks.patches import on_grid
-
-__all__ = ["HEADS", "AdditiveHazards", "AttentionPooling", "Head", "LogMeanExp", "MeanPooling", "Softmin"]
 
 
 def token_mlp(dim: int, hidden_layers: int) -> nn.Sequential:
@@ -49,21 +45,11 @@ def moved_to(patient: Tensor, location: Tensor, weight: Tensor) -> Tensor:
 
 
 class Head(nn.Module):
-    """What all heads have in common: an MLP that gives every token a number of months.
+    """An MLP gives every token a number of months; subclasses turn months into locations and weights in `weigh`.
 
-    Subclasses turn months into locations and weights in `weigh`. Those from whose maps :mod:`bundle.survival.severity` can
-    be told have `danger`, too: from a map's locations and weights to how dangerous each patch is by itself, from 0 to 1. All
-    arguments and results are (B, N).
-
-    Args:
-        dim: length of a token.
-        layers: hidden layers of the MLP, 1 or 2.
-        loc_range: months between which a patch's location lies. An untrained network says half of the upper bound.
-        beta: steepness of the softmin per month, for heads that have one.
-        learn_beta: learn it, starting there.
-
-    Raises:
-        InputError: an argument is out of range.
+    Those from whose maps :mod:`bundle.survival.severity` can be told have `danger`, too: from a map's locations and
+    weights to how dangerous each patch is by itself, from 0 to 1. All arguments and results are (B, N). A constructor
+    has the length of a token, the hidden layers of the MLP, and what else :class:`~bundle.networks.SurvivalMapNet` has.
     """
 
     mixes = True  # whether its weighted patches can be read as a mixture of distributions
@@ -86,25 +72,16 @@ class Head(nn.Module):
         return on_grid(self.unit * self.to_location(x)[:, 0] + self.bias, index, list(share.shape)).flatten(1)
 
     def forward(self, x: Tensor, index: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-        """Location in months and weight of each patch of a batch.
-
-        Args:
-            x: tokens, (M, dim).
-            index: grid cell of each token, (M, 4) = (scan, z, y, x).
-            share: share of lung in each patch, (B, d, h, w), 0 for what is no token.
-
-        Returns:
-            both (B, d, h, w). Weights are 0 outside the lung; locations have no meaning there.
-        """
+        """Location in months and weight of each patch, (B, d, h, w), from tokens (M, dim); no lung, no weight."""
         location, weight = self.weigh(self.months(x, index, share), share.flatten(1))
         return location.view_as(share), weight.view_as(share)
 
 
 class BoundedHead(Head):
-    """A head whose locations lie between a lower bound that it learns and a fixed upper one.
+    """Locations lie between a lower bound that is learnt and a fixed upper one.
 
-    Where the lower bound is too high for lesions to explain the deaths, what isn't diseased has to. At the bound all patches
-    of a lesion weigh the same, so that the map covers it whole.
+    Where the lower bound is too high for lesions to explain the deaths, what isn't diseased has to. At the bound all
+    patches of a lesion weigh the same, so that the map covers it whole.
     """
 
     def __init__(self, dim: int, layers: int, loc_range: Sequence[float], beta: float, learn_beta: bool) -> None:
@@ -121,10 +98,7 @@ class BoundedHead(Head):
 
 
 class Softmin(BoundedHead):
-    """Weights ``softmax(-beta * loc_i)``: the most dangerous patches speak for the patient.
-
-    The patient's location is a mean that forgets how many patches are diseased.
-    """
+    """Weights ``softmax(-beta * loc_i)``; the patient's location forgets how many patches are diseased."""
 
     def __init__(self, dim: int, layers: int, loc_range: Sequence[float], beta: float, learn_beta: bool) -> None:
         super().__init__(dim, layers, loc_range, beta, learn_beta)
@@ -147,8 +121,8 @@ class Softmin(BoundedHead):
 class LogMeanExp(Softmin):
     """Weights of :class:`Softmin`; the patient's location is the log-mean-exp of the patches'.
 
-    ``-1/beta * (logsumexp(-beta * loc_i) - log N)``: every patch brings a hazard ``exp(beta * (t - loc_i))``, hazards add
-    up, and twice the diseased patches mean a shorter life.
+    ``-1/beta * (logsumexp(-beta * loc_i) - log N)``: every patch brings a hazard ``exp(beta * (t - loc_i))``, hazards
+    add up, and twice the diseased patches mean a shorter life.
     """
 
     def log_mean_exp(self, location: Tensor, share: Tensor) -> Tensor:
@@ -185,8 +159,7 @@ class AttentionPooling(BoundedHead):
 class AdditiveHazards(Head):
     """A patient's hazard is ``1 / high`` plus the mean of what each patch adds, ``rate * danger_i / high`` per month.
 
-    Danger is in (0, 1). The location is the mean survival time ``1 / hazard``, and the heat of a voxel its exact share of
-    what the voxels of the lung add.
+    The location is the mean survival time ``1 / hazard``; a voxel's heat is its exact share of what the lung adds.
     """
 
     mixes = False
@@ -211,8 +184,7 @@ class AdditiveHazards(Head):
 class MeanPooling(Head):
     """Global average pooling and a linear layer, which has no map of its own; the map is its Grad-CAM.
 
-    After average pooling every token has the same gradient, so that Grad-CAM is ``relu`` of the bias minus a token's months.
-    Locations have no bounds.
+    Every token has the same gradient, so that Grad-CAM is ``relu`` of the bias minus a token's months.
 
     Source: Selvaraju et al., Grad-CAM, ICCV 2017.
     """

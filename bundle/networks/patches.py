@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patches of the lung become tokens, and what tokens say is laid on the grid."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -14,26 +12,15 @@ from torch import Tensor
 
 from bundle.errors import InputError
 
-__all__ = ["PatchEmbed", "Position", "mean_of_scans", "on_grid", "share_of_lung", "to_grid"]
-
 HISTOGRAM_BINS = 13  # 100 HU from one to the next in the default window
 CONTRAST = 30.0  # a standard deviation of 1/30 of the HU window (40 HU in the default window) has log 0
 FREQUENCIES = (math.pi / 2, math.pi)  # no finer ones, by which a small cohort's lesions could be learnt by heart
 
 
 def to_grid(image: Tensor, lung: Tensor | None, stride: int) -> tuple[Tensor, Tensor | None]:
-    """Check image and lung, and pad them at the end to whole cells of the patch grid.
+    """Check image (B, 1, D, H, W) and lung, None for no mask; pad them at the end to whole cells of `stride` voxels.
 
-    Args:
-        image: (B, 1, D, H, W).
-        lung: the same shape, in {0, 1}; None for no mask.
-        stride: side of a cell in voxels.
-
-    Returns:
-        both, of the image's type; the lung is None where all of the padded volume is lung.
-
-    Raises:
-        ValueError: an input has another shape.
+    The lung becomes None where all of the padded volume is lung. An input of another shape is a ValueError.
     """
     if image.dim() != 5 or image.shape[1] != 1:
         raise ValueError(f"image must be (B, 1, D, H, W), got {list(image.shape)}.")
@@ -79,13 +66,7 @@ def on_grid(values: Tensor, index: Tensor, shape: list[int]) -> Tensor:
 def soft_histogram(values: Tensor, inside: Tensor, bins: int) -> Tensor:
     """Shares of the values (M, N) around each of `bins` levels evenly spaced from 0 to 1, (M, bins).
 
-    A value between two levels counts in part for either. `inside` (M, N) in {0, 1} says which values count; where none does,
-    all shares are 0.
-
-    Example::
-
-        >>> soft_histogram(torch.tensor([[0.0, 0.25, 1.0, 0.9]]), torch.tensor([[1.0, 1.0, 1.0, 0.0]]), 3)
-        tensor([[0.5000, 0.1667, 0.3333]])
+    A value between two levels counts in part for either; those not `inside` (M, N) count for none.
     """
     place = values.clamp(0.0, 1.0) * (bins - 1)
     weight = inside / inside.sum(1, keepdim=True).clamp_min(1.0)
@@ -96,14 +77,8 @@ def soft_histogram(values: Tensor, inside: Tensor, bins: int) -> Tensor:
 def neighbours_correlation(centred: Tensor, inside: Tensor, variance: Tensor, side: int) -> Tensor:
     """How alike neighbouring voxels are in each patch, (M, 1): 1 if smooth, 0 for white noise, below if they alternate.
 
-    One less the mean squared difference of neighbours (the variogram at a distance of one voxel) over twice the variance.
-    Only pairs with both voxels inside count.
-
-    Args:
-        centred: voxels less their mean, (M, side**3).
-        inside: which voxels count, (M, side**3) in {0, 1}.
-        variance: of those, (M, 1).
-        side: of a patch in voxels.
+    One less the mean squared difference of neighbours (the variogram at one voxel) over twice the variance (M, 1).
+    Voxels less their mean, and which are `inside`, are (M, side**3); a pair counts if both are.
     """
     cube, mask = centred.view(-1, side, side, side), inside.view(-1, side, side, side)
     total, pairs = torch.zeros_like(variance), torch.zeros_like(variance)
@@ -119,21 +94,12 @@ class PatchEmbed(nn.Module):
 
     A patch is described by its voxels, the same voxels standardised within the patch, their mean and the log of their
     standard deviation. A normalisation before the first linear layer would blow up the noise of an empty patch until it
-    looks like a lesion. Voxels outside the lung are replaced by the mean of the patch's lung voxels. Gathered voxels and a
-    Linear do the work of a `Conv3d`, whose backward is very slow on CPUs with one input channel.
+    looks like a lesion. Voxels outside the lung are replaced by the mean of the patch's lung voxels. Gathered voxels
+    and a Linear do the work of a `Conv3d`, whose backward is very slow on CPUs with one input channel.
 
-    Args:
-        patch_size: patch side in voxels.
-        stride: distance between patches in voxels, at most `patch_size`.
-        dim: length of a token.
-        narrow_window: two values of the image between which voxels enter once more, running from -1 to 1, for what is a few
-            HU brighter than healthy lung. Beyond them they go back to 0 over half the window's width: held at 1, all that is
-            bright would look alike. None for no second window.
-        texture: describe a patch by the histogram of its lung voxels and by the correlation of neighbouring voxels as well,
-            which hold wherever in the patch its walls lie.
-
-    Raises:
-        InputError: an argument is out of range.
+    In the narrow window voxels enter once more, running from -1 to 1, for what is a few HU brighter than healthy lung.
+    Beyond it they go back to 0 over half the window's width: held at 1, all that is bright would look alike. Texture is
+    what holds wherever in the patch its walls lie. Arguments as for :class:`~bundle.networks.SurvivalMapNet`.
     """
 
     def __init__(
@@ -184,12 +150,8 @@ class PatchEmbed(nn.Module):
         tiny = 1e-3 / self.contrast
         std = (variance + tiny * tiny).sqrt()  # the square root has a gradient in a constant patch, too
         level = 2.0 * mean - 1.0
-        features = [
-            torch.add(level, centred, alpha=2.0),
-            centred * (0.3 / std),
-            level,
-            torch.log(self.contrast * std + 1e-2),
-        ]
+        log_std = torch.log(self.contrast * std + 1e-2)
+        features = [torch.add(level, centred, alpha=2.0), centred * (0.3 / std), level, log_std]
         if self.texture:
             features.append(2.0 * soft_histogram(x, inside, self.bins))
             features.append(2.0 * neighbours_correlation(centred, inside, variance, self.patch_size))
@@ -212,10 +174,7 @@ class Position(nn.Linear):
         self.frequencies = FREQUENCIES
 
     def forward(self, index: Tensor, counts: list[int]) -> Tensor:
-        """Grid cells (M, 4) that lie scan by scan, `counts` of each -> (M, dim).
-
-        Centres run from -1 to 1 over the box around the tokens of each scan, so that padding doesn't move them.
-        """
+        """Grid cells (M, 4) scan by scan, `counts` of each -> (M, dim); -1 to 1 over the box around a scan's tokens."""
         boxes: list[Tensor] = []
         for cell in index[:, 1:].split(counts):
             first = cell.amin(0)

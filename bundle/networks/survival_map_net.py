@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The network: a CT becomes a survival map, one time and one weight for every patch of the lung."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -15,29 +13,25 @@ from bundle.networks.attention import Block, tokens_of
 from bundle.networks.heads import HEADS
 from bundle.networks.patches import PatchEmbed, Position, mean_of_scans, on_grid, share_of_lung, to_grid
 
-__all__ = ["SurvivalMapNet"]
-
 
 class SurvivalMapNet(nn.Module):
     """CT -> survival map: for every patch of the lung a location in months and a weight.
 
-    What a patch says comes from a bounded neighbourhood, `window` patches a side; what is further away only modulates it.
+    What a patch says comes from its neighbourhood, `window` patches a side; what is further away only modulates it.
 
     Args:
         patch_size: patch side in voxels.
         overlap: share of its side that a patch has in common with the next one, in [0, 1).
-        narrow_window: bounds of a second, narrower window in which patches are seen as well, as shares of the HU window;
-            None for one window.
+        narrow_window: bounds of a second, narrower window, as shares of the HU window; None for none.
         texture: describe patches by their histogram and the correlation of neighbouring voxels as well.
         dim: length of a token, a multiple of 16 (or less): one attention head for every 16 numbers.
         depth: number of transformer blocks.
         window: attention window side in patches; 0 for global attention.
-        clinical_dim: length of the clinical vector, 0 for none. It enters FiLM, and a linear function of it, 0 at first,
-            moves all locations of a scan alike, beyond `loc_range` too.
+        clinical_dim: length of the clinical vector, 0 for none. It enters FiLM, and a linear function of it, 0 at
+            first, moves all locations of a scan alike, beyond `loc_range` too.
         film_context: let the mean of a scan's tokens enter FiLM as well.
         center_tokens: let the head see how tokens differ from the mean of their scan only.
-        head: ``"lse"`` (log-mean-exp of competing hazards), ``"softmin"``, ``"attention"``, ``"hazard"`` or ``"mean"``; see
-            :mod:`bundle.networks.heads`.
+        head: ``"lse"``, ``"softmin"``, ``"attention"``, ``"hazard"`` or ``"mean"``; see :mod:`bundle.networks.heads`.
         head_layers: hidden layers of the head, 1 or 2.
         loc_range: months between which a patch's location lies. An untrained network says half of the upper bound. The
             heads ``lse``, ``softmin`` and ``attention`` learn the lower bound, starting there.
@@ -47,16 +41,11 @@ class SurvivalMapNet(nn.Module):
 
     Raises:
         InputError: an argument is out of range.
-        ValueError: in `forward`, an input has another shape, or a scan has no lung.
 
     Example::
 
-        >>> net = SurvivalMapNet(patch_size=4)
-        >>> survival_map = net(torch.rand(2, 1, 32, 32, 32))
-        >>> survival_map.shape
+        >>> SurvivalMapNet(patch_size=4)(torch.rand(2, 1, 32, 32, 32)).shape
         torch.Size([2, 2, 8, 8, 8])
-        >>> bool(torch.isclose(survival_map[:, 1].sum((1, 2, 3)), torch.ones(2)).all())
-        True
     """
 
     def __init__(
@@ -107,16 +96,17 @@ class SurvivalMapNet(nn.Module):
             nn.init.zeros_(self.to_extra.weight)
 
     def forward(self, image: Tensor, lung: Tensor | None = None, clinical: Tensor | None = None) -> Tensor:
-        """The survival map of each scan.
+        """The survival map of each scan, (B, 2 + extra, d, h, w): location in months, extra numbers, weight.
+
+        d = ceil(D / stride) and so on. Weights sum to 1 over a scan; outside the lung all channels are 0.
 
         Args:
             image: (B, 1, D, H, W), HU window scaled to [0, 1].
             lung: (B, 1, D, H, W) in {0, 1}; None for no mask.
             clinical: (B, clinical_dim); None for no covariates.
 
-        Returns:
-            (B, 2 + extra, d, h, w): location in months, extra numbers, weight; d = ceil(D / stride) and so on. Weights
-            sum to 1 over a scan; outside the lung all channels are 0.
+        Raises:
+            ValueError: an input has another shape, or a scan has no lung.
         """
         image, lung = to_grid(image, lung, self.stride)
         known = self.covariates(clinical, image)
@@ -146,15 +136,12 @@ class SurvivalMapNet(nn.Module):
             raise ValueError(f"clinical must be a vector of length {self.clinical_dim} a scan, got {given}.")
         if clinical is None:
             return torch.zeros(image.shape[0], 0, dtype=image.dtype, device=image.device)
-        return 0.1 * clinical.to(image.dtype)  # at full scale, a dozen covariates soon tell who is who in a small cohort
+        return 0.1 * clinical.to(image.dtype)  # at full scale, a dozen soon tell who is who in a small cohort
 
     def danger(self, survival_map: Tensor, share: Tensor, clinical: Tensor | None = None) -> Tensor:
         """How dangerous each patch is by itself, from 0 to 1, (B, d, h, w), read off a map of this network.
 
-        Args:
-            survival_map: from `forward`, (B, 2 + extra, d, h, w).
-            share: share of lung in each patch, (B, d, h, w), 0 outside the map.
-            clinical: as `forward` had it.
+        `share`: of lung in each patch, (B, d, h, w), 0 outside the map.
         """
         location = survival_map[:, 0]
         if self.clinical_months is not None:

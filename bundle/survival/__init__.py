@@ -1,5 +1,6 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: F401 -- what others use of this package
 """Readouts of a survival map and the objectives it is trained for."""
 
 from bundle.errors import InputError
@@ -20,43 +21,11 @@ from bundle.survival.readout import (
 )
 from bundle.survival.severity import Severity, fit_severity, severity_from, severity_numbers
 
-__all__ = [
-    "OBJECTIVES",
-    "CenTime",
-    "Classical",
-    "Cox",
-    "CoxMemory",
-    "DeepHit",
-    "Logistic",
-    "LogisticHazard",
-    "Objective",
-    "Severity",
-    "SurvivalMapLoss",
-    "check_horizon",
-    "death_by",
-    "fit_severity",
-    "location_range",
-    "log_pmf",
-    "mean_months",
-    "objective_from",
-    "patient_numbers",
-    "quantile_months",
-    "restricted_mean_months",
-    "seen_until",
-    "severity_from",
-    "severity_numbers",
-    "softmin_beta",
-    "survival_curve",
-]
-
 OBJECTIVES = {kind.name: kind for kind in (CenTime, Classical, Cox, CoxMemory, DeepHit, LogisticHazard, Logistic)}
 
 
 def objective_from(settings: dict) -> Objective:
-    """The objective of finished weights, which learns no more.
-
-    Args:
-        settings: ``settings["objective"]`` of the weights: its name (CenTime without one) and its arguments.
+    """The objective of finished weights, learning no more, from ``settings["objective"]``: its name and arguments.
 
     Raises:
         InputError: there is no such objective.

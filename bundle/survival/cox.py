@@ -2,39 +2,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Proportional hazards: the order of deaths, not their months, is what the map is trained for."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from bundle.errors import InputError
-from bundle.survival.minimise import minimise
 from bundle.survival.objectives import Objective, learnt_factor, whole_months
 from bundle.survival.readout import months, patient_numbers
 
-__all__ = ["Cox", "CoxMemory", "breslow_baseline", "cox_regression", "partial_log_likelihood"]
-
 
 def partial_log_likelihood(log_hazard: Tensor, time: Tensor, event: Tensor) -> Tensor:
-    """Cox's log partial likelihood with Efron's ties, the sum over deaths; 0 without deaths.
+    """Cox's log partial likelihood with Efron's ties, the sum over deaths, of (N,) patients; 0 without deaths.
 
     A death i gives ``log_hazard_i - log sum_{j at risk} exp(log_hazard_j)``; at risk is who has a time of at least i's.
     Of m deaths at the same time the l-th, l = 0..m-1, has that sum less l / m of what the m deaths bring to it. All in
     log space and of the type of its input, which torchsurv's is not.
 
     Source: Cox, JRSS B 1972; Efron, JASA 1977.
-
-    Args:
-        log_hazard, time: (N,).
-        event: 1 died, 0 censored, (N,).
-
-    Example::
-
-        >>> partial_log_likelihood(torch.zeros(3), torch.tensor([1.0, 2.0, 3.0]), torch.ones(3))  # 1/3 * 1/2 * 1
-        tensor(-1.7918)
     """
     order = time.argsort(descending=True)
     log_hazard, died = log_hazard[order], event[order] > 0
@@ -49,21 +35,32 @@ def partial_log_likelihood(log_hazard: Tensor, time: Tensor, event: Tensor) -> T
     return (log_hazard[died] - risk - torch.log1p(-before * part[groups].clamp_max(1))).sum()
 
 
-def cox_regression(x: Tensor, time: Tensor, event: Tensor) -> Tensor:
-    """Coefficients (K,) of covariates (N, K) in Cox's proportional hazards: where the partial likelihood is highest.
+def minimise(function: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    """The unknowns (K,) at a minimum of the function, by L-BFGS from `start`, in its type."""
+    unknowns = start.clone().requires_grad_(True)
+    optimizer = torch.optim.LBFGS([unknowns], max_iter=500, line_search_fn="strong_wolfe")
 
-    By L-BFGS from 0, in the type of `x`; covariates should be of about the same spread. Shapes of `time` and `event`, and
-    the source, as in :func:`partial_log_likelihood`.
-    """
-    return minimise(lambda slopes: -partial_log_likelihood(x @ slopes, time, event) / len(x), torch.zeros_like(x[0]), 100)
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        value = function(unknowns)
+        value.backward()
+        return value
+
+    optimizer.step(step)
+    return unknowns.detach()
+
+
+def cox_regression(x: Tensor, time: Tensor, event: Tensor) -> Tensor:
+    """Coefficients (K,) of covariates (N, K), of about one spread, at the highest :func:`partial_log_likelihood`."""
+    return minimise(lambda slopes: -partial_log_likelihood(x @ slopes, time, event) / len(x), torch.zeros_like(x[0]))
 
 
 def breslow_baseline(log_hazard: Tensor, time: Tensor, event: Tensor, tmax: int) -> Tensor:
-    """Cumulative baseline hazard at t = 1..tmax months, (tmax,), by Breslow's estimator.
+    """Cumulative baseline hazard at t = 1..tmax months, (tmax,); arguments (N,), times in whole months.
 
     ``H0(t)``: the sum over deaths up to month t of 1 / (sum of exp(log_hazard) over those at risk at that death).
 
-    Source: Breslow, discussion of Cox, JRSS B 1972. Shapes as in :func:`partial_log_likelihood`, times in whole months.
+    Source: Breslow, discussion of Cox, JRSS B 1972.
     """
     t = months(tmax, time).unsqueeze(1)
     at_risk = torch.where(time >= t, log_hazard, -torch.inf).logsumexp(1)
@@ -72,15 +69,12 @@ def breslow_baseline(log_hazard: Tensor, time: Tensor, event: Tensor, tmax: int)
 
 
 class Cox(Objective):
-    """Cox's partial likelihood: the loss is -:func:`partial_log_likelihood` over the number of patients.
+    """Cox's partial likelihood: the loss is -:func:`partial_log_likelihood` over the number of patients of a batch.
 
-    The log hazard of a patient is ``(tmax / 2 - location) / scale`` against that of one located in the middle. Risk
-    sets are those of a batch. A batch without deaths has loss 0; so has a death that nobody else is at risk with.
-
-    The readout is ``S(t) = exp(-H0(t) exp(log hazard))``. H0 is fitted when training is over (:meth:`fit_baseline`);
-    until then it is Gompertz's ``exp((t - tmax / 2) / scale)``, by which a patient's cumulative hazard is 1 at the
-    location. Beyond the last death of the training scans H0 stays as it is, and what is left of the probability lies in the
-    last month.
+    The log hazard of a patient is ``(tmax / 2 - location) / scale``, and the readout ``S(t) = exp(-H0(t) exp(log
+    hazard))``. H0 is fitted when training is over; until then it is Gompertz's ``exp((t - tmax / 2) / scale)``, by
+    which a patient's cumulative hazard is 1 at the location. Beyond the last death of the training scans H0 stays as it
+    is, and what is left of the probability lies in the last month.
 
     Args:
         tmax: last month of the distribution; above the largest time in the cohort.
@@ -105,7 +99,6 @@ class Cox(Objective):
         return {**super().arguments, "scale": self.scale * learnt_factor(self.log_factor).item()}
 
     def log_hazard(self, location: Tensor) -> Tensor:
-        """Log hazard of patients located at `location` months, of any shape."""
         return (self.tmax / 2 - location) / (self.scale * learnt_factor(self.log_factor))
 
     def log_pmf(self, survival_map: Tensor) -> Tensor:
@@ -124,7 +117,7 @@ class Cox(Objective):
         return -torch.cat([first, alive[:, :-1], last], 1).diff(dim=1)
 
     def likelihood(self, location: Tensor, time: Tensor, event: Tensor) -> Tensor:
-        """:func:`partial_log_likelihood` of patients located at `location` months, all (N,)."""
+        """:func:`partial_log_likelihood` of patients located at `location` months."""
         return partial_log_likelihood(self.log_hazard(location), time, event)
 
     def forward(self, survival_map: Tensor, outcome: Tensor) -> Tensor:
@@ -140,19 +133,15 @@ class Cox(Objective):
 
 
 class CoxMemory(Cox):
-    """:class:`Cox` with risk sets that reach across batches: the last `memory` patients are remembered.
+    """Risk sets of :class:`Cox` that reach across batches: the last `memory` patients are remembered.
 
-    In training the loss is what the batch adds to the partial likelihood of those remembered, over the number of patients
-    in the batch: ``-(pl(remembered and batch) - pl(remembered)) / B``. Those remembered have no gradient, and their
-    locations are those of their last visit. Were nobody forgotten and no location out of date, the mean gradient over
-    batches would be that of the whole cohort. Maps without a gradient (validation) are not remembered.
+    In training the loss is what the batch adds to the partial likelihood: ``-(pl(remembered and batch) -
+    pl(remembered)) / B``. Those remembered have no gradient, and their locations are those of their last visit. Were
+    nobody forgotten and no location out of date, the mean gradient over batches would be that of the whole cohort. Maps
+    without a gradient (validation) are not remembered.
 
     Source: the difference is the cross-validated partial likelihood of Verweij and van Houwelingen, Statistics in
-    Medicine 1993; a bank of past outputs as in He et al., MoCo, CVPR 2020, without the second network.
-
-    Args:
-        tmax, scale, baseline: as for :class:`Cox`.
-        memory: number of patients.
+    Medicine 1993; a bank of past outputs as in He et al., MoCo, CVPR 2020.
     """
 
     name = "cox_memory"

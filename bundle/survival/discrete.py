@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distributions of free shape over months, and death by one month as a yes or no."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -18,22 +16,14 @@ from bundle.survival.kaplan_meier import kaplan_meier_censoring
 from bundle.survival.objectives import MonthsObjective, Objective, classical_log_likelihood, whole_months
 from bundle.survival.readout import months, patient_numbers
 
-__all__ = ["DeepHit", "Logistic", "LogisticHazard", "deephit_ranking", "seen_until"]
-
 
 def deephit_ranking(pmf: Tensor, time: Tensor, event: Tensor, sigma: float) -> Tensor:
-    """DeepHit's ranking loss: of two patients the one who died first must have had the higher risk by then.
+    """DeepHit's ranking loss of P(T = 1..tmax), (B, tmax): who died first must have had the higher risk by then.
 
-    The mean of ``eta = exp(-(F(t_i | x_i) - F(t_i | x_j)) / sigma)`` over the pairs (i, j) with a death of i at
-    t_i < t_j; 0 without such pairs. F is P(T <= t). The paper sums; a mean doesn't depend on the size of a batch.
+    The mean of ``eta = exp(-(F(t_i | x_i) - F(t_i | x_j)) / sigma)`` over the pairs (i, j) with a death of i at t_i <
+    t_j, in whole months; 0 without such pairs. F is P(T <= t). The paper sums; a mean is the same for any batch size.
 
     Source: Lee et al., DeepHit, AAAI 2018, equation 4.
-
-    Args:
-        pmf: P(T = 1..tmax), (B, tmax).
-        time: whole months, (B,).
-        event: 1 died, 0 censored, (B,).
-        sigma: of the exponential.
     """
     risk = pmf.cumsum(1)[:, time - 1].T  # of each patient j in column j by the time of i in row i
     pair = (event > 0).unsqueeze(1) & (time.unsqueeze(1) < time)
@@ -42,16 +32,11 @@ def deephit_ranking(pmf: Tensor, time: Tensor, event: Tensor, sigma: float) -> T
 
 
 class IntervalsObjective(MonthsObjective):
-    """A distribution over months of free shape: the map has an extra number for each of some intervals up to tmax.
+    """A distribution over months of free shape: the map has an extra number for each of some intervals up to tmax."""
 
-    The location says when. The extra numbers start at 0 and are bounded, and make the shape free.
-
-    Args:
-        tmax, variance, learn_variance: as for :class:`~bundle.survival.objectives.MonthsObjective`.
-        intervals: of equal width up to tmax, to a month.
-    """
-
-    def __init__(self, tmax: int, variance: float, learn_variance: bool, intervals: int) -> None:
+    def __init__(
+        self, tmax: int = 100, variance: float = 36.0, learn_variance: bool = False, intervals: int = 20
+    ) -> None:
         super().__init__(tmax, variance, learn_variance)
         if not 1 <= intervals <= tmax:
             raise InputError(f"intervals must be from 1 to tmax ({tmax}), got {intervals}.")
@@ -67,13 +52,14 @@ class IntervalsObjective(MonthsObjective):
 class DeepHit(IntervalsObjective):
     """DeepHit with one cause of death: classical likelihood of a free distribution over months, and a ranking loss.
 
-    ``P(T = t)`` is a softmax over t = 1..tmax of ``-(t - location)^2 / 2 variance + x_k``, with x_k the extra number of the
-    interval k that t lies in. Loss: :func:`classical_log_likelihood`, plus `alpha` times :func:`deephit_ranking`.
+    ``P(T = t)`` is a softmax over t = 1..tmax of ``-(t - location)^2 / 2 variance + x_k``, with x_k the extra number of
+    the interval k that t lies in. Loss: :func:`classical_log_likelihood`, plus `alpha` times :func:`deephit_ranking`.
 
     Source: Lee et al., DeepHit, AAAI 2018.
 
     Args:
-        tmax, variance, learn_variance, intervals: as for :class:`IntervalsObjective`.
+        tmax, variance, learn_variance: as for :class:`~bundle.survival.CenTime`.
+        intervals: number of intervals, of equal width to a month.
         alpha: weight of the ranking loss.
         sigma: of the ranking loss; the smaller, the more a wrong order costs.
     """
@@ -110,24 +96,15 @@ class DeepHit(IntervalsObjective):
 class LogisticHazard(IntervalsObjective):
     """Discrete-time hazards: in every month those still alive die with some probability, the month's hazard h_t.
 
-    ``P(T = t) = h_t prod_{s<t} (1 - h_s)``, and who is censored at c has ``prod_{s<=c} (1 - h_s)``. The hazards are
-    ``logit h_t = (t - location) / s - log s + x_k``, with x_k the extra number of the interval k that t lies in. Without it
-    these are about the hazards of Gompertz's distribution, whose standard deviation s pi / sqrt(6) is that of `variance`.
-    Whoever is alive at tmax - 1 dies at tmax.
+    ``P(T = t) = h_t prod_{s<t} (1 - h_s)``, and ``logit h_t = (t - location) / s - log s + x_k``, with x_k the extra
+    number of the interval k that t lies in. Without it these are about the hazards of Gompertz's distribution, whose
+    standard deviation s pi / sqrt(6) is that of `variance`. Whoever is alive at tmax - 1 dies at tmax.
 
     Source: Gensheimer and Narasimhan, A scalable discrete-time survival model for neural networks, PeerJ 2019, with
     intervals of a month; some of them share a free number.
-
-    Args:
-        tmax, variance, learn_variance, intervals: as for :class:`IntervalsObjective`.
     """
 
     name = "logistic_hazard"
-
-    def __init__(
-        self, tmax: int = 100, variance: float = 36.0, learn_variance: bool = False, intervals: int = 20
-    ) -> None:
-        super().__init__(tmax, variance, learn_variance, intervals)
 
     def log_pmf(self, survival_map: Tensor) -> Tensor:
         location, shape = self.shape(survival_map)
@@ -142,13 +119,9 @@ class LogisticHazard(IntervalsObjective):
 
 
 def seen_until(outcome: Tensor, tmax: int) -> list[float]:
-    """P(C >= t) at t = 1..tmax: Kaplan and Meier's estimate that a patient is not yet censored before month t.
+    """P(C >= t) at t = 1..tmax, by Kaplan and Meier: that a patient is not yet censored before month t.
 
-    In a month deaths come before censorings. 1 for nobody.
-
-    Args:
-        outcome: (time in months, event) of the training scans, (N, 2).
-        tmax: last month.
+    In a month deaths come before censorings. `outcome`: (time in months, event) of the training scans, (N, 2).
 
     Example::
 
@@ -162,10 +135,10 @@ def seen_until(outcome: Tensor, tmax: int) -> list[float]:
 class Logistic(Objective):
     """Death within `by` months as a yes or no: logistic regression, for those of whom the answer is known.
 
-    ``P(T <= by) = sigmoid((by - location) / scale)``, and the loss is its cross-entropy. Yes is a death at or before `by`;
-    no is whoever was seen alive then. Those censored before are left out, and the loss is the mean over the others. With
-    `censoring`, each of the others has the weight ``1 / P(C >= min(T, by))``, at most 20, for those like them who were
-    censored, and the loss is the mean over all. The readout, sigmoid at all t < tmax, is trained at `by` alone.
+    ``P(T <= by) = sigmoid((by - location) / scale)``, and the loss is its cross-entropy. No is whoever was seen alive
+    then. Those censored before are left out, and the loss is the mean over the others. With `censoring`, each of the
+    others has the weight ``1 / P(C >= min(T, by))``, at most 20, for those like them who were censored, and the loss is
+    the mean over all. The readout, sigmoid at all t < tmax, is trained at `by` alone.
 
     Source: Cox, JRSS B 1958; weights: Graf et al., Statistics in Medicine 1999.
 
@@ -173,7 +146,7 @@ class Logistic(Objective):
         tmax: last month of the distribution; above the largest time in the cohort.
         by: months, from 1 to tmax - 1.
         scale: months of location that are one unit of the logit.
-        censoring: P(C >= t) at t = 1..tmax from :func:`seen_until`, None to leave out those censored before `by`.
+        censoring: from :func:`seen_until`; None to leave out those censored before `by`.
     """
 
     name = "logistic"

@@ -2,13 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kaplan-Meier estimates in double precision, as step functions of time (`scipy.stats.ecdf`)."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import CensoredData, ecdf
-
-__all__ = ["censored_data", "kaplan_meier", "kaplan_meier_censoring", "restricted_mean"]
 
 
 def censored_data(time: ArrayLike, event: ArrayLike) -> CensoredData:
@@ -18,24 +14,15 @@ def censored_data(time: ArrayLike, event: ArrayLike) -> CensoredData:
 
 
 def kaplan_meier(time: ArrayLike, event: ArrayLike):
-    """Kaplan-Meier estimate of S(t) = P(T > t).
+    """Kaplan-Meier estimate of S(t) = P(T > t) from months (N,) and events (N,), constant beyond the last time.
 
-    Args:
-        time: months, (N,).
-        event: 1 died, 0 censored, (N,).
-
-    Returns:
-        scipy's `EmpiricalDistributionFunction`: `evaluate(t)`, and `quantiles`, `probabilities`, the steps. Constant
-        beyond the last time.
+    It is scipy's `EmpiricalDistributionFunction`: `evaluate(t)`, and `quantiles`, `probabilities`, the steps.
     """
     return ecdf(censored_data(time, event)).sf
 
 
 def kaplan_meier_censoring(time: ArrayLike, event: ArrayLike):
-    """Kaplan-Meier estimate of P(not censored by t); a patient who dies at t is no longer at risk of censoring at t.
-
-    Arguments and result as in :func:`kaplan_meier`. Its inverse weights patients for censoring (IPCW).
-    """
+    """Kaplan-Meier estimate of P(not censored by t), for IPCW; who dies at t is no longer at risk of censoring at t."""
     time, died = np.asarray(time, float), np.asarray(event) == 1
     return kaplan_meier(np.where(died, np.nextafter(time, 0), time), ~died)
 
@@ -43,10 +30,9 @@ def kaplan_meier_censoring(time: ArrayLike, event: ArrayLike):
 def restricted_mean(time: ArrayLike, event: ArrayLike, horizon: float) -> float | None:
     """Restricted mean survival time: the area under :func:`kaplan_meier` from 0 to `horizon`, months.
 
-    Source: Royston and Parmar, BMC Medical Research Methodology 2013.
+    None where the curve is not known up to the horizon: it lies beyond the last time, of a censored patient.
 
-    Returns:
-        None where the curve is not known up to the horizon: it lies beyond the last time, of a censored patient.
+    Source: Royston and Parmar, BMC Medical Research Methodology 2013.
     """
     curve = kaplan_meier(time, event)
     if not len(curve.quantiles) or (horizon > curve.quantiles[-1] and curve.probabilities[-1] > 0):

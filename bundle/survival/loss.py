@@ -2,15 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss that a network is trained by: an objective, and what keeps the map honest while it learns."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from bundle.survival.objectives import Objective
-
-__all__ = ["SurvivalMapLoss", "neighbour_difference", "occlusion_inconsistency", "weight_entropy"]
 
 
 def weight_entropy(weight: Tensor) -> Tensor:
@@ -22,9 +18,7 @@ def weight_entropy(weight: Tensor) -> Tensor:
 def neighbour_difference(location: Tensor, weight: Tensor) -> Tensor:
     """Mean squared difference of neighbouring patches' locations, in units of 10 months, over pairs in the lung.
 
-    Args:
-        location: months, (B, d, h, w).
-        weight: (B, d, h, w); a patch with weight 0 is outside the lung.
+    Locations (months) and weights, 0 outside the lung, are (B, d, h, w).
     """
     inside = weight > 0
     total = location.new_zeros(())
@@ -38,15 +32,9 @@ def neighbour_difference(location: Tensor, weight: Tensor) -> Tensor:
 def occlusion_inconsistency(location: Tensor, weight: Tensor, tmax: int, top: float = 0.2) -> Tensor:
     """How far a map is from what it should say of its heaviest patches, and of the rest, in units of 10 months, (B,).
 
-    Necessity: without the heaviest patches the weighted mean location must be a survivor's, `tmax` or later. Sufficiency:
-    theirs alone must be the patient's. The network isn't run again on what is left of the image: what a patch says comes
-    from its neighbourhood.
-
-    Args:
-        location: months, (B, d, h, w).
-        weight: (B, d, h, w); a patch with weight 0 is outside the lung.
-        tmax: months.
-        top: share of the lung's patches that count as the heaviest.
+    Necessity: without the heaviest patches, the share `top` of the lung's, the weighted mean location must be a
+    survivor's, `tmax` or later. Sufficiency: theirs alone must be the patient's. The network isn't run again on what is
+    left of the image: what a patch says comes from its neighbourhood. Arguments as for :func:`neighbour_difference`.
     """
     location, weight = location.flatten(1), weight.flatten(1)
     rank = weight.argsort(1, descending=True).argsort(1)
@@ -61,15 +49,13 @@ def occlusion_inconsistency(location: Tensor, weight: Tensor, tmax: int, top: fl
 
 
 class SurvivalMapLoss(nn.Module):
-    """An objective plus what keeps the map honest while it learns.
+    """``objective(map) - entropy * H(weights) + smoothness * (L2 difference of neighbouring locations)``.
 
-    ``objective(map) - entropy * H(weights) + smoothness * (L2 difference of neighbouring locations)``.
-    The entropy *bonus* keeps the first lucky patch from taking all the weight, and with it all the gradient. `occlusion`
-    adds :func:`occlusion_inconsistency` of those who died; it is there to compare with.
+    The entropy *bonus* keeps the first lucky patch from taking all the weight, and with it all the gradient.
 
     Args:
         objective: a module such as :class:`CenTime`.
-        entropy: weight of the mean entropy of the patch weights (nats).
+        entropy: weight of the mean :func:`weight_entropy`.
         smoothness: weight of :func:`neighbour_difference`.
         occlusion: weight of :func:`occlusion_inconsistency`, a mean over those who died.
     """

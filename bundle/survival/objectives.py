@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a survival map is trained for: a readout of the map and a loss for censored times."""
 
-from __future__ import annotations
-
 import inspect
 
 import torch
@@ -13,25 +11,9 @@ from torch import Tensor
 from bundle.errors import InputError
 from bundle.survival.readout import log_pmf, months, patient_numbers
 
-__all__ = [
-    "CenTime",
-    "Classical",
-    "MonthsObjective",
-    "Objective",
-    "centime_log_likelihood",
-    "classical_log_likelihood",
-    "learnt_factor",
-    "whole_months",
-]
-
 
 def whole_months(time: Tensor, event: Tensor, tmax: int) -> Tensor:
     """The month, 1..tmax, of each time, (B,); who is censored in the half month below tmax, is so at tmax - 1.
-
-    Args:
-        time: months, (B,).
-        event: 1 died, 0 censored, (B,).
-        tmax: last month.
 
     Raises:
         InputError: a death after tmax, or a censoring time at or above it, for which no likelihood exists.
@@ -44,16 +26,12 @@ def whole_months(time: Tensor, event: Tensor, tmax: int) -> Tensor:
 
 
 def classical_log_likelihood(log_p: Tensor, time: Tensor, event: Tensor, log_share: Tensor | None = None) -> Tensor:
-    """Log-likelihood of each patient whose censoring says nothing of the death, (B,).
+    """Log-likelihood of each patient, (B,), of log P(T = 1..tmax), (B, tmax), if censoring says nothing of the death.
 
-    A death at t gives log p(t); a patient censored at c gives log P(T > c) = log sum_{t > c} p(t).
+    A death at t gives log p(t); a patient censored at c gives log P(T > c) = log sum_{t > c} p(t). To log p(t) in that
+    sum `log_share` (tmax,) is added. Errors as of :func:`whole_months`.
 
     Source: Kalbfleisch and Prentice, The Statistical Analysis of Failure Time Data, 2002, section 3.2.
-
-    Args:
-        log_p: log P(T = 1..tmax), (B, tmax).
-        time, event: as for :func:`whole_months`, whose errors are raised.
-        log_share: added to log_p(t) in the sum of the censored, (tmax,).
     """
     tmax = log_p.shape[-1]
     bins = whole_months(time, event, tmax).unsqueeze(1)
@@ -83,13 +61,9 @@ def learnt_factor(x: Tensor) -> Tensor:
 
 
 class Objective(nn.Module):
-    """A readout of survival maps (B, C, d, h, w), and a loss to train them by.
+    """A readout of survival maps (B, C, d, h, w), and in `forward` a loss to train them by.
 
-    Args:
-        tmax: last month of the distribution; above the largest time in the cohort.
-
-    Raises:
-        InputError: an argument is out of range.
+    The loss is the mean over patients, given `outcome` (B, 2) = (time in months, event).
     """
 
     name = ""  # of the objective in settings.json and of its file in configs/objective
@@ -114,32 +88,14 @@ class Objective(nn.Module):
         """P(T = 1..tmax months), (B, tmax)."""
         return self.log_pmf(survival_map).exp()
 
-    def forward(self, survival_map: Tensor, outcome: Tensor) -> Tensor:
-        """Loss, the mean over patients, of a survival map given `outcome` (B, 2) = (time in months, event)."""
-        raise NotImplementedError
-
     def check(self, outcome: Tensor, head: nn.Module | None = None) -> None:
-        """Refuse what can't be learnt.
-
-        Args:
-            outcome: (time in months, event) of the training scans, (N, 2).
-            head: of the network, such as :class:`~bundle.networks.heads.Softmin`; None if it has none.
-
-        Raises:
-            InputError: this objective can't be learnt from those scans, or not by that head.
-        """
+        """Raise an InputError for training scans, by `outcome`, that can't be learnt from, or not by the `head`."""
         if not bool((outcome[:, 1] > 0).any()):
             raise InputError(f"none of the {len(outcome)} training scans has event 1; {self.name} learns from deaths.")
 
 
 class MonthsObjective(Objective):
-    """An objective that says when: the location is the middle of a distribution over months, of some variance.
-
-    Args:
-        tmax: last month of the distribution; above the largest time in the cohort.
-        variance: months squared.
-        learn_variance: learn one variance for all, starting there, of up to 20 times more or less.
-    """
+    """An objective that says when: the location is the middle of a distribution over months, of some variance."""
 
     def __init__(self, tmax: int, variance: float, learn_variance: bool) -> None:
         super().__init__(tmax)
@@ -161,20 +117,23 @@ class MonthsObjective(Objective):
 class CenTime(MonthsObjective):
     """CenTime objective: the loss is the mean negative log-likelihood, the readout a discretised normal.
 
-    ``P(T = t)`` is proportional to ``exp(-(t - location)^2 / 2 variance)`` on t = 1..tmax; for the likelihood see
-    :func:`centime_log_likelihood`.
+    See :func:`centime_log_likelihood` and :func:`~bundle.survival.readout.normal_log_pmf`.
 
     Args:
-        tmax, variance, learn_variance: as for :class:`MonthsObjective`.
+        tmax: last month of the distribution; above the largest time in the cohort.
+        variance: months squared.
         alpha_censored: weight of censored patients in the mean; a death has weight 1.
         mixture: read a mixture over patches off the map instead of one normal; see :func:`log_pmf`.
+        learn_variance: learn one variance for all, starting there, of up to 20 times more or less.
         predict_variance: a variance for each patient, `variance * exp(x)` with x the map's extra channel.
+
+    Raises:
+        InputError: an argument is out of range.
 
     Example::
 
         >>> survival_map = torch.tensor([[20.0, 1.0], [70.0, 1.0]]).view(2, 2, 1, 1, 1)  # one patch each
-        >>> outcome = torch.tensor([[24.0, 1.0], [60.0, 0.0]])
-        >>> CenTime()(survival_map, outcome)
+        >>> CenTime()(survival_map, torch.tensor([[24.0, 1.0], [60.0, 0.0]]))
         tensor(3.6146)
     """
 

@@ -2,15 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the training scans' deaths say of locations before anything is learnt."""
 
-from __future__ import annotations
-
 import numpy as np
-
-__all__ = ["location_range", "softmin_beta"]
 
 
 def early_and_median_death(records: list[dict]) -> list[float]:
-    """Tenth percentile and median of the months of those who died; quantiles, as one early death says nothing of others."""
+    """Tenth percentile and median of the months of those who died; one early death says nothing of others."""
     return np.quantile([r["time"] for r in records if r["event"]] or [0.0], [0.1, 0.5]).tolist()
 
 
@@ -19,10 +15,9 @@ def location_range(records: list[dict], tmax: int) -> list[float]:
 
     The softmin ties months to the log of the diseased share, so that a lesion's own location lies below the patient's.
     Where the lower bound leaves no room for that, all lesions lie at it, and a dangerous kind can't be told from a mild
-    one. Where it leaves much, the patches of a lesion that are all as dangerous come out uneven. How much room lesions need
-    grows with how far deaths lie apart, so the bound is twice the way from the median death to the tenth percentile below
-    that percentile; between -0.6 and 0.3 `tmax`. With :func:`softmin_beta` a lesion at the bound kills at the median
-    death if it is a share of exp(-3), 5 %, of the lung, and at the tenth percentile if it is 14 %.
+    one. Where it leaves much, the patches of a lesion come out uneven. The bound is twice the way from the median death
+    to the tenth percentile below that percentile, between -0.6 and 0.3 `tmax`. With :func:`softmin_beta` a lesion at
+    the bound kills at the median death if it is 5 % of the lung, exp(-3), and at the tenth percentile if it is 14 %.
     """
     early, median = early_and_median_death(records)
     return [float(np.clip(3 * early - 2 * median, -0.6 * tmax, 0.3 * tmax)), 1.2 * tmax]
@@ -31,9 +26,9 @@ def location_range(records: list[dict], tmax: int) -> list[float]:
 def softmin_beta(records: list[dict], tmax: int) -> float:
     """Steepness of the softmin per month: one over the months from the tenth percentile to the median of the deaths.
 
-    A scan with e times the disease of another dies 1/beta months earlier. If beta is steeper than the cohort's deaths are
-    apart, the months of those who die first can't be reached by covering lesions, but only by covering lesions of the
-    others in part. 1/beta is between 0.08 and 0.3 `tmax`.
+    A scan with e times the disease of another dies 1/beta months earlier. If beta is steeper than the cohort's deaths
+    are apart, those who die first can only be reached by covering lesions of the others in part. 1/beta is between
+    0.08 and 0.3 `tmax`.
     """
     early, median = early_and_median_death(records)
     return 1 / float(np.clip(median - early, 0.08 * tmax, 0.3 * tmax))

@@ -2,25 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a survival map to one survival distribution a patient, and to the numbers read off it."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 from bundle.errors import InputError
-
-__all__ = [
-    "check_horizon",
-    "death_by",
-    "log_pmf",
-    "mean_months",
-    "months",
-    "normal_log_pmf",
-    "patient_numbers",
-    "quantile_months",
-    "restricted_mean_months",
-    "survival_curve",
-]
 
 
 def months(tmax: int, like: Tensor) -> Tensor:
@@ -31,11 +16,7 @@ def months(tmax: int, like: Tensor) -> Tensor:
 def patient_numbers(survival_map: Tensor) -> tuple[Tensor, Tensor]:
     """Each patient's location (months), (B,), and extra numbers, (B, C - 2): the map's weighted sums over patches.
 
-    The extra numbers shape the distribution around the location. They take the weights as they are, without a gradient:
-    what sets the weights is the location alone.
-
-    Args:
-        survival_map: (B, C, d, h, w): location, C - 2 extra channels, weight.
+    The extra numbers take the weights without a gradient: what sets the weights is the location alone.
     """
     flat = survival_map.flatten(2)
     weight = flat[:, -1:]
@@ -43,17 +24,10 @@ def patient_numbers(survival_map: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normal_log_pmf(location: Tensor, variance: Tensor | float, tmax: int) -> Tensor:
-    """Normal distribution discretised to the bins 1..tmax: log p(t), with p(t) proportional to exp(-(t-loc)^2/2var).
+    """log p(t) of a normal distribution discretised to t = 1..tmax: p(t) ~ exp(-(t - location)^2 / 2 variance).
 
-    Source: Shahin et al., CenTime, Medical Image Analysis 2024, the discretised Gaussian.
-
-    Args:
-        location: months, any shape (...).
-        variance: months squared, a number or a tensor that broadcasts against `location`.
-        tmax: last bin (months).
-
-    Returns:
-        log probabilities (..., tmax); their exponentials sum to 1.
+    Location in months and variance in months squared have any shape (...); the result is (..., tmax). Source: Shahin et
+    al., CenTime, Medical Image Analysis 2024.
     """
     variance = torch.as_tensor(variance, dtype=location.dtype, device=location.device).unsqueeze(-1)
     exponent = -0.5 * (months(tmax, location) - location.unsqueeze(-1)).square() / variance
@@ -63,12 +37,8 @@ def normal_log_pmf(location: Tensor, variance: Tensor | float, tmax: int) -> Ten
 def log_pmf(survival_map: Tensor, tmax: int, variance: Tensor | float, mixture: bool = False) -> Tensor:
     """log P(T = 1..tmax months) of each patient, (B, tmax), from a survival map (B, C, d, h, w).
 
-    Args:
-        survival_map: location (months) of each patch first, its weight last.
-        tmax: last bin (months).
-        variance: of the discretised normal, months squared; a number, or one a patient (B,) if not a mixture.
-        mixture: if true, the softmin mixture sum_i w_i N(loc_i, variance); else N(sum_i w_i loc_i, variance). The
-            mixture of an ``lse`` map is wider, because its patches differ by about 1/beta.
+    The normal of a `variance` in months squared, a number or one a patient (B,), about the patient's location; or the
+    softmin `mixture` sum_i w_i N(loc_i, variance), which is wider: patches of an ``lse`` map differ by about 1/beta.
     """
     if not mixture:
         return normal_log_pmf(patient_numbers(survival_map)[0], variance, tmax)
