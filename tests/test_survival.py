@@ -25,7 +25,7 @@ from bundle.survival import (
 )
 from bundle.survival.loss import neighbour_difference, occlusion_inconsistency, weight_entropy
 from bundle.survival.objectives import centime_log_likelihood
-from bundle.survival.severity import minkowski_functionals, severity_from
+from bundle.survival.severity import Severity, minkowski_functionals, severity_from
 
 TMAX = 30
 
@@ -416,6 +416,11 @@ def test_severity_is_the_same_of_numbers_on_a_gpu():
     numbers, outcome, _ = severity_data(80, noise=0.5)
     severity, _ = fit_severity(numbers, outcome, CenTime(), RANGE)
     torch.testing.assert_close(severity(numbers.cuda()).cpu(), severity(numbers))
+
+
+def test_severity_moves_nobody_located_at_the_end_of_the_range():
+    severity = Severity(-5.0, 120.0, 2.0, [0.0] * 8, [1.0] * 8, [0.0] * 8, offset=5.0)
+    assert severity(torch.tensor([[115.0], [20.0]]).expand(2, 8)).tolist() == [0.0, 5.0]
 
 
 def test_severity_fit_without_deaths_moves_nobody():
