@@ -86,10 +86,14 @@ def _runs(pid: int) -> bool:
 
 def save_checked(content: Any, path: str | Path) -> None:
     """`torch.save`, atomically, with the file's SHA-256 behind it, which `torch.load` passes over."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    trailer = _MARK + hashlib.sha256(buffer.getbuffer()).hexdigest().encode()
-    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getvalue() + trailer))
+
+    def write(temporary: Path) -> None:
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        trailer = _MARK + hashlib.sha256(buffer.getbuffer()).hexdigest().encode()
+        temporary.write_bytes(buffer.getvalue() + trailer)
+
+    write_atomically(path, write)
 
 
 def load_checked(path: str | Path) -> Any:

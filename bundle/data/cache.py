@@ -12,10 +12,10 @@ from pathlib import Path
 
 import ignite.distributed as idist
 import torch
-from monai.data import PersistentDataset
+from monai.data import Dataset, PersistentDataset
 from monai.transforms import RandomizableTrait
 from monai.utils import convert_to_tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from bundle.data.fingerprint import code_digest, describe, describe_scan
@@ -98,14 +98,10 @@ class ScanCache(PersistentDataset):
             InputError: the faults of all bad scans, unless they are skipped; no scan is left.
         """
         remove_leftovers(self.cache_dir)
-        loader = DataLoader(_Filling(self), batch_size=None, num_workers=jobs)
-        good, faults, made = [], [], 0
-        for record, (key, new, fault) in zip(self.data, progress(loader), strict=True):
-            if fault:
-                faults.append(fault)
-            else:
-                good.append({**record, "cache_key": key})
-                made += new
+        loader = DataLoader(Dataset(self.data, self._check), batch_size=None, num_workers=jobs)
+        checked = list(progress(loader))
+        good = [{**record, "cache_key": key} for record, (key, _, _) in zip(self.data, checked) if key]
+        faults = [fault for _, _, fault in checked if fault]
         if faults and self.on_fault != "skip":
             raise InputError("; ".join(faults) + " (--on_fault skip trains without such scans).")
         for fault in faults:
@@ -114,35 +110,21 @@ class ScanCache(PersistentDataset):
             none = f"none of the {len(faults)} scans of a part of the cohort can be used"
             raise InputError(f"{none}: train and val need some each.")
         self.data = good
-        return made
+        return sum(new for _, new, _ in checked)
 
-
-class _Filling(Dataset):
-    """For each scan of a cache its key, whether it was missing, and what is wrong with it."""
-
-    def __init__(self, cache: ScanCache) -> None:
-        self.cache = cache
-
-    def __len__(self) -> int:
-        return len(self.cache.data)
-
-    def __getitem__(self, index: int) -> tuple[str, bool, str]:
-        record = self.cache.data[index]
+    def _check(self, record: dict) -> tuple[str, bool, str]:
+        """Key of a record, whether it was not in the cache, and what is wrong with it."""
         try:
-            key = self.cache.key(record).decode()
-            new = not self.cache.file({"cache_key": key}).is_file()
-            self.cache._cachecheck({**record, "cache_key": key})
+            key = self.key(record).decode()
+            new = not self.file({"cache_key": key}).is_file()
+            self._cachecheck({**record, "cache_key": key})
         except Exception as e:  # of whatever kind: all bad scans are to be told at once
             return "", False, scan_fault(record["patient_id"], e)
         return key, new, ""
 
 
 def fill_caches(*datasets: ScanCache, jobs: int = 0) -> None:
-    """Fill caches with a progress bar, before training; of its processes the first does, and the others wait for it.
-
-    Args:
-        jobs: processes that share the work; 0 for this one alone.
-    """
+    """:meth:`ScanCache.fill` with a progress bar; of the processes of a training the others wait for the first."""
     first = idist.get_rank() == 0
     if not first:
         idist.barrier()

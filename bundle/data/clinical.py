@@ -45,9 +45,7 @@ def em_step(x: np.ndarray, mean: np.ndarray, covariance: np.ndarray, ridge: floa
     return filled.mean(0), (off.T @ off + left) / len(x) + ridge * np.eye(len(mean))
 
 
-def fit_gaussian(
-    x: np.ndarray, ridge: float = 1e-3, tolerance: float = 1e-6, max_steps: int = 1000
-) -> tuple[np.ndarray, np.ndarray]:
+def fit_gaussian(x: np.ndarray, ridge: float = 1e-3, tolerance: float = 1e-6) -> tuple[np.ndarray, np.ndarray]:
     """Mean and covariance of rows (n, d) with gaps, of about unit scale, by EM from the mean and variance of each column.
 
     Args:
@@ -55,7 +53,7 @@ def fit_gaussian(
         tolerance: stop when nothing changes by more.
     """
     mean, covariance = np.nanmean(x, 0), np.diag(np.nanvar(x, 0) + ridge)
-    for _ in range(max_steps):
+    for _ in range(1000):
         before = mean, covariance
         mean, covariance = em_step(x, mean, covariance, ridge)
         if max(np.abs(mean - before[0]).max(), np.abs(covariance - before[1]).max()) < tolerance:

@@ -17,8 +17,6 @@ from bundle.reading.scan_file import IMAGE_SUFFIXES, scan_stem
 from bundle.reading.tables import MASK_COLUMNS, VALID_ID, Row, finite, positive, raise_faults, read_table, valid_id
 
 SPLITS = ("train", "val", "test")
-_ON_FAULT = ("fail", "skip", "row")
-_KINDS = ("numeric", "categorical")
 _CONTRACT = ("patient_id", "image", "time", "event", *MASK_COLUMNS, "split", "fold")
 _log = logging.getLogger(__name__)
 
@@ -51,13 +49,13 @@ def read_cohort(
         path: CSV in UTF-8, one row a scan. Columns `patient_id`, `image`, `time` (months) and `event` (1 died, 0
             censored); optional `lung_mask`, `gt_mask`, `confounder_mask`, `split` (train, val or test) and `fold`
             (integer). Any other column is clinical. Paths are absolute or relative to the CSV.
-        need_outcome: whether `time`, `event` and at least one death must be there (not so in inference).
+        need_outcome: whether `time`, `event` and at least one death must be there.
         clinical: clinical columns to take and the kind of each, "numeric" or "categorical".
         need_clinical: whether these columns must be there. If not, all values of one that isn't are missing.
         tmax: last month of the model, if every time must be below it.
         check_files: whether images and masks must exist and have a suffix that can be read.
-        on_fault: what to do about a scan whose files are at fault: "fail" (raise), "skip" (leave it out with a
-            warning) or "row" (keep it, with the sentence in `record["fault"]`). Faults of the table always raise.
+        on_fault: of a scan whose files are at fault: "fail" (raise), "skip" (leave it out with a warning) or "row" (keep
+            it, with the sentence in `record["fault"]`). Faults of the table always raise.
 
     Returns:
         For each scan a dict with the columns above (absolute paths) where the table has them, and `covariates` if
@@ -87,11 +85,7 @@ def read_cohort(
 
 
 def single_scan(image: str | os.PathLike) -> list[dict]:
-    """A cohort of one scan without an outcome: an image file or a DICOM folder, named after itself.
-
-    Raises:
-        InputError: the image is missing or has a suffix that can't be read.
-    """
+    """A cohort of one scan without an outcome: an image file or a DICOM folder that exists, named after itself."""
     path = os.path.abspath(os.path.expanduser(str(image)))
     if fault := _file_fault(path, folder=True):
         raise InputError(f"image: {fault}")
@@ -102,9 +96,9 @@ def single_scan(image: str | os.PathLike) -> list[dict]:
 
 
 def _check_options(clinical: Mapping[str, str], tmax: float | None, on_fault: str) -> None:
-    if on_fault not in _ON_FAULT:
-        raise InputError(f"on_fault is '{on_fault}' (expected one of {', '.join(_ON_FAULT)})")
-    if not isinstance(clinical, Mapping) or not all(kind in _KINDS for kind in clinical.values()):
+    if on_fault not in ("fail", "skip", "row"):
+        raise InputError(f"on_fault is '{on_fault}' (expected one of fail, skip, row)")
+    if not isinstance(clinical, Mapping) or not all(kind in ("numeric", "categorical") for kind in clinical.values()):
         example = '{"age": "numeric", "sex": "categorical"}'
         raise InputError(f"clinical is {clinical} (expected each column with its kind, such as {example})")
     if not isinstance(tmax, (int, float, type(None))):
@@ -239,8 +233,7 @@ def _file_fault(path: str, folder: bool) -> str | None:
 
 
 def _integer(text: str) -> int:
-    value = float(text)
-    if not value.is_integer():
+    if not (value := float(text)).is_integer():
         raise ValueError(text)
     return int(value)
 

@@ -18,9 +18,8 @@ class EventSampler(Sampler[int]):
     The ups and downs of that share would be most of the gradient's noise: they move the locations of all patches alike.
 
     Where fewer than `min_event_share` died, their scans come several times an epoch, and some others wait for another
-    epoch: else most batches have no death, and the network learns that nobody dies. An epoch has as many places as
-    there are scans. How many die is then learnt too high; severity and Cox's baseline hazard, which are fitted to all
-    scans once, correct it.
+    epoch: else most batches have no death, and the network learns that nobody dies. How many die is then learnt too
+    high; severity and Cox's baseline hazard, which are fitted to all scans once, correct it.
 
     Args:
         dataset: whose records have `event`.

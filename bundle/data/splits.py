@@ -124,7 +124,6 @@ def cross_validation_parts(records: Sequence[dict], folds: int | None = None, se
     """For each fold train, val and test: the fold itself is the test, an eighth of the other patients validates.
 
     Args:
-        records: from :func:`~bundle.data.read_cohort`.
         folds: how many to draw by :func:`stratified_folds`. None takes those of the column ``fold``, or 5 without it.
         seed: of the folds and of what validates.
 

@@ -67,7 +67,6 @@ def choose_series(stacks: Sequence[Series], where: str, uid: str | None = None) 
     gives way to a whole one that is axial and as long, and is refused if there is none.
 
     Args:
-        stacks: from :func:`list_series`.
         where: what to call the folder in messages.
         uid: SeriesInstanceUID to take instead; still it must be a CT.
 
@@ -91,10 +90,8 @@ def choose_series(stacks: Sequence[Series], where: str, uid: str | None = None) 
     if uid is None and len({s.patient for stack in fit for s in stack.slices} - {""}) > 1:
         raise InputError(f"{where}: the folder holds scans of several patients (expected one; or name one with --series)")
 
-    best = fit[0]
-    if best.fault:
-        level = list(best.merits.values())[:2]
-        best = next((s for s in fit if not s.fault and list(s.merits.values())[:2] >= level), best)
+    level = list(fit[0].merits.values())[:2]
+    best = next((s for s in fit if not s.fault and list(s.merits.values())[:2] >= level), fit[0])
     if best.fault:
         raise InputError(f"{where}: {best}: {best.fault}")
     if len(stacks) > 1:

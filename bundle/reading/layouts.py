@@ -123,7 +123,6 @@ def scan_row(patient: str, images: Path, masks: Path, region: str | None) -> dic
     within.
 
     Args:
-        patient: as in the table.
         images: folder of the data set.
         masks: folder to write the mask of `region` to; one that is there and fits isn't made again.
         region: what causes death, as RTSTRUCT or SEG name it (GTV-1), if it is looked for.

@@ -71,9 +71,6 @@ def check_scan_file(path: str | os.PathLike) -> None:
     notice a flipped bit, and neither a small file that inflates to many gigabytes nor a header that claims them may
     cost memory.
 
-    Args:
-        path: a file with one of :data:`IMAGE_SUFFIXES`.
-
     Raises:
         InputError: what is wrong with the file and what was expected, without its name.
     """

@@ -83,16 +83,14 @@ def raise_faults(path: str | os.PathLike, faults: Sequence[str]) -> None:
 
 def finite(text: str) -> float:
     """A number that is neither NaN nor infinite."""
-    value = float(text)
-    if not math.isfinite(value):
+    if not math.isfinite(value := float(text)):
         raise ValueError(text)
     return value
 
 
 def positive(text: str) -> float:
     """A finite number above 0."""
-    value = finite(text)
-    if value <= 0:
+    if (value := finite(text)) <= 0:
         raise ValueError(text)
     return value
 

@@ -65,9 +65,7 @@ class LoadCTd(MapTransform):
                 out[key] = image.clamp_min(_AIR_HU)
             else:
                 out[key] = image.float()
-        for key in self.mask_keys:
-            if key not in out:
-                continue
+        for key in [key for key in self.mask_keys if key in out]:
             where = f"patient {patient}, {key} {out[key]}"
             image, mask = out[self.keys[0]], _read(out[key], where)
             if mask.shape != image.shape:
@@ -100,23 +98,20 @@ def check_hu(image: Tensor) -> str | None:
     def share(start: float, end: float) -> float:
         return float(((values >= start) & (values <= end)).float().mean())
 
-    span = f"values run from {low:g} to {high:g}"
-    expected = "(expected HU: air near -1000, water 0)"
-    if low > -300 and high - low <= 256:
-        return f"{span} and look like an 8-bit picture or scaled intensities {expected}"
-    if low < _HU_RANGE[0] or high > _HU_RANGE[1]:
-        return f"{span}, beyond {_HU_RANGE[0]:g}..{_HU_RANGE[1]:g} {expected}"
     too_low = values[values < -1500]
-    if len(too_low) and (too_low != too_low.mode().values).sum() > 0.02 * len(values):  # the commonest is padding
-        return f"{span}, much of it below -1500: slope or intercept look wrong or applied twice {expected}"
-    if share(-1500, -700) < 1e-3:
-        # Lung is at 150-350 if 1024 was added and at 650-850 if the sign was turned; bodies have little else there.
-        if share(900, 1224) >= 1e-2 and share(650, 850) > share(150, 350):
-            return f"{span} and look inverted: air is bright {expected}"
-        if share(-100, 324) >= 1e-3 and share(900, 1224) >= 1e-2:
-            return f"{span} and look like HU + 1024: the rescale intercept was not applied {expected}"
-        return f"{span} with no air in them {expected}"
-    return None
+    off_padding = (too_low != too_low.mode().values).sum() if len(too_low) else 0  # the commonest is padding
+    no_air, bright = share(-1500, -700) < 1e-3, share(900, 1224) >= 1e-2
+    # Lung is at 150-350 if 1024 was added and at 650-850 if the sign was turned; bodies have little else there.
+    checks = (
+        (low > -300 and high - low <= 256, " and look like an 8-bit picture or scaled intensities"),
+        (low < _HU_RANGE[0] or high > _HU_RANGE[1], f", beyond {_HU_RANGE[0]:g}..{_HU_RANGE[1]:g}"),
+        (off_padding > 0.02 * len(values), ", much of it below -1500: slope or intercept look wrong or applied twice"),
+        (no_air and bright and share(650, 850) > share(150, 350), " and look inverted: air is bright"),
+        (no_air and bright and share(-100, 324) >= 1e-3, " and look like HU + 1024: the rescale intercept was not applied"),
+        (no_air, " with no air in them"),
+    )
+    fault = next((what for wrong, what in checks if wrong), None)
+    return f"values run from {low:g} to {high:g}{fault} (expected HU: air near -1000, water 0)" if fault else None
 
 
 def _read(path: str, where: str, series: str | None = None) -> MetaTensor:

@@ -82,7 +82,6 @@ class LungMaskd(MapTransform):
         if self.fill and source != "none":
             mask = fill_thorax(mask, image.as_tensor())
             source += ", thorax filled"
-
         return data | {"lung": MetaTensor(mask.to(image.device)).copy_meta_from(image), "lung_mask_source": source}
 
 

@@ -59,15 +59,11 @@ def threshold_lung_mask(hu: Tensor, spacing: Sequence[float]) -> Tensor:
 
 
 def fill_thorax(lungs: Tensor, hu: Tensor) -> Tensor:
-    """A mask with all that lies between the lungs: for very sick lungs, of which segmentation drops the sickest part.
+    """A mask (1, D, H, W) with all that lies between the lungs, of which segmentation drops the sickest part.
 
     In each axial slice the convex hull of the mask and of its mirror image about the middle of the body, without bone
     and without air that the mask had left out. A lung that is white all over comes back, and with it come the
     mediastinum, the heart, and what lies under the diaphragm's dome.
-
-    Args:
-        lungs: (1, D, H, W) in {0, 1}, in RAS order.
-        hu: of the same shape.
     """
     values, mask = hu[0].detach().cpu().numpy(), lungs[0].detach().cpu().numpy() > 0.5
     hull = _hulls(mask, _middle(_largest(values > _BODY_HU)), mirror=True)

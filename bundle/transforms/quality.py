@@ -49,9 +49,8 @@ class QualityGated(MapTransform):
         (self.max_spacing,) = checked_numbers("max_spacing", max_spacing, 1, "a number of mm above 0", lambda mm: mm > 0)
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
-        data = dict(data)
         if data["lung_mask_source"] == "none":
-            return data
+            return dict(data)
         image = data[self.keys[0]]
         faults, notes = check_quality(
             convert_to_numpy(image[0]),
@@ -68,7 +67,7 @@ class QualityGated(MapTransform):
         known = data.get("notes", "")
         if "contrast" not in known:
             notes.append("contrast phase unknown")
-        return data | {"notes": "; ".join(filter(None, [known, *notes]))}
+        return {**data, "notes": "; ".join(filter(None, [known, *notes]))}
 
 
 def check_quality(
@@ -87,8 +86,6 @@ def check_quality(
         lung: of the same shape, true in the lungs, not empty.
         spacing: of both, mm.
         on_file: spacing of the scan before resampling, mm.
-        lung_litres: volume that the lungs may have.
-        max_spacing: largest voxel side on file, mm.
 
     Returns:
         (faults, notes), each a list of phrases; docs/data.md has the thresholds and their reasons.
