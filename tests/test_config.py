@@ -118,7 +118,7 @@ def test_the_ensemble_passes(base):
 
 
 def test_a_component_that_does_not_exist_is_named():
-    with pytest.raises(InputError, match="network_def: there is nothing called bundle.networks.SurvivalNet"):
+    with pytest.raises(InputError, match="--network_def#_target_ is bundle.networks.SurvivalNet .*there is nothing of"):
         checked(**{"network_def#_target_": "bundle.networks.SurvivalNet"})
 
 

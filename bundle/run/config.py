@@ -130,7 +130,7 @@ def component_faults(parser: ConfigParser, key: str, name: str) -> Iterator[str]
     component = parser[key]
     target = locate(ConfigComponent(component, key, parser.locator).resolve_module_name())
     if target is None:
-        yield f"{key}: there is nothing called {name}."
+        yield f"--{key}#_target_ is {name} (expected a class or function; there is nothing of that name)."
         return
     parameters, open_ended = parameters_of(target)
     for argument in component.keys() - ConfigComponent.non_arg_keys:

@@ -29,9 +29,8 @@ MAY_CHANGE = (
     *("resume", "on_fault", "patience", "parts", "settings", "wandb_mode", "wandb_project", *MONAI_TRACKING),
     *(f"train#{name}" for name in ("dataset", "dataloader", "inferer", "trainer", "handlers", "epoch_handlers")),
     *(f"train#{name}" for name in ("history", "loss_of", "patience", "checkpoint", "finish", "progress")),
-    *(f"validate#{name}" for name in ("dataset", "dataloader", "inferer", "evaluator", "additional_metrics")),
-    *(f"validate#{name}" for name in ("handlers", "log")),
-    *("train#tensorboard", "validate#tensorboard"),
+    *(f"validate#{name}" for name in ("dataset", "dataloader", "inferer", "evaluator", "handlers", "log")),
+    "validate#additional_metrics",
 )
 
 
@@ -52,8 +51,8 @@ def training_settings(
     """What a training run is, as plain JSON: a run goes on with one of equal settings.
 
     Args:
-        network: has constructor `arguments`, for :func:`bundle.networks.network_from`.
-        objective: has constructor `arguments` and a `name`, for :func:`bundle.survival.objective_from`.
+        network: has constructor `arguments`.
+        objective: has constructor `arguments` and a `name`.
         preprocessing: from :func:`preprocessing_settings`.
         horizon: of the heat, months.
         clinical: how covariates become the clinical vector, from :func:`bundle.data.fit_clinical`.

@@ -54,9 +54,8 @@ def censoring_weights(records: list[dict], tmax: int, ipcw: bool) -> list[float]
 class Finish:
     """Fit severity, or the baseline hazard of proportional hazards, to the finished maps of the training scans.
 
-    Severity is the months that the disease on the maps stands for, and how sure that is. It is for objectives whose
-    locations are months, but not for a mixture over patches, which is as wide as these differ. Scans are read without
-    random transforms, from 8 origins of the patch grid.
+    Severity is for objectives whose locations are months, but not for a mixture over patches, which is as wide as these
+    differ. Scans are read without random transforms, from 8 origins of the patch grid.
 
     Args:
         network: trained.
