@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from bundle.errors import InputError
-from bundle.files import write_atomically, write_json, write_text
+from bundle.files import remove_leftovers, write_atomically, write_json, write_text
 from bundle.phantoms import PHANTOMS, Phantom, PhantomCohort, PhantomParams, make_phantom
 
 MASKS = ("lung_mask", "gt_mask", "confounder_mask", "gt_filled_mask", "gt_severe_mask")
@@ -78,6 +78,7 @@ def write_cohort(out: Path, cohort: PhantomCohort, spacing: float, clinical: boo
     try:
         for folder in ("images", "masks"):
             (out / folder).mkdir(parents=True, exist_ok=True)
+            remove_leftovers(out / folder)
         if found != wanted:
             table.unlink(missing_ok=True)  # otherwise it is right: another run may just have written it
         write_json(record, wanted)

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import platform
+
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -41,7 +43,7 @@ def table_of(*rows):
     return pd.DataFrame([key | measures | row for row in rows])
 
 
-def test_a_killed_sweep_goes_on_and_runs_nothing_twice(run):
+def test_a_killed_sweep_goes_on_and_runs_nothing_twice(run, tmp_path):
     ran = []
 
     def row_of(phantom, size, variant, train_scans, seed, test):
@@ -55,7 +57,9 @@ def test_a_killed_sweep_goes_on_and_runs_nothing_twice(run):
     with pytest.raises(KeyboardInterrupt):
         run(row_of, *what, "8")
     first, ran[:] = list(ran), []
+    (tmp_path / f".tmp-{platform.node()}-4194305-1-results.csv").touch()  # of a process that was killed
     rows, text = run(row_of, *what, "8")
+    assert not list(tmp_path.glob(".tmp-*"))
     every = [("spheres", 0), ("spheres", 1), ("harmless-honeycomb", 0), ("harmless-honeycomb", 1)]
     assert sorted(first + ran) == sorted(every)
     ran.clear()

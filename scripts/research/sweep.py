@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from bundle.errors import InputError
-from bundle.files import file_sha256, write_atomically, write_json, write_text
+from bundle.files import file_sha256, remove_leftovers, write_atomically, write_json, write_text
 from bundle.metrics.survival import c_index
 from bundle.phantoms import PHANTOMS, PhantomParams, phantom_name
 from bundle.run.start import exit_on_sigterm
@@ -311,6 +311,8 @@ def main(argv: list[str] | None = None) -> None:
     done = set(measured[tables.KEY].itertuples(index=False, name=None))
     todo = [key for key in wanted if key not in done]
     runner, failed = Runner(args.work.resolve(), args.test_scans, threads_of(args.jobs)), 0
+    for folder in {path.parent for root in (args.results.parent, runner.work) for path in root.rglob(".tmp-*")}:
+        remove_leftovers(folder)
     exit_on_sigterm()
     with (
         tqdm(total=len(wanted), initial=len(wanted) - len(todo)) as bar,

@@ -26,7 +26,7 @@ VARIANTS: dict[str, dict] = {
     "smoothness_0.3": {"loss#smoothness": 0.3},
     "occlusion_0.1": {"loss#occlusion": 0.1},
     "occlusion_1": {"loss#occlusion": 1.0},
-    "no_ease": {"train#regularisers#vc_kwargs#end": 1.0},
+    "no_ease": {"train#regularisers#vc_kwargs#gamma": 1.0},
     "anneal": {"config": ["configs/schedule/beta.json"], "train#beta_schedule#vc_kwargs#start": 0.15},
     "anneal_to_8": {
         "config": ["configs/schedule/beta.json"],
