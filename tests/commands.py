@@ -23,7 +23,7 @@ def run(config, **override) -> None:
     try:
         monai.bundle.run(config_file=config, **override)
     except Exception as e:
-        raise input_error_of(e) or e
+        raise (input_error_of(e) or e) from e.__cause__
     finally:
         sys.excepthook = hook
 

@@ -81,7 +81,9 @@ def test_a_stopped_run_goes_on_to_the_very_same_weights(tiny_cohort, tmp_path, t
     assert (tmp_path / "history.csv").read_bytes() == (trained.parent / "history.csv").read_bytes()
 
 
-@pytest.mark.parametrize("name, override", [("cox_memory", {"objective#memory": 8}), ("logistic_hazard", {"objective#learn_variance": True})])
+@pytest.mark.parametrize(
+    "name, override", [("cox_memory", {"objective#memory": 8}), ("logistic_hazard", {"objective#learn_variance": True})]
+)
 def test_a_stopped_run_of_another_objective_goes_on_to_the_very_same_bits(
     name, override, tiny_cohort, tmp_path, monkeypatch
 ):
@@ -185,7 +187,9 @@ def test_an_epoch_that_undoes_what_was_learnt_is_taken_back(tiny_cohort, tmp_pat
     train(tiny_cohort, tmp_path / "once", max_epochs=5)
     began = weights[int(np.argmin(losses[:2]))]
     assert all(torch.equal(value, weights[3][name]) for name, value in began.items())
-    assert not any(torch.equal(value, began[name]) for name, value in weights[5].items() if "mlp" in name)  # it learns on
+    assert not any(
+        torch.equal(value, began[name]) for name, value in weights[5].items() if "mlp" in name
+    )  # it learns on
     stop = True
     with pytest.raises(KeyboardInterrupt):
         train(tiny_cohort, tmp_path / "twice", max_epochs=5)
@@ -243,7 +247,10 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(tiny_cohort
         ("train#sampler#min_event_share", 0.0),
         ("train#collapse_guard#collapsed", 9.0),
         ("load_transforms#4#lung_litres", [0.3, 10]),
-        ("validate#key_metric", {"val_log_likelihood": {"_target_": "bundle.metrics.ConcordanceIndex", "objective": "@objective"}}),
+        (
+            "validate#key_metric",
+            {"val_log_likelihood": {"_target_": "bundle.metrics.ConcordanceIndex", "objective": "@objective"}},
+        ),
     ],
 )
 def test_whatever_shapes_the_weights_is_a_setting_of_the_run(key, value, tiny_cohort, trained):
@@ -321,7 +328,9 @@ def test_one_bad_scan_fails_its_row_alone(tiny_cohort, tmp_path, trained):
         assert str(tmp_path) not in (tmp_path / "out" / name).read_text()
 
 
-def test_a_scan_that_cannot_be_predicted_fails_alone_and_leaves_no_map_of_before(tiny_cohort, tmp_path, trained, monkeypatch):
+def test_a_scan_that_cannot_be_predicted_fails_alone_and_leaves_no_map_of_before(
+    tiny_cohort, tmp_path, trained, monkeypatch
+):
     files = [tiny_cohort.parent / f"p{i}.nii.gz" for i in range(3)]
     (tmp_path / "c.csv").write_text("patient_id,image\n" + "".join(f"{f.name[:2]},{f}\n" for f in files))
     args = {"cohort": str(tmp_path / "c.csv"), "ckpt": str(trained), "output_dir": str(tmp_path / "out")}
@@ -342,6 +351,25 @@ def test_a_scan_that_cannot_be_predicted_fails_alone_and_leaves_no_map_of_before
     assert {p.name[:2] for folder in ("maps", "done") for p in (tmp_path / "out" / folder).iterdir()} == {"p0", "p2"}
     run("configs/inference.json", **args, shifts=1)
     assert len(seen) == 4 and (pd.read_csv(tmp_path / "out" / "predictions.csv").status == "ok").all()
+
+
+def test_an_ensemble_goes_on_where_a_scan_cannot_be_predicted(tiny_cohort, tmp_path, trained, monkeypatch):
+    files = [tiny_cohort.parent / f"p{i}.nii.gz" for i in range(3)]
+    (tmp_path / "c.csv").write_text("patient_id,image\n" + "".join(f"{f.name[:2]},{f}\n" for f in files))
+    predict, seen = GridShiftInferer.__call__, []
+
+    def fails_at_the_second_scan(*inputs, **kwargs):
+        seen.append(1)
+        if len(seen) == 3:  # the first of its two members
+            raise MemoryError("no room for 9 GiB")
+        return predict(*inputs, **kwargs)
+
+    monkeypatch.setattr(GridShiftInferer, "__call__", fails_at_the_second_scan)
+    stack = ["configs/inference.json", "configs/ensemble.json"]
+    args = {"cohort": str(tmp_path / "c.csv"), "ckpt": [str(trained)] * 2, "output_dir": str(tmp_path), "shifts": 1}
+    with pytest.raises(InputError, match="1 of 3 scans failed, .* patient p1: MemoryError while predicting: no room"):
+        run(stack, **args)
+    assert list(pd.read_csv(tmp_path / "predictions.csv").status) == ["ok", "failed", "ok"]
 
 
 @pytest.mark.parametrize(
@@ -411,7 +439,12 @@ def test_evaluation_scores_unseen_scans_and_the_maps_of_other_tools(tiny_cohort,
     table = absolute_table(tiny_cohort)
     table.loc[table.event == 0, "gt_mask"] = None
     table.to_csv(tmp_path / "sparse.csv", index=False)
-    run("configs/evaluate.json", cohort=str(tmp_path / "sparse.csv"), maps_dir=str(maps), output_dir=str(tmp_path / "sparse"))
+    run(
+        "configs/evaluate.json",
+        cohort=str(tmp_path / "sparse.csv"),
+        maps_dir=str(maps),
+        output_dir=str(tmp_path / "sparse"),
+    )
     sparse = json.loads((tmp_path / "sparse" / "metrics.json").read_text())["localisation"]
     assert sparse["survivor_heat"] == found["survivor_heat"] and sparse["mass_accuracy"] == found["mass_accuracy"]
     (maps / "p5_heat.nii.gz").unlink()
@@ -550,7 +583,10 @@ def test_the_range_of_locations_follows_the_deaths():
     died = [{"time": 26.0 + i, "event": 1} for i in range(11)]  # tenth percentile 27, median 31
     lived = [{"time": 1.0, "event": 0}] * 5
     assert location_range(died + lived, 100) == [3 * 27 - 2 * 31, 120]
-    assert location_range([{"time": 2.0, "event": 1}, *died[1:]], 100) == [19, 120]  # one early death says nothing of the others
+    assert location_range([{"time": 2.0, "event": 1}, *died[1:]], 100) == [
+        19,
+        120,
+    ]  # one early death says nothing of the others
     apart = [{"time": time, "event": 1} for time in (1.0, 2.0, 8.0, 30.0, 40.0, 50.0, 60.0, 60.0, 60.0, 60.0, 60.0)]
     assert location_range(apart, 100) == [-60, 120] and location_range(apart, 40) == [-24, 48]
     assert location_range([{"time": 80.0, "event": 1}], 100) == [30, 120]

@@ -43,7 +43,9 @@ def checked(config="configs/train.json", **override) -> ConfigParser:
 # ------------------------------------------------------------------------------------------------------------ switches
 
 
-@pytest.mark.parametrize("text, value", [("false", False), ("False", False), ("true", True), ("no", False), ("1", True), (0, False)])
+@pytest.mark.parametrize(
+    "text, value", [("false", False), ("False", False), ("true", True), ("no", False), ("1", True), (0, False)]
+)
 @pytest.mark.parametrize("switch", ["texture", "film_context", "center_tokens", "learn_beta"])
 def test_a_switch_of_the_network_is_what_the_command_line_says(switch, text, value):
     parser = checked(**{f"network_def#{switch}": text})
@@ -67,7 +69,9 @@ def test_what_is_no_switch_is_refused(key):
 
 
 def test_the_switch_is_saved_and_used(tiny_cohort, tmp_path):
-    model = train(tiny_cohort, tmp_path, max_epochs=1, **{"network_def#texture": "false", "network_def#film_context": "true"})
+    model = train(
+        tiny_cohort, tmp_path, max_epochs=1, **{"network_def#texture": "false", "network_def#film_context": "true"}
+    )
     network = json.loads((model.parent / "settings.json").read_text())["network"]
     assert network["texture"] is False and network["film_context"] is True
 
@@ -80,13 +84,25 @@ def test_the_switch_is_saved_and_used(tiny_cohort, tmp_path):
     [
         ("train", "max_epoch", "--max_epoch is no key of this config (did you mean max_epochs?)"),
         ("train", "learning_rat", "--learning_rat is no key of this config (did you mean learning_rate?)"),
-        ("train", "network_def#detph", "--network_def#detph: SurvivalMapNet has no argument detph (did you mean depth?)"),
+        (
+            "train",
+            "network_def#detph",
+            "--network_def#detph: SurvivalMapNet has no argument detph (did you mean depth?)",
+        ),
         ("train", "optimizer#weigth_decay", "AdamW has no argument weigth_decay (did you mean weight_decay?)"),
         ("train", "train#trainer#max_epoch", "SupervisedTrainer has no argument max_epoch (did you mean max_epochs?)"),
-        ("train", "load_transforms#4#lung_liters", "QualityGated has no argument lung_liters (did you mean lung_litres?)"),
+        (
+            "train",
+            "load_transforms#4#lung_liters",
+            "QualityGated has no argument lung_liters (did you mean lung_litres?)",
+        ),
         ("inference", "lungmask", "--lungmask is no key of this config (did you mean lung_mask?)"),
         ("inference", "fold", "--fold is no key of this config"),
-        ("inference", "evaluator#val_handler", "ScanEvaluator has no argument val_handler (did you mean val_handlers?)"),
+        (
+            "inference",
+            "evaluator#val_handler",
+            "ScanEvaluator has no argument val_handler (did you mean val_handlers?)",
+        ),
         ("evaluate", "figure", "--figure is no key of this config (did you mean figures?)"),
     ],
 )
@@ -97,9 +113,13 @@ def test_a_misspelt_key_is_refused_with_the_nearest_right_name(config, key, hint
 
 
 def test_all_faults_are_said_at_once(tiny_cohort):
-    done = command_line("--config_file", "configs/train.json", "--max_epoch", "1", "--learning_rat", "0.1", "--batch_size", "0")
+    done = command_line(
+        "--config_file", "configs/train.json", "--max_epoch", "1", "--learning_rat", "0.1", "--batch_size", "0"
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert all(word in done.stderr for word in ("did you mean max_epochs", "did you mean learning_rate", "--batch_size is 0"))
+    assert all(
+        word in done.stderr for word in ("did you mean max_epochs", "did you mean learning_rate", "--batch_size is 0")
+    )
 
 
 def test_a_key_that_an_expression_reads_and_a_note_are_welcome():

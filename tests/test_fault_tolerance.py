@@ -100,7 +100,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     gone, zombie = subprocess.Popen(["true"]), subprocess.Popen(["true"])
     gone.wait()
     os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)  # ended, but nobody has asked how, as in some containers
-    for dead in (gone.pid, zombie.pid):
+    for dead in (gone.pid, zombie.pid):  # noqa: B007  `killed` reads it
         with pytest.raises(KeyboardInterrupt):
             write_atomically(path, killed)
     write_atomically(tmp_path / "other.txt", lambda p: (p.write_text("alive"), remove_leftovers(tmp_path)))
@@ -287,11 +287,9 @@ def test_stopped_inference_goes_on_and_does_again_only_what_has_changed(tiny_coh
 
     def infer(folder="out", **override):
         read.clear()
+        args = {"cohort": str(cohort), "ckpt": str(trained), "output_dir": str(tmp_path / folder), "shifts": 1}
         with pytest.raises(InputError, match="1 of 5 scans failed"):
-            run(
-                "configs/inference.json",
-                **{"cohort": str(cohort), "ckpt": str(trained), "output_dir": str(tmp_path / folder), "shifts": 1, **override},
-            )
+            run("configs/inference.json", **args | override)
         return list(read)
 
     def left(folder):

@@ -59,11 +59,11 @@ class BestModel:
         self.path = Path(self.ckpt_dir) / "model.pt"
         self.value: float | None = None
         self.epoch = 0
-        self.found: dict = {"objective": self.settings["objective"]}  # what the weights change about the settings
+        self.learnt: dict = self.settings["objective"]  # the settings of the objective that belong to the weights
         self.weights: dict[str, torch.Tensor] | None = None
 
     def state_dict(self) -> dict:
-        return {name: getattr(self, name) for name in ("value", "epoch", "found", "weights")}
+        return {name: getattr(self, name) for name in ("value", "epoch", "learnt", "weights")}
 
     def load_state_dict(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -80,20 +80,18 @@ class BestModel:
         value = float(self.validator.state.metrics[self.metric])
         if value > (-math.inf if self.value is None else self.value):
             self.value, self.epoch = value, epoch
-            self.found = {"objective": {**self.settings["objective"], **self.objective.arguments}}
-            self.keep()
+            self.learnt = {**self.settings["objective"], **self.objective.arguments}
+            self.keep({"objective": self.learnt})
 
     def finish(self, fit: Callable[[dict], dict] | None) -> None:
         """Put the best weights into the network, fit what belongs to finished weights, and keep both."""
         if self.weights is None:
             return
         self.network.load_state_dict(self.weights)
-        if fit is not None:
-            self.found = {**self.found, **fit(self.found["objective"])}
-        self.keep()
+        self.keep({"objective": self.learnt} if fit is None else fit(self.learnt))
 
-    def keep(self) -> None:
-        """Take the network's weights, and let the first of several processes write them."""
+    def keep(self, found: dict) -> None:
+        """Take the network's weights; the first process writes them, and the settings with what was found."""
         self.weights = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
         if idist.get_rank() != 0:
             return
@@ -104,7 +102,7 @@ class BestModel:
 
         files.write_atomically(self.path, save)
         sha256 = files.file_sha256(self.path)
-        files.write_json(settings_file(self.path), {**self.settings, **self.found, "weights_sha256": sha256})
+        files.write_json(settings_file(self.path), {**self.settings, **found, "weights_sha256": sha256})
 
     def is_whole(self) -> bool:
         """Whether `model.pt` and `settings.json` are there and belong together."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine
-from monai.engines import Evaluator, SupervisedEvaluator
+from monai.engines import EnsembleEvaluator, Evaluator, SupervisedEvaluator
 from monai.transforms import Transform
 
 from bundle.data.stream import ScanStream
@@ -17,15 +17,15 @@ from bundle.metrics import LocalisationMetric
 from bundle.run.results import PredictionWriter
 
 
-class ScanEvaluator(SupervisedEvaluator):
-    """MONAI's evaluator, which notes a scan that can't be predicted (for lack of memory, perhaps) and goes on.
+class GoesOn:
+    """What makes a MONAI evaluator note a scan that can't be predicted (for lack of memory, perhaps) and go on.
 
     An :class:`InputError` is the run's fault rather than a scan's, and ends it.
 
     Args:
         stream: of the scans; it keeps what was wrong.
         postprocessing: of the predictions.
-        kwargs: what else `SupervisedEvaluator` takes.
+        kwargs: what else the evaluator takes.
     """
 
     def __init__(self, stream: ScanStream, postprocessing: Transform | None = None, **kwargs: Any) -> None:
@@ -42,6 +42,14 @@ class ScanEvaluator(SupervisedEvaluator):
             for patient in batchdata["patient_id"]:
                 self.stream.note(patient, unforeseen(patient, e, "predicting"))
             return []
+
+
+class ScanEvaluator(GoesOn, SupervisedEvaluator):
+    """The evaluator of one model; see :class:`GoesOn`."""
+
+
+class ScanEnsembleEvaluator(GoesOn, EnsembleEvaluator):
+    """The evaluator of an ensemble; see :class:`GoesOn`."""
 
 
 def prepare_batch(
