@@ -241,7 +241,7 @@ def draw_picture(path: Path, out: Path, rows: Sequence[dict], number: int = 6) -
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m scripts.make_implants",
-        description="Put known disease into real chest CTs: a table, images, masks of lung, cause and look-alikes, a picture.",
+        description="Put known disease into real chest CTs: a table, images, masks of lung, cause and look-alikes.",
         epilog=WHAT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
