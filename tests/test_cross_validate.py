@@ -38,21 +38,6 @@ SMALL = "--network_def#dim 8 --network_def#depth 1 --max_epochs 1 --shifts 1 --r
 MODELS = {"centime": "centime", "clinical_only": "clinical_only_centime"}  # and their folders
 
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """Run modules in this process, which is quicker; the list of what ran."""
-    ran = []
-
-    def run_module(*args, log, threads, lock=None):
-        assert args[:2] == ("monai.bundle", "run")
-        options = {key[2:]: cross_validate.literal(value) for key, value in zip(args[2::2], args[3::2])}
-        ran.append(options)
-        run(options.pop("config_file"), **options)
-
-    monkeypatch.setattr(cross_validate, "run_module", run_module)
-    return ran
-
-
 def people(num: int, seed: int = 0, scans: int = 1) -> list[dict]:
     """Records of patients, of whom each third has several scans."""
     rng = np.random.default_rng(seed)
@@ -330,13 +315,17 @@ def test_members_take_their_own_part_of_the_clinical_vector(tmp_path):
 # The whole
 
 
-@pytest.fixture
-def cohort(tiny_cohort, tmp_path):
+def with_second_scans(tiny_cohort, folder):
     """The tiny cohort, of whose patients two have two scans."""
     table = absolute_table(tiny_cohort)
     table.loc[5, "patient_id"], table.loc[8, "patient_id"] = "p3", "p2"
-    table.to_csv(tmp_path / "cohort.csv", index=False)
-    return tmp_path / "cohort.csv"
+    table.to_csv(folder / "cohort.csv", index=False)
+    return folder / "cohort.csv"
+
+
+@pytest.fixture
+def cohort(tiny_cohort, tmp_path):
+    return with_second_scans(tiny_cohort, tmp_path)
 
 
 def command(cohort, out, *args):
@@ -344,27 +333,42 @@ def command(cohort, out, *args):
     return [*fixed, *args, "--", *SMALL.split()]
 
 
-def test_a_killed_cross_validation_goes_on_and_its_table_is_that_of_its_folds(cohort, tmp_path, in_process, monkeypatch):
-    out = tmp_path / "cv"
+@pytest.fixture(scope="module")
+def finished(tiny_cohort, tmp_path_factory, root):
+    """A cross-validation that was killed and went on: its cohort, folder, arguments, and the options of all that ran.
+
+    Its runs are in this process, which is quicker.
+    """
+    folder, ran = tmp_path_factory.mktemp("cross_validation"), []
+    cohort, out = with_second_scans(tiny_cohort, folder), folder / "cv"
     args = command(cohort, out, "--folds", "2", "--clinical", "{'age': 'numeric'}", "--baselines", "clinical_only")
-    real = cross_validate.run_module
 
-    def killed(*args, **options):
-        if len(in_process) == 3:  # the first fold is done, and one of the second's two steps
+    def run_module(*words, log, threads, lock=None):
+        assert words[:2] == ("monai.bundle", "run")
+        if len(ran) == 3 and not killed:  # the first fold is done, and one of the second's two steps
+            killed.append(True)
             raise KeyboardInterrupt
-        real(*args, **options)
+        options = {key[2:]: cross_validate.literal(value) for key, value in zip(words[2::2], words[3::2], strict=True)}
+        ran.append(options)
+        run(options.pop("config_file"), **options)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(cross_validate, "run_module", killed)
+    killed: list[bool] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setattr(cross_validate, "run_module", run_module)
         with pytest.raises(KeyboardInterrupt):
             cross_validate.main(args)
-    assert not (out / "cross_validation.md").exists()
-    cross_validate.main(args)
-    trained = [options["ckpt_dir"] for options in in_process if "ckpt_dir" in options]
-    measured = [options["output_dir"] for options in in_process if "ckpt" in options]
-    assert len(measured) == len(set(measured)) == 4 and len(trained) == 5 and len(set(trained)) == 4
-    assert not (out / "cache").exists()
+        assert not (out / "cross_validation.md").exists()
+        cross_validate.main(args)
+        yield cohort, out, args, ran
 
+
+def test_a_killed_cross_validation_goes_on_and_done_is_done(finished, tmp_path):
+    cohort, out, args, ran = finished
+    trained = [options["ckpt_dir"] for options in ran if "ckpt_dir" in options]
+    measured = [options["output_dir"] for options in ran if "ckpt" in options]
+    assert len(measured) == len(set(measured)) == 4 and len(trained) == 5 and len(set(trained)) == 4
+    assert not (out / "cache").exists() and not list(out.rglob(".tmp-*"))
     # Every scan was measured once by a model that had seen no scan of its patient.
     scans = pd.read_csv(out / "out_of_fold.csv")
     names = [f"p{i}" for i in range(16) if i not in (5, 8)] + ["p2_2", "p3_2"]
@@ -374,8 +378,18 @@ def test_a_killed_cross_validation_goes_on_and_its_table_is_that_of_its_folds(co
             assert group[group.patient_id.isin([name, f"{name}_2"])].fold.nunique() == 1
     network = [json.loads((out / name / "fold_0" / "settings.json").read_text())["network"] for name in MODELS.values()]
     assert network[0]["dim"] == 8 and network[1]["name"] == "ClinicalNet"
+    count = len(ran)
+    cross_validate.main(args)
+    assert len(ran) == count
+    with pytest.raises(SystemExit, match="holds another cross-validation: .*seed: 0 -> 1"):
+        cross_validate.main([*args[:2], "--seed", "1", *args[2:]])
+    # Its folds are an ensemble, which has nobody left to be evaluated on in its own cohort.
+    with pytest.raises(InputError, match="trained on every one of the 16 scans"):
+        run(EVALUATE, cohort=str(cohort), ckpt=str(out / "centime"), output_dir=str(tmp_path / "own"))
 
-    # The table is the mean and spread of what evaluation wrote.
+
+def test_the_table_is_the_mean_and_spread_of_what_evaluation_wrote(finished):
+    cohort, out, _, _ = finished
     table = pd.read_csv(out / "cross_validation.csv").set_index(["model", "metric"])
     for model in MODELS:
         files = [out / MODELS[model] / f"fold_{k}" / "test" / "metrics.json" for k in (0, 1)]
@@ -386,9 +400,7 @@ def test_a_killed_cross_validation_goes_on_and_its_table_is_that_of_its_folds(co
     page = (out / "cross_validation.md").read_text()
     assert "16 scans of 14 patients, 8 of them with a death" in page and "Difference from centime" in page
     assert f"| clinical_only | {table.loc[('clinical_only', 'c_index'), 'mean']:.3f} ±" in page
-    assert not list(out.rglob("*.tmp"))
-
-    # What resamples are scored by is what evaluation wrote, on all scans as they are.
+    # So is what resamples are scored by, on all scans as they are.
     options = cross_validate.options_of(SMALL.split()) | {"clinical": "{'age': 'numeric'}"}
     configs = ["configs/cohort/phantom.json"]
     cv = cross_validate.CrossValidation(out, str(cohort), ["centime"], folds=2, configs=configs, options=options)
@@ -397,17 +409,6 @@ def test_a_killed_cross_validation_goes_on_and_its_table_is_that_of_its_folds(co
     for metric in ("c_index", "c_index_ipcw", "integrated_brier", "mae_events", "mae_censored", "average_precision"):
         found = scores.resampled(metric, [every])[0]
         np.testing.assert_allclose(found, table.loc[("centime", metric), "mean"], rtol=1e-4)
-
-    # Done is done; another seed in the same folder is refused.
-    count = len(in_process)
-    cross_validate.main(args)
-    assert len(in_process) == count
-    with pytest.raises(SystemExit, match="holds another cross-validation: .*seed: 0 -> 1"):
-        cross_validate.main([*args[:2], "--seed", "1", *args[2:]])
-
-    # Its folds are an ensemble, which has nobody left to be evaluated on in its own cohort.
-    with pytest.raises(InputError, match="trained on every one of the 16 scans"):
-        run(EVALUATE, cohort=str(cohort), ckpt=str(out / "centime"), output_dir=str(tmp_path / "own"))
 
 
 def test_scans_left_out_and_what_else_a_table_says_are_part_of_a_cross_validation(cohort, tmp_path):
