@@ -5,7 +5,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" requirements.txt
 out=runs/quickstart
 
 echo "== 1/4 a phantom cohort: chests with fibrosis-like lesions that set the survival time"
-python -m scripts.make_phantoms --complexity 9 --num 100 --size 96 --seed 0 --jobs "$(getconf _NPROCESSORS_ONLN)" --out "$out/phantoms"
+python -m scripts.make_phantoms --phantom chest --num 100 --size 96 --seed 0 --jobs "$(getconf _NPROCESSORS_ONLN)" --out "$out/phantoms"
 
 echo "== 2/4 training from survival times alone"
 python -m monai.bundle run --config_file configs/train.json \

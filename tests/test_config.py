@@ -96,6 +96,8 @@ def test_the_switch_is_saved_and_used(tiny_cohort, tmp_path):
             "load_transforms#4#lung_liters",
             "QualityGated has no argument lung_liters (did you mean lung_litres?)",
         ),
+        ("train", "train#patince", "--train#patince is no key of this config (did you mean patience?)"),
+        ("train", "validate#key_metrics", "--validate#key_metrics is no key of this config (did you mean key_metric?)"),
         ("inference", "lungmask", "--lungmask is no key of this config (did you mean lung_mask?)"),
         ("inference", "fold", "--fold is no key of this config"),
         (

@@ -99,11 +99,23 @@ def check_config(parser: ConfigParser, file: str | None = None) -> None:
 
 
 def unknown_keys(config: dict, written: dict) -> Iterator[str]:
-    """A sentence on each key at the top that is not `written` in the first file, nor read, nor a note (``_...``)."""
-    read = {re.split("::|#", name)[0] for _, v in flat(config) if isinstance(v, str) for name in _REFERENCE.findall(v)}
-    for key in config.keys() - written.keys() - read - MONAI_KEYS:
-        if not key.startswith("_"):
-            yield f"--{key} is no key of this config{nearest(key, written)}."
+    """A sentence on each key that is not `written` in the first file, nor read, nor a note (``_...``).
+
+    Keys at the top, and those of the sections that are only read part by part, such as ``train``.
+    """
+    texts = [value for _, value in flat(config) if isinstance(value, str)]
+    read = {name.replace("::", "#") for text in texts for name in _REFERENCE.findall(text)}
+    tops = {name.split("#")[0] for name in read}
+    sections = {"": (config, written)}
+    for name in written.keys() - read:
+        if isinstance(written[name], dict) and "_target_" not in written[name] and isinstance(config.get(name), dict):
+            sections[f"{name}#"] = (config[name], written[name])
+    for prefix, (found, known) in sections.items():
+        for key in found.keys() - known.keys():
+            whole = prefix + key
+            used = any(name == whole or name.startswith(f"{whole}#") for name in read) or whole in tops | MONAI_KEYS
+            if not used and not key.startswith("_"):
+                yield f"--{whole} is no key of this config{nearest(key, known)}."
 
 
 def nearest(name: str, known: dict) -> str:
