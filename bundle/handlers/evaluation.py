@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compare heat maps with ground-truth masks: those of the network, or those of any other tool."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
@@ -19,8 +17,6 @@ from bundle.maps.heat import to_voxels
 from bundle.maps.scan_space import to_scan_space
 from bundle.metrics import LocalisationMetric, MapDistribution, SurvivalMetric
 from bundle.transforms import LoadCTd
-
-__all__ = ["ScoreScans", "ceiling_map", "mask_cells", "score_maps"]
 
 
 def mask_cells(

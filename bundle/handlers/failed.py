@@ -2,16 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scans that a run could not predict or score, as its files say it."""
 
-from __future__ import annotations
-
 import os
 
 import ignite.distributed as idist
 
 from bundle.data.cohort import MASK_COLUMNS
 from bundle.data.stream import ScanStream
-
-__all__ = ["failed_scans"]
 
 
 def failed_scans(stream: ScanStream) -> list[dict]:

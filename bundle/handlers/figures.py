@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Save the figures of a training and of an evaluation, and put an evaluation's into a report."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -24,8 +22,6 @@ from bundle.report.figures import (
     training_curves,
 )
 from bundle.report.pictures import png, svg
-
-__all__ = ["draw_training", "report_evaluation", "save_figure"]
 
 logger = logging.getLogger(__name__)
 

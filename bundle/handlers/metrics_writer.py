@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write what an evaluation found: `metrics.json`, `metrics_per_scan.csv`, and a table for the terminal."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -19,8 +17,6 @@ from bundle.files import write_text
 from bundle.handlers.failed import failed_scans
 from bundle.metrics.scan_metric import ScanMetric
 from bundle.report import metric_groups
-
-__all__ = ["MetricsWriter", "format_metrics_table", "merge_tables"]
 
 FIRST_COLUMNS = ["patient_id", "time", "event", "median_months", "mean_months"]
 

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a run is watched: a progress bar, a table of its epochs, and Weights & Biases."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from pathlib import Path
@@ -15,8 +13,6 @@ from ignite.engine import Engine, Events
 from tqdm import tqdm
 
 from bundle.files import write_atomically
-
-__all__ = ["HistoryWriter", "Progress", "WandbHandler", "loss_of"]
 
 
 def loss_of(output: dict) -> float:

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Handlers of a training run: reproducible epochs, gradient clipping."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections import deque
@@ -15,8 +13,6 @@ from monai.transforms import Randomizable
 from monai.utils import set_determinism
 
 from bundle.errors import InputError
-
-__all__ = ["EpochSeed", "GradientClip", "geometric"]
 
 
 class EpochSeed:

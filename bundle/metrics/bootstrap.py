@@ -2,13 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bootstrap intervals: how far a metric could move had other scans of the same kind been scored."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-
-__all__ = ["bootstrap", "draw_patients", "paired_difference", "with_interval"]
 
 
 def bootstrap(

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How locations and weights of survival maps are distributed, inside and outside the lesions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,8 +9,6 @@ import torch
 from torch import Tensor
 
 from bundle.metrics.scan_metric import ScanMetric
-
-__all__ = ["MapDistribution"]
 
 NUM_QUANTILES = 201
 

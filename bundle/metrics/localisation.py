@@ -8,8 +8,6 @@ which :class:`LocalisationMetric` counts. Only `froc` and `survivor_heat` compar
 positive heat points nowhere and scores 0, never NaN (for the two rank scores: what a constant map gets).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,21 +23,6 @@ from skimage.morphology import local_maxima
 
 from bundle.errors import InputError
 from bundle.metrics.scan_metric import ScanMetric
-
-__all__ = [
-    "LocalisationMetric",
-    "auroc",
-    "average_precision",
-    "confounder_mass",
-    "froc",
-    "hit_rate",
-    "iou_otsu",
-    "mass_accuracy",
-    "peak_scores",
-    "pointing_game",
-    "rank_accuracy",
-    "survivor_heat",
-]
 
 NUM_PEAKS = 64
 

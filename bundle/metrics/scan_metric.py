@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the metrics of a cohort share: a row a scan, gathered from all processes, and bootstrap intervals over scans."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,8 +10,6 @@ import numpy as np
 
 from bundle.errors import InputError
 from bundle.metrics.bootstrap import with_interval
-
-__all__ = ["ScanMetric", "Statistic"]
 
 Statistic = Callable[[np.ndarray], float | None]  # of the indices of the scans that count, which may repeat
 

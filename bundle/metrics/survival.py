@@ -13,8 +13,6 @@ Metrics that weight by the probability of not being censored (IPCW) estimate it 
 Functions compute in the precision they are given; :class:`SurvivalMetric` gives them double.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -31,22 +29,6 @@ from bundle.errors import InputError
 from bundle.metrics.scan_metric import ScanMetric, Statistic
 from bundle.survival import death_by, mean_months, quantile_months, restricted_mean_months, survival_curve
 from bundle.survival.kaplan_meier import kaplan_meier, kaplan_meier_censoring, restricted_mean
-
-__all__ = [
-    "SurvivalMetric",
-    "c_index",
-    "c_index_ipcw",
-    "correlation",
-    "cumulative_auc",
-    "d_calibration",
-    "integrated_brier",
-    "mae_censored",
-    "mae_events",
-    "mae_pseudo_observation",
-    "mean_time_censored",
-    "rae_events",
-    "rmst_bias",
-]
 
 HORIZONS = (12, 24, 36, 60)  # months
 Outcome = tuple[Tensor, Tensor]

@@ -6,8 +6,6 @@ The metrics take what MONAI's evaluators leave without decollating: `pred`, surv
 outcomes (B, 2) = (time in months, event). :class:`~bundle.metrics.SurvivalMetric` is for the evaluation afterwards.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -17,8 +15,6 @@ from torch import Tensor
 
 from bundle.metrics.survival import c_index
 from bundle.survival import Cox, Objective, mean_months, patient_numbers
-
-__all__ = ["ConcordanceIndex", "MeanLogLikelihood", "PartialLogLikelihood"]
 
 
 class MeanLogLikelihood(Metric):

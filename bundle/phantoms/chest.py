@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A phantom of a chest, in HU."""
 
-from __future__ import annotations
-
 import numpy as np
 from scipy import ndimage
 

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The phantoms by name, and cohorts of them."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@
 The first line of a docstring is shown by `python -m scripts.make_phantoms --help`.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from scipy import ndimage
 

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every phantom is, what may be changed about it, and the shapes that several are made of."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

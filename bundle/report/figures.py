@@ -6,8 +6,6 @@ Where the cohort can't tell (no deaths, one group, nobody followed so far) the f
 All times are months; `event` is 1 for a death, 0 for a censored patient.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 
@@ -20,15 +18,6 @@ from numpy.typing import ArrayLike
 from scipy.stats import logrank
 
 from bundle.survival.kaplan_meier import censored_data, kaplan_meier
-
-__all__ = [
-    "calibration",
-    "kaplan_meier_by_risk",
-    "map_distribution",
-    "predicted_against_real",
-    "risk_groups",
-    "training_curves",
-]
 
 HIGH, LOW = "tab:red", "tab:blue"
 MANY = 1000  # patients from which on points are pixels in an SVG

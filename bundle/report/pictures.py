@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of one patient: the heat over the CT in three planes, and the survival curve."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 
@@ -15,8 +13,6 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from bundle.files import write_atomically
-
-__all__ = ["heat_figure", "plane", "png", "survival_figure", "svg", "write_png"]
 
 LUNG_WINDOW = (-1350.0, 150.0)  # HU
 PLANES = (("axial", 2, "RLAP"), ("coronal", 1, "RLSI"), ("sagittal", 0, "APSI"))

@@ -6,8 +6,6 @@ A new page is a template that extends `base.html`, and a function here that says
 part about one scan, `tables.html` has the tables that pages share.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 from collections.abc import Iterable, Mapping
@@ -20,8 +18,6 @@ from markupsafe import Markup
 
 from bundle.files import write_atomically
 from bundle.report.pictures import png, survival_figure
-
-__all__ = ["MetricGroup", "metric_groups", "patient_section", "write_evaluation_report", "write_report"]
 
 COLUMNS = {
     # of predictions.csv: heading, format

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A cohort's inference, several scans at a time: by processes of this machine or by the workers of Ray Data."""
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import multiprocessing
@@ -25,8 +23,6 @@ from bundle.data.stream import ScanStream
 from bundle.errors import InputError
 from bundle.run.engine import ScanEvaluator, prepare_batch
 from bundle.run.results import PredictionWriter
-
-__all__ = ["ScanWorker", "run_parallel"]
 
 logger = logging.getLogger(__name__)
 
