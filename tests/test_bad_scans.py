@@ -36,6 +36,7 @@ def ran(tmp_path_factory) -> SimpleNamespace:
     )
 
 
+@pytest.mark.slow
 def test_each_bad_scan_fails_alone_and_all_others_complete(ran):
     assert len(ran.table) == len(bad_scans.KINDS) and sum("good" not in name for name in bad_scans.KINDS) >= 40
     for name in bad_scans.KINDS:

@@ -481,6 +481,7 @@ def test_weights_of_another_network_or_run_are_refused(tiny_cohort, tmp_path, tr
     assert not (tmp_path / "o" / "predictions.csv").exists()
 
 
+@pytest.mark.slow
 def test_missing_options_unwritable_folders_and_full_disks_are_one_sentence(tiny_cohort, tmp_path, monkeypatch):
     for args, message in {
         ("--config_file", "configs/train.json"): "--cohort is missing",
@@ -558,6 +559,7 @@ def test_wandb_offline_by_one_override(tiny_cohort, tmp_path):
     assert list((tmp_path / "wandb").glob("offline-run-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc")
 def test_freed_memory_is_kept_for_the_next_array(root):
     code = """

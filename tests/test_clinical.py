@@ -414,6 +414,7 @@ def cohort(tiny_cohort, tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_train_and_predict_with_covariates(cohort, tmp_path, capsys):
     model = fit(cohort, tmp_path / "run", **TINY)
     settings = json.loads((model.parent / "settings.json").read_text())
@@ -452,6 +453,7 @@ def test_a_run_with_other_covariates_is_another_run(cohort, tmp_path):
         fit(tmp_path / "older.csv", tmp_path / "run", **TINY | {"max_epochs": 1})
 
 
+@pytest.mark.slow
 def test_clinical_only_and_image_only_run_with_the_same_configs(cohort, tmp_path):
     model = fit(cohort, tmp_path / "clinical", CLINICAL_ONLY, **SHORT | {"max_epochs": 60, "val_interval": 20})
     assert json.loads((model.parent / "settings.json").read_text())["network"]["name"] == "ClinicalNet"

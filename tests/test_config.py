@@ -201,6 +201,7 @@ def test_a_horizon_beyond_the_last_month_is_refused(config, tiny_cohort, tmp_pat
         run(TRAIN if config == "train" else f"configs/{config}.json", **args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["inference", "evaluate"])
 def test_an_override_within_the_transforms_works_everywhere(config, tiny_cohort, tmp_path, trained):
     args = {"cohort": str(tiny_cohort), "ckpt": str(trained), "output_dir": str(tmp_path)}

@@ -363,6 +363,7 @@ def finished(tiny_cohort, tmp_path_factory, root):
         yield cohort, out, args, ran
 
 
+@pytest.mark.slow
 def test_a_killed_cross_validation_goes_on_and_done_is_done(finished, tmp_path):
     cohort, out, args, ran = finished
     trained = [options["ckpt_dir"] for options in ran if "ckpt_dir" in options]

@@ -262,6 +262,7 @@ def test_a_second_training_in_a_folder_waits_for_the_first(tmp_path, caplog):
     lock(tmp_path)  # the same process doesn't wait for itself
 
 
+@pytest.mark.slow
 def test_stopped_inference_goes_on_and_does_again_only_what_has_changed(tiny_cohort, tmp_path, trained, monkeypatch):  # noqa: F811
     table = pd.read_csv(tiny_cohort)[:4][["patient_id", "image"]]
     for name in table.image:

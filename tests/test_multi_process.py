@@ -15,6 +15,7 @@ import ignite.distributed as idist
 import nibabel as nib
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 from monai.transforms import Compose
 
@@ -58,6 +59,7 @@ def test_scans_that_come_several_times_in_a_batch_all_count(monkeypatch):
     assert len(drawn) == 33 and sum(i < 2 for i in drawn) == 9
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_evaluate_as_one(root, tiny_cohort, tmp_path):
     # 13 scans to train on: the last of the batches of 4 has one scan, and one process none. One scan is smaller.
     table = absolute_table(tiny_cohort)

@@ -247,7 +247,8 @@ def test_the_best_objective_is_named_with_those_not_told_apart():
     rows.append({**rows[0], "phantom": "texture", "average_precision": 0.0})  # the others were not trained on it
     text = tables.page(table_of(*rows)).partition("## Objectives")[2].partition("## ")[0]
     assert (
-        "Best map (average precision)**: centime 0.950; not significantly different: classical 0.950; worse: cox 0.550." in text
+        "Best map (average precision)**: centime 0.950; not significantly different: classical 0.950; worse: cox 0.550."
+        in text
     )
     assert "Best order of patients (C-index)**: cox 0.500; worse: centime 0.100, classical 0.100." in text
     assert "Best probabilities (integrated Brier)**: not measured yet." in text

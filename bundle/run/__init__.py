@@ -5,8 +5,8 @@
 # ruff: noqa: F401
 from bundle.run import distributed
 from bundle.run.checkpoint import BestModel, CollapseGuard, Patience, RunCheckpoint
-from bundle.run.engine import ScanEnsembleEvaluator, ScanEvaluator, cores, evaluate, predict, prepare_batch
-from bundle.run.parallel import run_parallel
+from bundle.run.engine import ScanEnsembleEvaluator, ScanEvaluator, cores, evaluate, prepare_batch
+from bundle.run.parallel import predict, run_parallel
 from bundle.run.results import PredictionWriter
 from bundle.run.scans import cohort_identity, outcomes, scans_to_evaluate, scans_to_infer, training_cohort
 from bundle.run.settings import margin_voxels, preprocessing_settings, read_settings, share_of_window, training_settings

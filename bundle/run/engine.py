@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine
-from monai.engines import EnsembleEvaluator, Evaluator, SupervisedEvaluator
+from monai.engines import EnsembleEvaluator, SupervisedEvaluator
 from monai.transforms import Transform
 
 from bundle.data.stream import ScanStream
 from bundle.errors import InputError, unforeseen
 from bundle.handlers import score_maps
 from bundle.metrics import LocalisationMetric
-from bundle.run.results import PredictionWriter
 
 
 class GoesOn:
@@ -72,29 +71,6 @@ def prepare_batch(
 def cores() -> int:
     """The processors of this machine."""
     return os.cpu_count() or 1
-
-
-def predict(engine: str, evaluator: Evaluator, writer: PredictionWriter, jobs: int) -> None:
-    """Predict the scans of an evaluator's stream.
-
-    Args:
-        engine: ``local``, one scan after the other; ``processes`` or ``ray``, several at a time.
-        evaluator: which has `writer` among its handlers.
-        writer: of the results.
-        jobs: scans at a time, for ``processes``.
-
-    Raises:
-        InputError: several at a time by an ensemble.
-    """
-    from bundle.run.parallel import run_parallel  # it builds a ScanEvaluator in each process
-
-    if engine == "local":
-        evaluator.run()
-    elif not isinstance(evaluator, ScanEvaluator):
-        raise InputError(f"--engine {engine} predicts by one model; leave it out for an ensemble.")
-    else:
-        parts = (evaluator.stream, evaluator.network, evaluator.inferer, evaluator.postprocessing)
-        run_parallel(engine, *parts, writer, jobs)
 
 
 def evaluate(

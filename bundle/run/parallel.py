@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from ignite.engine import Events
 from monai.data import DataLoader
+from monai.engines import Evaluator
 from monai.inferers import Inferer
 from tqdm import tqdm
 
@@ -59,6 +60,27 @@ class ScanWorker:
             evaluator.run()
             fault = stream.faults.pop()[1] if stream.faults else ""
         return {"index": item["index"], "fault": fault}
+
+
+def predict(engine: str, evaluator: Evaluator, writer: PredictionWriter, jobs: int) -> None:
+    """Predict the scans of an evaluator's stream.
+
+    Args:
+        engine: ``local``, one scan after the other; ``processes`` or ``ray``, several at a time.
+        evaluator: which has `writer` among its handlers.
+        writer: of the results.
+        jobs: scans at a time, for ``processes``.
+
+    Raises:
+        InputError: several at a time by an ensemble.
+    """
+    if engine == "local":
+        evaluator.run()
+    elif not isinstance(evaluator, ScanEvaluator):
+        raise InputError(f"--engine {engine} predicts by one model; leave it out for an ensemble.")
+    else:
+        parts = (evaluator.stream, evaluator.network, evaluator.inferer, evaluator.postprocessing)
+        run_parallel(engine, *parts, writer, jobs)
 
 
 def run_parallel(
