@@ -17,8 +17,6 @@ NAME is an ensemble: its folds' mean distribution and mean heat are predicted by
   python -m monai.bundle run --config_file "['configs/inference.json','configs/ensemble.json']" --ckpt OUT/NAME ...
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What scripts that start many runs share: processes that end with their parent, several at a time; tables."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import fcntl

@@ -15,8 +15,6 @@ layouts
 All other columns go into the cohort under tidy names. A second run makes only the masks that are missing.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import sys

@@ -5,8 +5,6 @@
     python -m scripts.make_demo --data DIR
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Put known disease into real chest CTs: images, masks of what kills and of what only looks like it, and cohort.csv."""
 
-from __future__ import annotations
-
 import argparse
 import csv
 import io

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write a cohort of phantoms: DIR/cohort.csv, images, ground-truth masks. A seed fixes every voxel."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -9,8 +9,6 @@ A second run goes on where the first was stopped. Any other --key value override
 (--spacing 2). A training with other preprocessing, or other scans, makes its own files in the same folder.
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from functools import partial

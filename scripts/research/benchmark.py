@@ -5,8 +5,6 @@
 Times are medians, each measured in a process of its own. Let nothing else run beside it.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import platform

@@ -11,8 +11,6 @@ Takes the weights that scripts.research.sweep left in its folder of work, and he
 - implanted: slice by slice, a lesion is copied into those who lived; their risk must rise.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable

@@ -8,8 +8,6 @@ again, until it is left to end. A kill counts as passed when the files that the 
 of the uninterrupted run.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import os

@@ -5,8 +5,6 @@
 Writes a page with the tables and a picture with the masks' outlines. Real scans that are not there are left out.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

@@ -5,8 +5,6 @@
 It draws what `scripts.research.sweep` has measured and measures nothing itself: cohorts.png and settings.png.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from pathlib import Path

@@ -6,8 +6,6 @@ Every run goes through `monai.bundle run` with the shipped configs: phantoms of 
 seed to measure on. A row is written when its run is complete, so a sweep that was killed goes on where it stopped.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

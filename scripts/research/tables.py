@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rows that the sweep measures, and the page that is made of them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 

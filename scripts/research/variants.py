@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the sweep trains and measures: single differences from the shipped configuration, by name."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from bundle.survival import OBJECTIVES
