@@ -229,3 +229,14 @@ def test_all_anatomies_tested_or_an_empty_lung_is_refused(backgrounds, tmp_path,
         main(command(backgrounds, tmp_path / "c", "--test_anatomies", *names))
     with pytest.raises(InputError, match="lung mask is empty"):
         make_implant(replace(anatomy, lung=np.zeros_like(anatomy.lung)), np.random.default_rng(0), True)
+
+
+def test_lungs_stay_within_the_scan():
+    """Near the lower end a deformation would cut them off, and the quality gate refuse the scan."""
+    lung = np.zeros((32, 32, 40), bool)
+    lung[6:26, 6:26, 1:38] = True
+    anatomy = Anatomy(np.where(lung, -850, 40).astype(np.int16), lung, 6.0)
+    params = ImplantParams(lookalikes=(), elastic=8.0, scaling=0.1)
+    masks = [make_implant(anatomy, np.random.default_rng(i), False, params).lung for i in range(8)]
+    ends = [max(mask[:, :, end].sum() for end in (0, -1)) / mask.sum((0, 1)).max() for mask in masks]
+    assert max(ends) <= 0.25

@@ -24,6 +24,7 @@ from bundle.errors import InputError
 __all__ = ["DISEASES", "Anatomy", "Implant", "ImplantParams", "make_implant", "outcomes"]
 
 EARLIEST = 1.0  # months
+TRIES = 20  # deformations drawn until the lungs stay within the scan
 
 
 @dataclass(frozen=True)
@@ -243,6 +244,12 @@ def deform(anatomy: Anatomy, rng: np.random.Generator, p: ImplantParams) -> tupl
     return image, lung > 0.5
 
 
+def cut_off(lung: np.ndarray) -> float:
+    """How much of the lung's widest slice lies in an end slice, the largest along any axis: 0 where lungs are whole."""
+    areas = [lung.sum(tuple(i for i in range(3) if i != axis)) for axis in range(3)]
+    return max(max(area[0], area[-1]) / max(area.max(), 1) for area in areas)
+
+
 def draw_lesions(image: np.ndarray, lung: Lung, kind: Kind, count: tuple[int, int], free: np.ndarray) -> np.ndarray:
     """Draw a random number of lesions into `image`; how much of each voxel they are."""
     parts = np.zeros(image.shape, np.float32)
@@ -262,7 +269,11 @@ def make_implant(
         InputError: nothing of the lung is left.
     """
     shape_rng, disease_rng, other_rng, scanner = rng.spawn(4)
-    image, mask = deform(anatomy, shape_rng, params)
+    whole = max(0.25, cut_off(anatomy.lung))
+    for _ in range(TRIES):
+        image, mask = deform(anatomy, shape_rng, params)
+        if cut_off(mask) <= whole:
+            break
     if not mask.any():
         raise InputError("the lung mask is empty.")
     lung = Lung(mask, anatomy.spacing, disease_rng)
