@@ -242,6 +242,8 @@ def test_an_ensemble_is_the_mean_of_its_members_distributions_and_heat(tiny_coho
         assert np.isclose(heat.sum(), predictions.death_60m[k], atol=1e-4)
     with pytest.raises(InputError, match="--engine ray predicts by one model"):
         run_parallel("ray", None, [torch.nn.Identity()], None, None, None, 1)
+    with pytest.raises(InputError, match="--engine processes predicts by one model"):
+        run(INFER, ckpt=files, output_dir=str(tmp_path / "parallel"), engine="processes", **options)
     run(EVALUATE, ckpt=files, output_dir=str(tmp_path / "measured"), **options)
     measured = pd.read_csv(tmp_path / "measured" / "metrics_per_scan.csv")
     np.testing.assert_allclose(measured.median_months, predictions.median_months, rtol=1e-4)

@@ -105,7 +105,6 @@ def unknown_keys(config: dict, written: dict) -> Iterator[str]:
     """
     texts = [value for _, value in flat(config) if isinstance(value, str)]
     read = {name.replace("::", "#") for text in texts for name in _REFERENCE.findall(text)}
-    tops = {name.split("#")[0] for name in read}
     sections = {"": (config, written)}
     for name in written.keys() - read:
         if isinstance(written[name], dict) and "_target_" not in written[name] and isinstance(config.get(name), dict):
@@ -113,7 +112,7 @@ def unknown_keys(config: dict, written: dict) -> Iterator[str]:
     for prefix, (found, known) in sections.items():
         for key in found.keys() - known.keys():
             whole = prefix + key
-            used = any(name == whole or name.startswith(f"{whole}#") for name in read) or whole in tops | MONAI_KEYS
+            used = whole in MONAI_KEYS or any(f"{name}#".startswith(f"{whole}#") for name in read)
             if not used and not key.startswith("_"):
                 yield f"--{whole} is no key of this config{nearest(key, known)}."
 

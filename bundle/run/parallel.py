@@ -76,11 +76,9 @@ def predict(engine: str, evaluator: Evaluator, writer: PredictionWriter, jobs: i
     """
     if engine == "local":
         evaluator.run()
-    elif not isinstance(evaluator, ScanEvaluator):
-        raise InputError(f"--engine {engine} predicts by one model; leave it out for an ensemble.")
     else:
-        parts = (evaluator.stream, evaluator.network, evaluator.inferer, evaluator.postprocessing)
-        run_parallel(engine, *parts, writer, jobs)
+        network = getattr(evaluator, "network", None)  # an ensemble has several, which are refused
+        run_parallel(engine, evaluator.stream, network, evaluator.inferer, evaluator.postprocessing, writer, jobs)
 
 
 def run_parallel(
