@@ -26,7 +26,7 @@ from bundle.phantoms.implants import DISEASES, Anatomy, ImplantParams, make_impl
 from bundle.transforms import LoadCTd, LungMaskd, QualityGated
 
 MASKS = ("lung_mask", "gt_mask", "confounder_mask")
-COLUMNS = ("patient_id", "image", *MASKS, "time", "event", "share", "base", "true_time", "split", "anatomy")
+COLUMNS = ("patient_id", "image", *MASKS, "time", "event", "share", "base", "true_time", "split", "anatomy", "site")
 MARGIN_MM = 30.0  # around the lungs, of what is kept of a scan
 
 WHAT = """\
@@ -142,7 +142,7 @@ def write_scan(out: Path, scans: list[dict], seed: int, params: ImplantParams, i
     for name, mask in zip(MASKS, (implant.lung, implant.gt, implant.confounder)):
         row[name] = f"masks/{patient_id}_{name.removesuffix('_mask')}.nii.gz"
         write_volume(out / row[name], mask.astype(np.uint8), affine)
-    row |= {"share": f"{implant.share:.6g}", "split": scan["split"], "anatomy": scan["anatomy"]}
+    row |= {"share": f"{implant.share:.6g}", "split": scan["split"], "anatomy": scan["anatomy"], "site": scan["anatomy"]}
     write_json(record, row)  # last: what it names is there
     return row
 

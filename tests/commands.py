@@ -14,7 +14,7 @@ import monai.bundle
 from bundle.errors import input_error_of
 
 TRAIN = ["configs/train.json", "configs/cohort/phantom.json"]
-SMALL = {"network_def#dim": 16, "batch_size": 4, "max_epochs": 4, "val_interval": 1}
+SMALL = {"recipe": "network", "network_def#dim": 16, "batch_size": 4, "max_epochs": 4, "val_interval": 1}
 
 
 def run(config, **override) -> None:

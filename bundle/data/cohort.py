@@ -17,7 +17,7 @@ from bundle.reading.scan_file import IMAGE_SUFFIXES, scan_stem
 from bundle.reading.tables import MASK_COLUMNS, VALID_ID, Row, finite, positive, raise_faults, read_table, valid_id
 
 SPLITS = ("train", "val", "test")
-_CONTRACT = ("patient_id", "image", "time", "event", *MASK_COLUMNS, "split", "fold")
+_CONTRACT = ("patient_id", "image", "time", "event", *MASK_COLUMNS, "split", "fold", "site")
 _log = logging.getLogger(__name__)
 
 Scan = tuple[Row, dict]  # a row, and the record that is made of it
@@ -47,8 +47,8 @@ def read_cohort(
 
     Args:
         path: CSV in UTF-8, one row a scan. Columns `patient_id`, `image`, `time` (months) and `event` (1 died, 0
-            censored); optional `lung_mask`, `gt_mask`, `confounder_mask`, `split` (train, val or test) and `fold`
-            (integer). Any other column is clinical. Paths are absolute or relative to the CSV.
+            censored); optional `lung_mask`, `gt_mask`, `confounder_mask`, `split` (train, val or test), `fold`
+            (integer) and `site` (hospital or scanner). Any other column is clinical. Paths are absolute or relative to the CSV.
         need_outcome: whether `time`, `event` and at least one death must be there.
         clinical: clinical columns to take and the kind of each, "numeric" or "categorical".
         need_clinical: whether these columns must be there. If not, all values of one that isn't are missing.
@@ -141,6 +141,8 @@ def _record(row: Row, folder: Path, need_outcome: bool, clinical: Mapping[str, s
         record["split"] = row.parse("split", lambda text: SPLITS[SPLITS.index(text)], "train, val or test")
     if "fold" in cells:
         record["fold"] = row.parse("fold", _integer, "an integer")
+    if cells.get("site"):
+        record["site"] = cells["site"]
     if clinical:
         expected = "a number, or nothing if missing, in a numeric column"
         record["covariates"] = {

@@ -94,12 +94,13 @@ def stratified_folds(records: Sequence[dict], folds: int, seed: int = 0) -> list
     if deaths < folds:
         few = f"the cohort has {count} patients, {deaths} of whom died: too few for {folds} folds"
         raise InputError(f"{few} (expected at least one death in each).")
-    found = _draw_folds(records, folds, seed)
+    found = draw_folds(records, folds, seed)
     _require_deaths(records, found)
     return found
 
 
-def _draw_folds(records: Sequence[dict], folds: int, seed: int) -> list[int]:
+def draw_folds(records: Sequence[dict], folds: int, seed: int) -> list[int]:
+    """As :func:`stratified_folds`, but a fold in which nobody died is left as it is."""
     order = sorted(range(len(records)), key=lambda i: records[i]["patient_id"])
     time, event = (np.array([records[i][key] for i in order]) for key in ("time", "event"))
     patients = np.array([patient_of(records[i]) for i in order])
@@ -146,7 +147,7 @@ def cross_validation_parts(records: Sequence[dict], folds: int | None = None, se
                 f"without fold {fold}, {deaths} of the patients left died (expected at least two, one to train on and one "
                 "to validate on); folds that are more alike, or more patients, are needed."
             )
-        inner = _draw_folds(rest, min(_VALIDATION, deaths), seed)
+        inner = draw_folds(rest, min(_VALIDATION, deaths), seed)
         val, train = _parted(rest, inner, next(of for record, of in zip(rest, inner) if record["event"]))
         parts[fold] = {"train": train, "val": val, "test": test}
     return parts

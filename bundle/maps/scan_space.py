@@ -14,6 +14,7 @@ from scipy import ndimage
 
 from bundle.maps.heat import patch_heat, to_voxels
 from bundle.survival import check_horizon, death_by
+from bundle.survival.calibration import widened
 
 
 def relation(volume_affine: Any, affine: Any) -> tuple[np.ndarray, np.ndarray, list[int], np.ndarray]:
@@ -95,12 +96,28 @@ def mask_to_scan_space(mask: MetaTensor, affine: torch.Tensor, shape: tuple[int,
 class MapToHeatd(Transform):
     """Read a survival map: adds ``pmf``, P(T = 1..tmax months), and ``heat`` on the grid the network saw.
 
-    Heat sums to P(T <= horizon), a month that the objective has (else an InputError); a cell of the map is `cell`
-    voxels wide.
+    Heat sums to P(T <= horizon), a month that the objective has (else an InputError). A cell of the map is `cell`
+    voxels wide, or one where the map has the image's size.
+
+    Args:
+        objective: of the network's weights.
+        horizon: of the heat, months.
+        cell: voxels.
+        cohort: P(T = 1..tmax months) of the training cohort, of which a strange scan gets its ``strangeness`` (see
+            :class:`~bundle.maps.Familiarityd`); None to widen nothing.
+        map_key: of the survival map.
     """
 
-    def __init__(self, objective: torch.nn.Module, horizon: int, cell: int, map_key: str = "pred") -> None:
+    def __init__(
+        self,
+        objective: torch.nn.Module,
+        horizon: int,
+        cell: int,
+        cohort: Sequence[float] | None = None,
+        map_key: str = "pred",
+    ) -> None:
         check_horizon(horizon, objective.tmax)
+        self.cohort = cohort
         self.objective = objective
         self.horizon = horizon
         self.cell = cell
@@ -111,8 +128,11 @@ class MapToHeatd(Transform):
         survival_map = torch.as_tensor(data[self.map_key])[None]
         image, lung = data["image"], torch.as_tensor(data["lung"])[None]
         pmf = self.objective.pmf(survival_map)
+        if self.cohort is not None:
+            pmf = widened(pmf, self.cohort, float(data.get("strangeness", 0)))
         heat = patch_heat(survival_map, death_by(pmf, self.horizon))
-        heat = to_voxels(heat, self.cell, tuple(image.shape[1:]), lung.to(heat.device))
+        cell = 1 if survival_map.shape[2:] == image.shape[1:] else self.cell
+        heat = to_voxels(heat, cell, tuple(image.shape[1:]), lung.to(heat.device))
         out["pmf"] = pmf[0]
         out["heat"] = MetaTensor(heat[0], affine=image.affine)
         return out
@@ -125,8 +145,10 @@ class EnsembleToHeatd(Transform):
     ``pred`` becomes the mean of the members' locations and weights, to look at.
     """
 
-    def __init__(self, objectives: Sequence[torch.nn.Module], horizon: int, cell: int) -> None:
-        self.members = [MapToHeatd(o, horizon, cell, map_key=f"pred_{i}") for i, o in enumerate(objectives)]
+    def __init__(
+        self, objectives: Sequence[torch.nn.Module], horizon: int, cell: int, cohort: Sequence[float] | None = None
+    ) -> None:
+        self.members = [MapToHeatd(o, horizon, cell, cohort, f"pred_{i}") for i, o in enumerate(objectives)]
 
     def __call__(self, data: Mapping[str, Any]) -> dict:
         out = dict(data)
@@ -134,7 +156,9 @@ class EnsembleToHeatd(Transform):
         out["pmf"] = torch.stack([one["pmf"] for one in read]).mean(0)
         heat = torch.stack([one["heat"].as_tensor() for one in read]).mean(0)
         out["heat"] = MetaTensor(heat, affine=data["image"].affine)
-        out["pred"] = torch.stack([torch.as_tensor(data[member.map_key])[[0, -1]] for member in self.members]).mean(0)
+        maps = [torch.as_tensor(data[member.map_key])[[0, -1]] for member in self.members]
+        d, h, w = (min(sizes) for sizes in zip(*(m.shape[1:] for m in maps)))  # some reach beyond the image's end
+        out["pred"] = torch.stack([m[:, :d, :h, :w] for m in maps]).mean(0)
         return out
 
 

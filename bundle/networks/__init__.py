@@ -8,9 +8,10 @@ import torch.nn as nn
 
 from bundle.errors import InputError
 from bundle.networks.clinical_net import ClinicalNet
+from bundle.networks.codebook_net import CodebookNet
 from bundle.networks.survival_map_net import SurvivalMapNet
 
-NETWORKS = {"ClinicalNet": ClinicalNet, "SurvivalMapNet": SurvivalMapNet}
+NETWORKS = {"ClinicalNet": ClinicalNet, "CodebookNet": CodebookNet, "SurvivalMapNet": SurvivalMapNet}
 
 
 def network_from(settings: dict) -> nn.Module:

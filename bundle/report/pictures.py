@@ -29,7 +29,9 @@ def plane(volume: np.ndarray, axis: int, index: int) -> np.ndarray:
     return section[::-1, ::-1].T
 
 
-def heat_figure(image: np.ndarray, heat: np.ndarray, spacing: tuple[float, float, float], horizon: int = 60) -> Figure:
+def heat_figure(
+    image: np.ndarray, heat: np.ndarray, spacing: tuple[float, float, float], horizon: int = 60, doubt: str = ""
+) -> Figure:
     """Heat over the CT in the three planes through its hottest voxel (the centre of a map without heat).
 
     Args:
@@ -37,6 +39,7 @@ def heat_figure(image: np.ndarray, heat: np.ndarray, spacing: tuple[float, float
         heat: share of the risk of death by the horizon in each voxel, same shape.
         spacing: mm.
         horizon: months, for the label.
+        doubt: why the map may mean nothing, to stand on its face.
     """
     density = heat / (np.prod(spacing) / 1000.0)
     peak = np.array(np.unravel_index(int(heat.argmax()), heat.shape)) if heat.max() > 0 else np.array(heat.shape) // 2
@@ -72,6 +75,8 @@ def heat_figure(image: np.ndarray, heat: np.ndarray, spacing: tuple[float, float
     bar.ax.set_facecolor("black")
     bar.set_label(f"share of the {horizon}-month risk of death per mL", color="white", fontsize=9)
     bar.ax.tick_params(colors="white", labelsize=8)
+    if doubt:
+        figure.suptitle(f"Don't rely on this map: {doubt}.", color="#ffb000", fontsize=10)
     return figure
 
 

@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from bundle.files import write_atomically
+from bundle.metrics.verdict import in_words
 from bundle.report.pictures import png, survival_figure
 
 COLUMNS = {
@@ -28,7 +29,10 @@ COLUMNS = {
     "death_24m": ("24", "{:.1%}"),
     "death_36m": ("36", "{:.1%}"),
     "death_60m": ("60", "{:.1%}"),
+    "familiarity": ("familiarity", "{:.2f}"),
 }
+
+LONG = ("trained_on", "familiarity", "outcomes")  # of the settings, which nobody reads
 
 
 def data_uri(picture: bytes) -> str:
@@ -73,8 +77,12 @@ def write_report(path: str | Path, sections: Iterable[Markup], rows: list[dict],
         rows: of `predictions.csv`, for the table on top.
         settings: of the weights.
     """
-    shown = {name: value for name, value in settings.items() if name != "trained_on"}
-    _write(path, "inference.html", sections=sections, rows=rows, settings=json.dumps(shown, indent=2))
+    shown = {name: value for name, value in settings.items() if name not in LONG}
+    learnt = settings.get("learnt")
+    doubtful = learnt is None or learnt["learnt"] != "yes"
+    verdict = in_words(learnt) if learnt else "these weights have no record of what their training learnt"
+    content = {"verdict": verdict, "doubtful": doubtful, "settings": json.dumps(shown, indent=2)}
+    _write(path, "inference.html", sections=sections, rows=rows, **content)
 
 
 def write_evaluation_report(path: str | Path, metrics: dict, pictures: dict[str, bytes]) -> None:

@@ -5,6 +5,7 @@
 # ruff: noqa: F401
 from bundle.run import distributed
 from bundle.run.checkpoint import BestModel, CollapseGuard, Patience, RunCheckpoint
+from bundle.run.codebooks import CodebookStage
 from bundle.run.engine import ScanEnsembleEvaluator, ScanEvaluator, cores, evaluate, prepare_batch
 from bundle.run.parallel import predict, run_parallel
 from bundle.run.results import PredictionWriter

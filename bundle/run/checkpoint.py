@@ -83,22 +83,25 @@ class BestModel:
             self.learnt = {**self.settings["objective"], **self.objective.arguments}
             self.keep({"objective": self.learnt})
 
-    def finish(self, fit: Callable[[dict], dict] | None) -> None:
-        """Put the best weights into the network, fit what belongs to finished weights, and keep both."""
-        if self.weights is None:
-            return
-        self.network.load_state_dict(self.weights)
-        self.keep({"objective": self.learnt} if fit is None else fit(self.learnt))
+    def finish(self, fit: Callable[[dict], tuple[torch.nn.Module, dict]] | None) -> None:
+        """Put the best weights into the network, fit what belongs to finished weights, and write what is to be kept."""
+        if self.weights is not None:
+            self.network.load_state_dict(self.weights)
+        network, found = (self.network, {"objective": self.learnt}) if fit is None else fit(self.learnt)
+        self.write(network.state_dict(), found)
 
     def keep(self, found: dict) -> None:
         """Take the network's weights; the first process writes them, and the settings with what was found."""
         self.weights = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
+        self.write(self.weights, found)
+
+    def write(self, weights: Mapping[str, torch.Tensor], found: dict) -> None:
         if idist.get_rank() != 0:
             return
 
         def save(path: Path) -> None:
             with open(path, "wb") as f:  # by its name, torch would put that into the file
-                torch.save(self.weights, f)
+                torch.save({name: value.detach().cpu().clone() for name, value in weights.items()}, f)
 
         files.write_atomically(self.path, save)
         sha256 = files.file_sha256(self.path)
@@ -204,7 +207,7 @@ class RunCheckpoint:
         settings: from :func:`bundle.run.training_settings`.
         parts: all that has a state, by name.
         best: the best weights, which are finished at the end.
-        finish: from the settings of the objective, what of `settings.json` is fitted to the best weights.
+        finish: what comes before the first epoch and after the last, see :class:`bundle.run.Finish`.
         resume: go on with an unfinished run of the same settings; if false, start from the beginning.
     """
 
@@ -212,7 +215,7 @@ class RunCheckpoint:
     settings: dict
     parts: Mapping[str, Any]
     best: BestModel
-    finish: Callable[[dict], dict] | None = None
+    finish: Any = None
     resume: bool = True
 
     def attach(self, engine: Engine) -> None:
@@ -232,7 +235,7 @@ class RunCheckpoint:
         state = newest_state(folder)
         idist.barrier()  # every process has read it
         if state is None:
-            return
+            return self.prepare(engine)
         changed = differences(state["settings"], self.settings)
         if changed:
             raise InputError(
@@ -250,6 +253,13 @@ class RunCheckpoint:
             engine.terminate()
         else:
             logger.info(f"going on after epoch {state['epoch']} of {engine.state.max_epochs} in {folder}.")
+            self.prepare(engine)
+
+    def prepare(self, engine: Engine) -> None:
+        """What comes before the first epoch; it ends the run where there are no epochs."""
+        if self.finish is not None and not self.finish.prepare():
+            self.end(engine)
+            engine.terminate()
 
     def save(self, engine: Engine) -> None:
         ended = engine.should_terminate or engine.state.epoch >= engine.state.max_epochs

@@ -22,6 +22,7 @@ from bundle.data.stream import ScanStream
 from bundle.files import file_sha256, remove_leftovers, write_atomically, write_json
 from bundle.handlers import failed_scans
 from bundle.maps import mask_to_scan_space
+from bundle.metrics.verdict import in_words
 from bundle.report import patient_section, write_report
 from bundle.report.pictures import heat_figure, write_png
 from bundle.survival.readout import death_by, mean_months, quantile_months, survival_curve
@@ -33,14 +34,21 @@ logger = logging.getLogger(__name__)
 DEATH_BY = (12, 24, 36, 60)  # months
 
 
-def prediction_row(patient_id: str, pmf: torch.Tensor) -> dict:
-    """One row of `predictions.csv` from P(T = 1..tmax months), (tmax,); `risk` grows with danger."""
+def prediction_row(
+    patient_id: str, pmf: torch.Tensor, familiarity: float | None = None, last_death: float | None = None
+) -> dict:
+    """One row of `predictions.csv` from P(T = 1..tmax months), (tmax,); `risk` grows with danger.
+
+    Beyond the `last_death` of the training (months) nothing is known: an upper bound that lies there becomes tmax.
+    """
     pmf = pmf[None]
     numbers = {"median_months": quantile_months(pmf, 0.5), "mean_months": mean_months(pmf)}
     numbers |= {"lower_months": quantile_months(pmf, 0.025), "upper_months": quantile_months(pmf, 0.975)}
+    if last_death is not None and numbers["upper_months"] > last_death:
+        numbers["upper_months"] = torch.tensor(float(pmf.shape[1]))
     numbers |= {"risk": -numbers["mean_months"]} | {f"death_{months}m": death_by(pmf, months) for months in DEATH_BY}
     known = {"patient_id": patient_id, "status": "ok", "message": ""}
-    return known | {name: number.item() for name, number in numbers.items()}
+    return known | {name: number.item() for name, number in numbers.items()} | {"familiarity": familiarity}
 
 
 COLUMNS = list(prediction_row("", torch.ones(2) / 2))  # of predictions.csv
@@ -69,14 +77,19 @@ class ScanFiles(NamedTuple):
         names = ("heat.nii.gz", "heat.png", "lung.nii.gz")
         return cls(*(output_dir / "maps" / f"{patient_id}_{name}" for name in names))
 
-    def write(self, scan: dict, output: dict, hu_window: tuple[float, float], horizon: int) -> list[Path]:
-        """Write the files of a scan, the lung mask only if one was used; returns those that were written."""
+    def write(
+        self, scan: dict, output: dict, hu_window: tuple[float, float], horizon: int, doubt: str = ""
+    ) -> list[Path]:
+        """Write the files of a scan, the lung mask only if one was used; returns those that were written.
+
+        A `doubt` about the weights stands on the face of the picture.
+        """
         heat, image = output["scan_heat"].cpu(), scan["image"]
         write_heat(self.heat, heat, heat.affine)
         low, high = hu_window
         hu = np.asarray(image[0]) * (high - low) + low
         spacing = tuple(float(mm) for mm in image.pixdim)
-        write_png(self.picture, heat_figure(hu, np.asarray(output["heat"].cpu()[0]), spacing, horizon))
+        write_png(self.picture, heat_figure(hu, np.asarray(output["heat"].cpu()[0]), spacing, horizon, doubt))
         if scan["lung_mask_source"] == "none":
             return [self.heat, self.picture]
         affine = image.meta["original_affine"]  # of the file that the image was loaded from, as the heat is
@@ -164,6 +177,9 @@ class PredictionWriter:
         described = describe([hu_window, options, stream.transform])
         self.done = DoneScans(self.output_dir, [settings, horizon, described, code_digest("**/*.py")])
         self.scans = {record["patient_id"]: record for record in stream.data}
+        self.last_death = settings.get("outcomes", {}).get("last_death")
+        learnt = settings.get("learnt")  # older weights have no verdict
+        self.doubt = in_words(learnt) if learnt and learnt["learnt"] != "yes" else ""
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)
@@ -183,9 +199,13 @@ class PredictionWriter:
         """Write the files of a batch's scans, and last their records."""
         for scan, output in zip(engine.state.batch, engine.state.output):  # no output of a scan without a prediction
             patient_id, pmf = scan["patient_id"], output["pmf"].cpu()
-            files = ScanFiles.of(self.output_dir, patient_id).write(scan, output, self.hu_window, self.horizon)
-            message = "; ".join(filter(None, [self.scans[patient_id].get("imputed"), scan.get("notes")]))
-            found = {"row": prediction_row(patient_id, pmf) | {"message": message}, "pmf": pmf.tolist()}
+            files = ScanFiles.of(self.output_dir, patient_id).write(
+                scan, output, self.hu_window, self.horizon, self.doubt
+            )
+            message = "; ".join(filter(None, [self.doubt, self.scans[patient_id].get("imputed"), scan.get("notes")]))
+            familiarity = float(scan["familiarity"]) if "familiarity" in scan else None
+            row = prediction_row(patient_id, pmf, familiarity, self.last_death) | {"message": message}
+            found = {"row": row, "pmf": pmf.tolist()}
             found |= {"risk": float(output["scan_heat"].cpu().sum()), "lung_mask_source": scan["lung_mask_source"]}
             self.done.write(self.scans[patient_id], files, found)
             logger.info(

@@ -14,6 +14,7 @@ from torch import Tensor
 from bundle.data import clinical_names
 from bundle.data.clinical import clinical_kinds
 from bundle.errors import InputError
+from bundle.maps import Familiarity
 from bundle.networks import network_from
 from bundle.run.settings import differences, read_settings
 from bundle.survival import Objective, objective_from, severity_from
@@ -38,6 +39,8 @@ class TrainedModel:
         self.objective: Objective = objective_from(self.settings["objective"]).to(device)
         self.severity = severity_from(self.settings.get("severity"))
         self.preprocessing: dict = self.settings["preprocessing"]
+        self.familiarity = [Familiarity(**found) if (found := self.settings.get("familiarity")) else None]
+        self.cohort = self.settings.get("outcomes", {}).get("pmf")  # of the training cohort; None from older weights
         self.stride: int = self.network.stride  # voxels from one patch to the next
         self.usual_shifts = math.gcd(4, self.stride)  # origins of the patch grid an axis: the stride has room for them
 
@@ -82,7 +85,11 @@ class Ensemble:
         self.severity = {network: member.severity for network, member in zip(self.networks, members, strict=True)}
         first = members[0]
         self.network, self.preprocessing = first.network, first.preprocessing
-        self.stride, self.usual_shifts = first.stride, first.usual_shifts
+        self.familiarity = [member.familiarity[0] for member in members]
+        known = [member.cohort for member in members]
+        self.cohort = None if None in known else torch.tensor(known).mean(0).tolist()
+        coarsest = max(members, key=lambda member: member.stride)
+        self.stride, self.usual_shifts = coarsest.stride, coarsest.usual_shifts
 
 
 def member_files(ckpt: str | Sequence[str]) -> list[str]:
@@ -108,17 +115,28 @@ def joint_settings(files: Sequence[str], members: Sequence[dict]) -> dict:
 
     def shared(settings: dict) -> dict:
         own = {"horizon": settings["horizon"], "tmax": settings["objective"]["tmax"]}
-        return {**settings["preprocessing"], **own, "stride": network_from(settings["network"]).stride}
+        stride = network_from(settings["network"]).stride
+        return {**settings["preprocessing"], **own, **({"stride": stride} if stride > 1 else {})}
 
+    gridded = next((settings for settings in members if "stride" in shared(settings)), members[0])
     for file, settings in zip(files, members, strict=True):
-        if differ := differences(shared(members[0]), shared(settings)):
+        if differ := differences(shared(gridded), {**shared(gridded), **shared(settings)}):
             reason = f"{'; '.join(differ)} (expected to be equal)"
             raise InputError(f"{files[0]} and {file} can't be one ensemble: {reason}.")
     encodings = [settings["clinical"] for settings in members]
     clinical_kinds(encodings)
     seen = sorted({digest for settings in members for digest in settings["trained_on"]})
     weights = [settings["weights_sha256"] for settings in members]
-    return {**members[0], "clinical": encodings, "trained_on": seen, "weights_sha256": weights}
+    verdicts = [settings["learnt"] for settings in members if settings.get("learnt")]
+    last = [settings.get("outcomes", {}).get("last_death") for settings in members]
+    return {
+        **members[0],
+        "clinical": encodings,
+        "trained_on": seen,
+        "weights_sha256": weights,
+        "learnt": max(verdicts, key=lambda found: found["p_value"], default=None),
+        "outcomes": {"last_death": None if None in last else max(last)},
+    }
 
 
 class Member(nn.Module):
@@ -127,6 +145,7 @@ class Member(nn.Module):
     def __init__(self, network: nn.Module, start: int, end: int) -> None:
         super().__init__()
         self.network = network
+        self.stride = network.stride
         self.start = start
         self.end = end
 

@@ -4,7 +4,9 @@
 
 import copy
 import dataclasses
+import logging
 import math
+from collections.abc import Iterator, Sequence
 
 import ignite.distributed as idist
 import torch
@@ -17,10 +19,17 @@ from tqdm import tqdm
 from bundle.data import ScanCache
 from bundle.errors import InputError
 from bundle.maps import GridShiftInferer
+from bundle.metrics.verdict import in_words, verdict
+from bundle.run.codebooks import CodebookStage, as_maps
 from bundle.run.engine import prepare_batch
 from bundle.run.scans import outcomes
-from bundle.survival import Objective, fit_severity, objective_from, patient_numbers, seen_until
+from bundle.survival import Objective, Severity, fit_severity, objective_from, patient_numbers, seen_until, severity_from
+from bundle.survival.calibration import cohort_pmf, last_death
+from bundle.survival.objectives import classical_log_likelihood
 
+logger = logging.getLogger(__name__)
+
+LEAST_SCANS = 5  # of a validation that can choose
 OBJECTIVE_SPEED = 5  # an objective has few parameters, which are far from where they start
 
 
@@ -52,33 +61,91 @@ def censoring_weights(records: list[dict], tmax: int, ipcw: bool) -> list[float]
 
 
 class Finish:
-    """Fit severity, or the baseline hazard of proportional hazards, to the finished maps of the training scans.
+    """What surrounds the epochs: the codebooks before them, and the choice, the readout and the verdict after them.
 
-    Severity is for objectives whose locations are months, but not for a mixture over patches, which is as wide as these
-    differ. Scans are read without random transforms, from 8 origins of the patch grid.
+    1. Severity, or the baseline hazard of proportional hazards, is fitted to the finished maps of the training scans.
+       Severity is for objectives whose locations are months, but not for a mixture over patches, which is as wide as
+       these differ. The variance is at least what the validation scans ask for.
+    2. The network is kept if it gives the validation scans a higher log-likelihood than the codebooks, by more than
+       twice its standard error. Else the codebooks are: they need far fewer patients.
+    3. What is kept is tested: out of fold for codebooks, on the validation scans for the network.
+
+    Scans are read without random transforms, from 8 origins of the patch grid.
 
     Args:
         network: trained.
         dataset: training scans.
+        val: validation scans.
         device: of the network.
+        codebooks: what is learnt before the first epoch.
         severity: fit it where it has a meaning.
 
     Raises:
         InputError: severity can't be read off the maps of this network's head.
     """
 
-    def __init__(self, network: nn.Module, dataset: ScanCache, device: torch.device, severity: bool = True) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        dataset: ScanCache,
+        val: ScanCache,
+        device: torch.device,
+        codebooks: CodebookStage,
+        severity: bool = True,
+    ) -> None:
         self.network = network
         self.dataset = dataset
+        self.val = val
         self.device = device
+        self.codebooks = codebooks
         head = getattr(network, "head", None)  # there is none, and no disease on the map, without a look at the scan
         self.severity = severity and head is not None
         if self.severity and not hasattr(head, "danger"):
             name = network.arguments["head"]
             raise InputError(f"severity can't be read off the maps of the head {name}: add --severity false.")
 
-    def __call__(self, objective: dict) -> dict:
-        """``objective`` and ``severity`` of `settings.json`, from the settings of the objective as learnt."""
+    def prepare(self) -> bool:
+        """Learn what comes before the first epoch; False if the recipe has no epochs."""
+        self.codebooks.run()
+        return self.codebooks.recipe != "codebook"
+
+    def __call__(self, objective: dict) -> tuple[nn.Module, dict]:
+        """The network to keep and what its `settings.json` gains, from the settings of the objective as learnt."""
+        self.codebooks.run()
+        found, outcome = None, outcomes(self.val.data)
+        if self.codebooks.recipe != "codebook":
+            found = self.fitted(objective)
+            location, log_likelihood = self.validated(found)
+        network: nn.Module = self.network
+        if self.codebooks.fitted and (found is None or not self.network_wins(log_likelihood)):
+            network, readout = self.codebooks.network, self.codebooks.objective
+            found = {"objective": {"name": readout.name, **readout.arguments}, "severity": None}
+            location, outcome = self.codebooks.location, outcomes(self.dataset.data)
+        by = "validation" if network is self.network else "out of fold"
+        learnt = verdict(-location, *outcome.unbind(1), by=by)
+        logger.log(logging.INFO if learnt["learnt"] == "yes" else logging.WARNING, f"verdict: {in_words(learnt)}.")
+        trained_on = outcomes(self.dataset.data)
+        cohort = {"pmf": cohort_pmf(trained_on, found["objective"]["tmax"]), "last_death": last_death(trained_on)}
+        familiarity = dataclasses.asdict(self.codebooks.familiarity)
+        name = {"name": type(network).__name__, **network.arguments}
+        return network, {**found, "network": name, "learnt": learnt, "outcomes": cohort, "familiarity": familiarity}
+
+    def network_wins(self, log_likelihood: Tensor) -> bool:
+        """Whether validation scans, by their log-likelihoods (N,), speak for the network against the codebooks."""
+        if self.codebooks.recipe == "network":
+            return True
+        maps = as_maps(self.codebooks.predict_val())
+        gain = log_likelihood - log_likelihood_of(self.codebooks.objective, maps, outcomes(self.val.data))
+        error = gain.std() / math.sqrt(len(gain)) if len(gain) > 1 else math.inf
+        wins = bool(len(gain) >= LEAST_SCANS and gain.mean() > 2 * error)
+        logger.info(
+            f"recipe: {'network' if wins else 'codebook'}. On {len(gain)} validation scans the network's "
+            f"log-likelihood is {float(gain.mean()):+.2f} a scan (standard error {float(error):.2f}) against the codebooks'."
+        )
+        return wins
+
+    def fitted(self, objective: dict) -> dict:
+        """``objective`` and ``severity`` of the network, fitted to the training scans."""
         fitted = objective_from(objective)
         severe = self.severity and hasattr(fitted, "variance") and not getattr(fitted, "mixture", False)
         if not severe and not hasattr(fitted, "fit_baseline"):
@@ -90,21 +157,64 @@ class Finish:
         severity, variance = fit_severity(*numbers, outcome, fitted, self.network.arguments["loc_range"], extra=extra)
         return {"objective": {**objective, "variance": variance}, "severity": severity and dataclasses.asdict(severity)}
 
+    def validated(self, found: dict) -> tuple[Tensor, Tensor]:
+        """Location and log-likelihood of each validation scan, (N,), by the network as `found`.
+
+        Where the scans ask for a larger variance than the training scans did, `found` gets it.
+        """
+        objective, severity = objective_from(found["objective"]), severity_from(found["severity"])
+        maps = [row[0] for row in self.maps(self.val, severity=severity)]
+        location = torch.cat([patient_numbers(m)[0] for m in maps])
+        outcome = outcomes(self.val.data)
+        if severity is not None and len(maps) >= LEAST_SCANS:
+            objective.variance = found["objective"]["variance"] = least_variance(objective, maps, outcome)
+        one = [log_likelihood_of(objective, m, o[None]) for m, o in zip(maps, outcome, strict=True)]
+        return location, torch.cat(one)
+
     def read(self, severe: bool) -> tuple[Tensor, ...]:
         """Location, extra numbers, outcome and, if severe, the numbers that tell severity, of each training scan."""
-        self.network.eval()
-        plain = copy.copy(self.dataset)
-        fixed = [t for t in self.dataset.transform.flatten().transforms if not isinstance(t, RandomizableTrait)]
-        plain.transform = Compose(fixed)
-        loader = DataLoader(plain, batch_size=1)
-        stride = self.network.stride
-        inferer = GridShiftInferer(math.gcd(4, stride), stride, sigma=0, refine=False, few_origins=True)
         rows = []
+        for survival_map, outcome, numbers in self.maps(self.dataset, severe):
+            rows.append([*patient_numbers(survival_map), outcome, *numbers])
+        return tuple(map(torch.cat, zip(*rows, strict=True)))
+
+    def maps(self, dataset: ScanCache, severe: bool = False, severity: Severity | None = None) -> Iterator[tuple]:
+        """Map, outcome and, if severe, the numbers that tell severity, of each scan of a dataset; on CPU."""
+        self.network.eval()
+        plain = copy.copy(dataset)
+        fixed = [t for t in dataset.transform.flatten().transforms if not isinstance(t, RandomizableTrait)]
+        plain.transform = Compose(fixed)
+        stride = self.network.stride
+        shifts = math.gcd(4, stride)
+        inferer = GridShiftInferer(shifts, stride, sigma=0, refine=False, few_origins=True, severity=severity)
+        loader = DataLoader(plain, batch_size=1)
         for batch in tqdm(loader, desc="finishing", unit="scan", disable=idist.get_rank() > 0):
             image, outcome, _, inputs = prepare_batch(batch, self.device)
             if severe:
                 survival_map, *numbers = inferer.read(image, self.network, **inputs)
             else:
                 survival_map, numbers = inferer(image, self.network, **inputs), []
-            rows.append([part.cpu() for part in (*patient_numbers(survival_map), outcome, *numbers)])
-        return tuple(map(torch.cat, zip(*rows, strict=True)))
+            yield survival_map.cpu(), outcome.cpu(), [part.cpu() for part in numbers]
+
+
+def log_likelihood_of(objective: Objective, survival_map: Tensor, outcome: Tensor) -> Tensor:
+    """Log-likelihood of each patient, (B,), by the readout alone, whatever the objective trains for.
+
+    Times beyond the last month that the objective has are censored there.
+    """
+    time, event = outcome.unbind(1)
+    late = time >= objective.tmax
+    time, event = torch.where(late, objective.tmax - 1.0, time), torch.where(late, 0.0, event)
+    with torch.no_grad():
+        return classical_log_likelihood(objective.log_pmf(survival_map), time, event)
+
+
+def least_variance(objective: Objective, maps: Sequence[Tensor], outcome: Tensor) -> float:
+    """The variance, months squared, of the highest likelihood of validation scans, but at least the objective's own."""
+    trial = copy.copy(objective)
+
+    def fit(factor: float) -> float:
+        trial.variance = objective.variance * factor
+        return sum(float(log_likelihood_of(trial, m, o[None])) for m, o in zip(maps, outcome, strict=True))
+
+    return objective.variance * max((1.25**k for k in range(25)), key=fit)

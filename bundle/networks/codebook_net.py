@@ -1,0 +1,151 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""A network of few numbers: codebooks of local texture, one hazard a word, and their sum over the lung."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from bundle.errors import InputError
+from bundle.networks.descriptors import DESCRIPTORS, blur, describe, level_and_spread, tokens_at
+from bundle.networks.patches import to_grid
+
+
+class CodebookNet(nn.Module):
+    """CT -> survival map with a location and a weight for every voxel of the lung.
+
+    1. :func:`~bundle.networks.descriptors.describe` says what the tissue around a voxel is like, less what is usual in
+       this scan.
+    2. Each codebook has words, found by k-means on a few of the descriptors, which no outcome has shaped. A voxel has
+       one word of every book.
+    3. Each word has a hazard. A voxel's evidence is the mean of its words' hazards, smoothed over 5 mm.
+    4. The weight is the fourth power of the evidence above 0, as a share of the whole lung's. The fourth power's mean
+       over the lung is the patient's risk, and its fourth root, on the scale of the evidence, tells the months.
+
+    :class:`bundle.run.CodebookStage` fits books, hazards and months from a cohort at once. That is a convex problem, and
+    needs far fewer patients than the steps of a transformer.
+
+    Args:
+        books: number of codebooks.
+        words: of each book.
+        few: descriptors that a book looks at.
+        clinical_dim: length of the clinical vector, 0 for none; a linear function of it moves all locations alike.
+        loc_range: months between which locations lie, as of :class:`~bundle.networks.SurvivalMapNet`.
+
+    Raises:
+        InputError: an argument is out of range.
+
+    Example::
+
+        >>> CodebookNet(books=2, words=5)(torch.rand(1, 1, 12, 12, 12)).shape
+        torch.Size([1, 2, 12, 12, 12])
+    """
+
+    def __init__(
+        self,
+        books: int = 36,
+        words: int = 250,
+        few: int = 6,
+        clinical_dim: int = 0,
+        loc_range: Sequence[float] = (-5.0, 120.0),
+    ) -> None:
+        super().__init__()
+        numbers = {"books": books, "words": words, "few": few}
+        if min(numbers.values()) < 1 or few > len(DESCRIPTORS) or clinical_dim < 0:
+            raise InputError(f"books, words and few (of {len(DESCRIPTORS)} descriptors) must be positive: {numbers}.")
+        self.low, self.high = float(loc_range[0]), float(loc_range[1])
+        self.arguments = {**numbers, "clinical_dim": clinical_dim, "loc_range": [self.low, self.high]}
+        self.clinical_dim = clinical_dim
+        self.stride = 1  # voxels from one cell of the map to the next
+        self.smoothing = 1.8  # standard deviation of the Gaussian, in voxels
+        self.register_buffer("mean", torch.zeros(len(DESCRIPTORS)))
+        self.register_buffer("spread", torch.ones(len(DESCRIPTORS)))
+        self.register_buffer("chosen", torch.zeros(books, few, dtype=torch.long))
+        self.register_buffer("centres", torch.zeros(books, words, few))
+        self.hazard = nn.Parameter(torch.zeros(books, words))
+        self.offset = nn.Parameter(torch.tensor(self.high / 2))  # months without any evidence
+        self.slope = nn.Parameter(torch.tensor(self.high / 2))  # months that go with evidence of 1
+        self.power = nn.Parameter(torch.ones(()))
+        self.clinical_months = nn.Parameter(torch.zeros(clinical_dim))
+
+    def standardised(self, described: Tensor, level: Tensor, spread: Tensor) -> Tensor:
+        """Descriptors (M, 29) less the scan's own level and spread, then as the cohort's are spread, within 6."""
+        return (((described - level) / spread - self.mean) / self.spread).clamp(-6.0, 6.0)
+
+    def words_of(self, x: Tensor) -> Tensor:
+        """The word of every book that each token is nearest to, (M, books) of uint8 or more, from (M, 29)."""
+        found = torch.zeros(x.shape[0], self.chosen.shape[0], dtype=torch.int16, device=x.device)
+        for book in range(self.chosen.shape[0]):
+            found[:, book] = nearest(x[:, self.chosen[book]], self.centres[book])
+        return found
+
+    def evidence(self, words: Tensor) -> Tensor:
+        """The mean hazard of the words (M, books) of each token, (M,)."""
+        total = torch.zeros(words.shape[0], dtype=self.hazard.dtype, device=words.device)
+        for book in range(words.shape[1]):
+            total = total + self.hazard[book][words[:, book].long()]
+        return total / words.shape[1]
+
+    def months(self, evidence: Tensor) -> Tensor:
+        """Location in months of lung with some evidence, 0 to 1, throughout."""
+        months = self.offset - self.slope * evidence.clamp_min(1e-6) ** self.power
+        return months.clamp(self.low, self.high)
+
+    def forward(self, image: Tensor, lung: Tensor | None = None, clinical: Tensor | None = None) -> Tensor:
+        """The survival map of each scan, (B, 2, D, H, W); arguments as of :class:`SurvivalMapNet`."""
+        image, lung = to_grid(image, lung, 1)
+        if self.clinical_dim > 0 and (clinical is None or clinical.shape[1] != self.clinical_dim):
+            raise ValueError(f"clinical must be a vector of length {self.clinical_dim} a scan.")
+        maps: list[Tensor] = []
+        for b in range(image.shape[0]):
+            mask = torch.ones_like(image[b, 0]) if lung is None else lung[b, 0]
+            maps.append(self.map_of(image[b, 0], mask))
+        found = torch.stack(maps)
+        if clinical is not None and self.clinical_dim > 0:
+            months = (clinical.to(image.dtype) @ self.clinical_months).view(-1, 1, 1, 1, 1)
+            found = torch.cat([found[:, :1] + months * (found[:, -1:] > 0), found[:, 1:]], 1)
+        return found
+
+    def map_of(self, image: Tensor, lung: Tensor) -> Tensor:
+        """The map of one scan, (2, D, H, W), from image and lung (D, H, W)."""
+        voxels, tokens = lung.nonzero(), tokens_at(lung)
+        described = describe(image, lung, voxels)
+        number = torch.zeros(lung.shape, dtype=torch.long, device=lung.device)
+        number[voxels[:, 0], voxels[:, 1], voxels[:, 2]] = torch.arange(len(voxels), device=lung.device)
+        usual = number[tokens[:, 0], tokens[:, 1], tokens[:, 2]]
+        level, spread = level_and_spread(described[usual])
+        evidence = self.evidence(self.words_of(self.standardised(described, level, spread)))
+        patient = self.months(root_mean(smoothed(evidence[usual], tokens // 2, 0.5 * self.smoothing)))
+        evidence = smoothed(evidence, voxels, self.smoothing).clamp_min(0)
+        weight = (evidence + 1e-6) ** 4
+        weight = weight / weight.sum()
+        location = self.months(evidence)
+        location = location + patient - (location * weight).sum()
+        found = torch.zeros([2, lung.shape[0], lung.shape[1], lung.shape[2]], dtype=image.dtype)
+        found = found.to(image.device)
+        found[0, voxels[:, 0], voxels[:, 1], voxels[:, 2]] = location
+        found[-1, voxels[:, 0], voxels[:, 1], voxels[:, 2]] = weight
+        return found
+
+
+def nearest(x: Tensor, centres: Tensor) -> Tensor:
+    """Index of the centre (K, n) that is nearest to each row of x (M, n), (M,)."""
+    return (x @ centres.T - 0.5 * centres.square().sum(1)).argmax(1)
+
+
+def smoothed(values: Tensor, index: Tensor, sigma: float) -> Tensor:
+    """Values (M,) at voxels `index` (M, 3), blurred over these alone."""
+    size: list[int] = (index.amax(0) + 1).tolist()
+    volume = torch.zeros(size, dtype=values.dtype, device=values.device)
+    inside = torch.zeros_like(volume)
+    volume[index[:, 0], index[:, 1], index[:, 2]] = values
+    inside[index[:, 0], index[:, 1], index[:, 2]] = 1.0
+    ratio = blur(volume, sigma) / blur(inside, sigma).clamp_min(1e-6)
+    return ratio[index[:, 0], index[:, 1], index[:, 2]]
+
+
+def root_mean(evidence: Tensor) -> Tensor:
+    """The fourth root of the mean fourth power of what lies above 0: a steep mean, which a small lesion can move."""
+    return evidence.clamp_min(0).square().square().mean().clamp_min(1e-24) ** 0.25

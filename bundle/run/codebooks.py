@@ -1,0 +1,312 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Fit :class:`~bundle.networks.CodebookNet` to a cohort, and predict each of its scans without having seen its outcome."""
+
+import copy
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import ignite.distributed as idist
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bundle.data import ScanCache
+from bundle.data.fingerprint import code_digest
+from bundle.data.splits import draw_folds
+from bundle.errors import InputError
+from bundle.files import DamagedFile, load_checked, save_checked
+from bundle.maps.familiarity import Familiarity, fit_familiarity, look
+from bundle.networks import CodebookNet
+from bundle.networks.codebook_net import nearest, root_mean, smoothed
+from bundle.networks.descriptors import describe, level_and_spread, tokens_at
+from bundle.run.scans import outcomes
+from bundle.survival import Objective
+from bundle.survival.cox import minimise
+from bundle.survival.objectives import classical_log_likelihood
+from bundle.survival.ridge_cox import ridge_cox
+
+logger = logging.getLogger(__name__)
+
+RECIPES = ("auto", "codebook", "network")
+FOLDS = 10
+SAMPLE = 40_000  # tokens of a cohort that k-means sees
+BOOK_SAMPLE = 20_000  # of them for each book
+ROUNDS = 8  # of k-means
+
+
+class Tokens(NamedTuple):
+    """What is kept of a scan: descriptors (M, 29) of its tokens, and their voxels (M, 3)."""
+
+    described: Tensor
+    index: Tensor
+
+    @classmethod
+    def of(cls, image: Tensor, lung: Tensor) -> "Tokens":
+        """Those of a scan: image and lung are (1, D, H, W)."""
+        index = tokens_at(lung[0])
+        return cls(describe(image[0], lung[0], index).half(), index.to(torch.int16))
+
+    @classmethod
+    def cached(cls, dataset: ScanCache, item: int) -> "Tokens":
+        """Those of a scan of a dataset, kept in a file of its cache that is named after the scan and this code."""
+        record = dataset.data[item]
+        name = dataset.key(record).decode() + code_digest("networks/descriptors.py")
+        path = dataset.cache_dir / f"{hashlib.sha256(name.encode()).hexdigest()}.tokens.pt"
+        try:
+            if path.is_file():
+                return cls(*load_checked(path))
+        except DamagedFile as e:
+            logger.warning(f"{e}; it is made again.")
+        scan = dataset._cachecheck(record)
+        found = cls.of(scan["image"], scan["lung"])
+        save_checked(tuple(found), path)
+        return found
+
+    def centred(self) -> Tensor:
+        """Descriptors less the scan's own level and over its own spread, (M, 29)."""
+        described = self.described.float()
+        level, spread = level_and_spread(described)
+        return (described - level) / spread
+
+
+@torch.no_grad()
+def fit_books(network: CodebookNet, scans: Sequence[Tokens], seed: int) -> None:
+    """k-means of the scans' tokens, as many of each; no outcome is asked."""
+    g = torch.Generator().manual_seed(seed)
+    each = -(-SAMPLE // len(scans))
+    sample = torch.cat([tokens[torch.randperm(len(tokens), generator=g)[:each]] for tokens in (s.centred() for s in scans)])
+    network.mean.copy_(sample.mean(0))
+    network.spread.copy_(sample.std(0) + 1e-3)
+    x = ((sample - network.mean) / network.spread).clamp(-6.0, 6.0)
+    size = network.centres.shape[1]
+    for chosen, centres in zip(network.chosen, network.centres, strict=True):
+        chosen.copy_(torch.randperm(x.shape[1], generator=g)[: len(chosen)])
+        few = x[torch.randperm(len(x), generator=g)[:BOOK_SAMPLE]][:, chosen]
+        centres.copy_(few[torch.randint(len(few), (size,), generator=g)])
+        for _ in range(ROUNDS):
+            word = nearest(few, centres)
+            count = torch.bincount(word, minlength=size).unsqueeze(1)
+            total = torch.zeros_like(centres).index_add_(0, word, few)
+            centres.copy_(torch.where(count > 0, total / count.clamp_min(1), centres))
+
+
+@torch.no_grad()
+def words_of(network: CodebookNet, scan: Tokens) -> Tensor:
+    """The words of a scan's tokens, (M, books)."""
+    x = ((scan.centred() - network.mean) / network.spread).clamp(-6.0, 6.0)
+    return network.words_of(x)
+
+
+def shares_of(words: Tensor, size: int) -> Tensor:
+    """How much of a scan's lung each word is, (books, size)."""
+    return torch.stack([torch.bincount(book.long(), minlength=size) for book in words.unbind(1)]) / len(words)
+
+
+def fit_hazards(shares: Tensor, outcome: Tensor, adjust: Tensor | None = None, penalty: float = 1.0) -> Tensor:
+    """Hazards (books, size) of the words from their shares (N, books, size) in the lungs of a cohort.
+
+    The fourth root brings a rare word's share nearer to normal. A word that hardly varies has its deviation floored.
+    """
+    x = (shares + 1e-4) ** 0.25
+    x = x - x.mean(0)
+    spread = x.std(0)
+    spread = (spread.square() + spread.median(1, keepdim=True).values.square()).sqrt()
+    slope = ridge_cox((x / spread).flatten(1), outcome, penalty, adjust).view(shares.shape[1:])
+    return slope / slope.abs().max().clamp_min(1e-12)
+
+
+@torch.no_grad()
+def risk_of(network: CodebookNet, words: Tensor, index: Tensor) -> Tensor:
+    """The risk of a scan by the network's hazards, a number, as :meth:`CodebookNet.forward` has it."""
+    return root_mean(smoothed(network.evidence(words), index.long() // 2, 0.5 * network.smoothing))
+
+
+def fit_months(network: CodebookNet, risk: Tensor, outcome: Tensor, objective: Objective, clinical: Tensor) -> float | None:
+    """Fit months and covariates to risks (N,) of scans whose outcomes the risk has not seen; returns the variance.
+
+    offset - slope * risk^power has the highest likelihood under the objective, with the objective's variance, if it has
+    one, in months squared. The slope is not negative. Covariates (N, K) have a prior of 20 months each.
+    """
+    trial, risk, outcome, clinical = copy.copy(objective), risk.double(), outcome.double(), clinical.double()
+    top = risk.max().clamp_min(1e-6)
+    varies = hasattr(objective, "variance")
+
+    def unknown(u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return 30 * u[0], u[1].exp(), 4 ** torch.tanh(u[2]), 20 * u[4:]
+
+    def loss(u: Tensor) -> Tensor:
+        offset, slope, power, covariates = unknown(u)
+        location = offset - slope * (risk / top) ** power + clinical @ covariates
+        if varies:
+            trial.variance = u[3].exp() + 1
+        prior = (u[2].square() + u[4:].square().sum()) / (2 * len(risk))
+        if varies:
+            return prior - classical_log_likelihood(trial.log_pmf(as_maps(location)), *outcome.unbind(1)).mean()
+        return prior - trial.likelihood(location, *outcome.unbind(1)) / len(risk)
+
+    start = torch.tensor([2.0, 3.0, 0.0, 5.0] + [0.0] * clinical.shape[1], dtype=torch.float64)
+    u = minimise(loss, start)
+    offset, slope, power, covariates = unknown(u)
+    with torch.no_grad():
+        network.offset.copy_(offset)
+        network.power.copy_(power)
+        network.slope.copy_(slope / top**power)
+        network.clinical_months.copy_(covariates)
+    return float(u[3].exp()) + 1 if varies else None
+
+
+def out_of_fold(
+    network: CodebookNet, words: Sequence[Tensor], scans: Sequence[Tokens], outcome: Tensor, folds: Tensor, adjust: Tensor
+) -> Tensor:
+    """Risk of each scan (N,) by hazards that were fitted without its fold; the network is left with those of all.
+
+    The books are the same throughout: they have seen no outcome.
+    """
+    shares = torch.stack([shares_of(w, network.centres.shape[1]) for w in words])
+    risk = torch.zeros(len(scans))
+    for fold in folds.unique():
+        inside = folds != fold
+        network.hazard.data.copy_(fit_hazards(shares[inside], outcome[inside], adjust[inside]))
+        for i in (~inside).nonzero()[:, 0].tolist():
+            risk[i] = risk_of(network, words[i], scans[i].index)
+    network.hazard.data.copy_(fit_hazards(shares, outcome, adjust))
+    return risk
+
+
+def site_folds(records: Sequence[dict], seed: int) -> list[int]:
+    """Folds by the column ``site`` where the cohort has two sites or more: its scanner must not help to tell the outcome.
+
+    Else ten folds of patients, or fewer where fewer died.
+    """
+    sites = sorted({str(record.get("site", "")) for record in records})
+    if len(sites) > 1:
+        return [sites.index(str(record.get("site", ""))) % FOLDS for record in records]
+    deaths = sum(record["event"] for record in records)
+    return draw_folds(records, int(min(FOLDS, max(2, deaths))), seed)
+
+
+class CodebookStage:
+    """What a training learns before the transformer: codebooks, the look of its scans, and out-of-fold predictions.
+
+    All of it is in `codebooks.pt` of the run's folder, with a checksum, and read from there when a run goes on.
+
+    Args:
+        recipe: ``"codebook"`` for codebooks alone, ``"network"`` for the config's network alone, ``"auto"`` for whichever
+            the validation scans support.
+        network: untrained, on CPU.
+        train: training scans.
+        val: validation scans.
+        objective: what the readout is; its variance is fitted to out-of-fold predictions.
+        ckpt_dir: folder of the run.
+        seed: of k-means and folds.
+
+    Raises:
+        InputError: another recipe; a recipe "codebook" for an objective that has neither months nor hazards.
+    """
+
+    def __init__(
+        self,
+        recipe: str,
+        network: CodebookNet,
+        train: ScanCache,
+        val: ScanCache,
+        objective: Objective,
+        ckpt_dir: str,
+        seed: int = 0,
+    ) -> None:
+        if recipe not in RECIPES:
+            raise InputError(f'recipe must be one of {", ".join(RECIPES)}, got "{recipe}".')
+        self.recipe = recipe
+        self.network = network
+        self.train, self.val = train, val
+        self.path = Path(ckpt_dir) / "codebooks.pt"
+        self.seed = seed
+        plain = not objective.extra and not getattr(objective, "mixture", False)
+        self.readable = plain and (hasattr(objective, "variance") or hasattr(objective, "fit_baseline"))
+        if recipe == "codebook" and not self.readable:
+            raise InputError(f'the recipe "codebook" needs an objective of months or hazards, not {objective.name}.')
+        self.objective = copy.deepcopy(objective).cpu().requires_grad_(False)
+        self.familiarity: Familiarity | None = None
+        self.location: Tensor | None = None  # out of fold, of each training scan
+
+    @property
+    def fitted(self) -> bool:
+        """Whether there is a codebook network to choose."""
+        return self.location is not None
+
+    def run(self) -> None:
+        """Fit all there is to fit, or read it; of several processes the first does, and the others read."""
+        if idist.get_rank() == 0 and not self.load():
+            self.fit()
+        idist.barrier()
+        if idist.get_rank() > 0:
+            self.load()
+
+    def load(self) -> bool:
+        try:
+            state = load_checked(self.path) if self.path.is_file() else None
+        except DamagedFile as e:
+            logger.warning(f"{e}; it is made again.")
+            state = None
+        if state is None or state["identity"] != self.identity():
+            return False
+        self.familiarity = Familiarity(*state["familiarity"])
+        if state["network"] is not None:
+            self.network.load_state_dict(state["network"])
+            self.objective = type(self.objective)(**state["objective"]).requires_grad_(False)
+            self.location = state["location"]
+        return True
+
+    def identity(self) -> list:
+        """What the fit depends on, to compare."""
+        scans = [[self.train.key(r).decode(), r["time"], r["event"], str(r.get("clinical"))] for r in self.train.data]
+        code = code_digest("networks/*.py", "run/codebooks.py", "survival/*.py")
+        return [scans, self.network.arguments, self.recipe, self.objective.name, self.seed, code]
+
+    def fit(self) -> None:
+        records = self.train.data
+        scans = [Tokens.cached(self.train, i) for i in tqdm(range(len(records)), desc="describing", unit="scan")]
+        folds = torch.tensor(site_folds(records, self.seed))
+        self.familiarity = fit_familiarity(torch.stack([look(scan.described) for scan in scans]), folds.tolist())
+        if self.recipe != "network" and self.readable:
+            fit_books(self.network, scans, self.seed)
+            words = [words_of(self.network, scan) for scan in tqdm(scans, desc="codebooks", unit="scan")]
+            clinical = clinical_of(records)
+            outcome = outcomes(records)
+            risk = out_of_fold(self.network, words, scans, outcome, folds, clinical)
+            variance = fit_months(self.network, risk, outcome, self.objective, clinical)
+            if variance is not None:
+                self.objective.variance = variance
+            self.location = self.located(risk, clinical)
+            if hasattr(self.objective, "fit_baseline"):
+                self.objective.fit_baseline(self.location, outcome)
+        state = {"identity": self.identity(), "familiarity": list(vars(self.familiarity).values()), "network": None}
+        if self.fitted:
+            state["network"] = self.network.state_dict()
+            state |= {"objective": self.objective.arguments, "location": self.location}
+        save_checked(state, self.path)
+
+    def located(self, risk: Tensor, clinical: Tensor) -> Tensor:
+        """Patients' locations in months, (N,), from their risks and covariates."""
+        with torch.no_grad():
+            return self.network.months(risk) + clinical @ self.network.clinical_months
+
+    def predict_val(self) -> Tensor:
+        """Locations of the validation scans, (N,)."""
+        scans = [Tokens.cached(self.val, i) for i in range(len(self.val.data))]
+        risk = torch.stack([risk_of(self.network, words_of(self.network, scan), scan.index) for scan in scans])
+        return self.located(risk, clinical_of(self.val.data))
+
+
+def clinical_of(records: Sequence[dict]) -> Tensor:
+    """Clinical vectors of encoded records, (N, K)."""
+    return torch.tensor([[float(x) for x in record.get("clinical", [])] for record in records]).view(len(records), -1)
+
+
+def as_maps(location: Tensor) -> Tensor:
+    """Locations of patients (N,) as survival maps of one patch, (N, 2, 1, 1, 1)."""
+    return torch.stack([location, torch.ones_like(location)], 1).view(-1, 2, 1, 1, 1)
