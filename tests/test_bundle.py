@@ -296,7 +296,7 @@ def test_inference_writes_all_files_on_the_scans_own_grid(tiny_cohort, tmp_path,
     table = pd.read_csv(tmp_path / "predictions.csv")
     assert len(table) == 16 and (table.status == "ok").all()
     expected = "patient_id status message median_months mean_months lower_months upper_months risk"
-    assert list(table) == expected.split() + [f"death_{t}m" for t in (12, 24, 36, 60)]
+    assert list(table) == expected.split() + [f"death_{t}m" for t in (12, 24, 36, 60)] + ["familiarity"]
     assert (table.lower_months < table.median_months).all() and (table.median_months < table.upper_months).all()
     curves = pd.read_csv(tmp_path / "survival_curves.csv").set_index("patient_id")
     assert (np.diff(curves.to_numpy(), axis=1) <= 1e-6).all()
