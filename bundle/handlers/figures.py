@@ -50,6 +50,7 @@ def report_evaluation(
     distribution: MapDistribution,
     ckpt: str | Sequence[str] | None = None,
     figures: bool = True,
+    settings: dict | None = None,
 ) -> None:
     """Draw an evaluation into `figures/` and write `report.html` with its figures and what `metrics.json` holds.
 
@@ -61,6 +62,7 @@ def report_evaluation(
         distribution: of the maps' locations and weights.
         ckpt: weights; with a `history.csv` beside them the training is drawn as well (an ensemble's isn't).
         figures: if false, nothing is drawn or written.
+        settings: of the weights, which say what their training learnt; None for maps of another tool.
     """
     if not figures:
         return
@@ -69,7 +71,7 @@ def report_evaluation(
         folder = Path(output_dir)
         drawn = evaluation_figures(table, groups, ckpt)
         pictures = {name: save_figure(figure, folder / "figures", name) for name, figure in drawn.items()}
-        write_evaluation_report(folder / "report.html", json.loads((folder / "metrics.json").read_text()), pictures)
+        write_evaluation_report(folder / "report.html", json.loads((folder / "metrics.json").read_text()), pictures, settings)
         logger.info(f"report: {folder / 'report.html'}")
     idist.barrier()  # a process that ends with an error, because a scan failed, ends the others
 

@@ -101,6 +101,14 @@ class HistoryWriter:
         write_atomically(self.path, lambda p: table.to_csv(p, index=False, float_format="%.7g"))
 
 
+def write_verdict(path: Path, learnt: str) -> None:
+    """Put a training's verdict into the last row of its `history.csv`, if it has one: codebooks alone have no epochs."""
+    if idist.get_rank() == 0 and path.is_file():
+        table = pd.read_csv(path)
+        table["learnt"] = [""] * (len(table) - 1) + [learnt]
+        write_atomically(path, lambda p: table.to_csv(p, index=False, float_format="%.7g"))
+
+
 class WandbHandler:
     """Log a run to Weights & Biases: the loss of every iteration of a trainer, the metrics of every validation.
 

@@ -188,9 +188,10 @@ def training_curves(history: pd.DataFrame) -> Figure:
     """Each column of a training's history over its `epoch`: the loss, and the metrics of epochs with a validation.
 
     Args:
-        history: columns `epoch`, `train_loss` and one a metric; empty cells in epochs without a validation.
+        history: columns `epoch`, `train_loss` and one a metric; empty cells in epochs without a validation; `learnt`,
+            the verdict, in the last row.
     """
-    columns = [name for name in history.columns if name != "epoch"]
+    columns = [name for name in history.columns if name not in ("epoch", "learnt")]
     figure = Figure(figsize=(6.5, 1.2 + 1.8 * len(columns)), layout="constrained")
     axes = np.atleast_1d(figure.subplots(len(columns), 1, sharex=True))
     for ax, name in zip(axes, columns):
@@ -202,6 +203,8 @@ def training_curves(history: pd.DataFrame) -> Figure:
             _note(ax, "no values")
     axes[-1].set_xlabel("epoch")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    if "learnt" in history:
+        figure.suptitle(f"learnt: {history['learnt'].iloc[-1]}")
     return figure
 
 

@@ -78,23 +78,31 @@ def write_report(path: str | Path, sections: Iterable[Markup], rows: list[dict],
         settings: of the weights.
     """
     shown = {name: value for name, value in settings.items() if name not in LONG}
+    _write(path, "inference.html", sections=sections, rows=rows, settings=json.dumps(shown, indent=2), **believed(settings))
+
+
+def believed(settings: dict) -> dict:
+    """What pages say of the training that left weights with these settings: `verdict` in words, and if it is `doubtful`."""
     learnt = settings.get("learnt")
-    doubtful = learnt is None or learnt["learnt"] != "yes"
-    verdict = in_words(learnt) if learnt else "these weights have no record of what their training learnt"
-    content = {"verdict": verdict, "doubtful": doubtful, "settings": json.dumps(shown, indent=2)}
-    _write(path, "inference.html", sections=sections, rows=rows, **content)
+    if learnt is None:
+        return {"verdict": "these weights have no record of what their training learnt", "doubtful": True}
+    return {"verdict": in_words(learnt), "doubtful": learnt["learnt"] != "yes"}
 
 
-def write_evaluation_report(path: str | Path, metrics: dict, pictures: dict[str, bytes]) -> None:
+def write_evaluation_report(
+    path: str | Path, metrics: dict, pictures: dict[str, bytes], settings: dict | None = None
+) -> None:
     """Write the page about an evaluation.
 
     Args:
         path: of the HTML file.
         metrics: what `metrics.json` holds.
         pictures: PNGs by the name of their figure in `evaluation.html`.
+        settings: of the weights; None for maps of another tool.
     """
     failed = metrics.get("failed", {}).get("scans", [])
-    _write(path, "evaluation.html", groups=metric_groups(metrics), pictures=pictures, failed=failed)
+    said = believed(settings) if settings else {"verdict": "", "doubtful": False}
+    _write(path, "evaluation.html", groups=metric_groups(metrics), pictures=pictures, failed=failed, **said)
 
 
 class MetricGroup(NamedTuple):

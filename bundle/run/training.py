@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from bundle.data import ScanCache
 from bundle.errors import InputError
+from bundle.handlers import write_verdict
 from bundle.maps import GridShiftInferer
 from bundle.metrics.verdict import in_words, verdict
 from bundle.run.codebooks import CodebookStage, as_maps
@@ -124,6 +125,7 @@ class Finish:
         by = "validation" if network is self.network else "out of fold"
         learnt = verdict(-location, *outcome.unbind(1), by=by)
         logger.log(logging.INFO if learnt["learnt"] == "yes" else logging.WARNING, f"verdict: {in_words(learnt)}.")
+        write_verdict(self.codebooks.path.with_name("history.csv"), learnt["learnt"])
         trained_on = outcomes(self.dataset.data)
         cohort = {"pmf": cohort_pmf(trained_on, found["objective"]["tmax"]), "last_death": last_death(trained_on)}
         familiarity = dataclasses.asdict(self.codebooks.familiarity)
