@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from bundle.errors import InputError
-from bundle.networks.descriptors import DESCRIPTORS, blur, describe, level_and_spread, tokens_at
+from bundle.networks.descriptors import DESCRIPTORS, at, blur, describe, level_and_spread, tokens_at
 from bundle.networks.patches import to_grid
 
 
@@ -20,9 +21,11 @@ class CodebookNet(nn.Module):
        this scan.
     2. Each codebook has words, found by k-means on a few of the descriptors, which no outcome has shaped. A voxel has
        one word of every book.
-    3. Each word has a hazard. A voxel's evidence is the mean of its words' hazards, smoothed over 5 mm.
-    4. The weight is the fourth power of the evidence above 0, as a share of the whole lung's. The fourth power's mean
-       over the lung is the patient's risk, and its fourth root, on the scale of the evidence, tells the months.
+    3. Each word has a hazard. A voxel's evidence is the mean of its words' hazards, smoothed over 5 mm. It is told at
+       every second voxel an axis, and interpolated between.
+    4. The weight is a base that all voxels have plus the fourth power of the evidence above 0, as a share of the whole
+       lung's: a lung without evidence is evenly lit. The fourth root of the mean fourth power is the patient's risk, on
+       the scale of the evidence, and tells the months.
 
     :class:`bundle.run.CodebookStage` fits books, hazards and months from a cohort at once. That is a convex problem, and
     needs far fewer patients than the steps of a transformer.
@@ -65,6 +68,7 @@ class CodebookNet(nn.Module):
         self.register_buffer("chosen", torch.zeros(books, few, dtype=torch.long))
         self.register_buffer("centres", torch.zeros(books, words, few))
         self.hazard = nn.Parameter(torch.zeros(books, words))
+        self.register_buffer("base", torch.tensor(1e-6))
         self.offset = nn.Parameter(torch.tensor(self.high / 2))  # months without any evidence
         self.slope = nn.Parameter(torch.tensor(self.high / 2))  # months that go with evidence of 1
         self.power = nn.Parameter(torch.ones(()))
@@ -76,10 +80,11 @@ class CodebookNet(nn.Module):
 
     def words_of(self, x: Tensor) -> Tensor:
         """The word of every book that each token is nearest to, (M, books) of uint8 or more, from (M, 29)."""
-        found = torch.zeros(x.shape[0], self.chosen.shape[0], dtype=torch.int16, device=x.device)
-        for book in range(self.chosen.shape[0]):
-            found[:, book] = nearest(x[:, self.chosen[book]], self.centres[book])
-        return found
+        found: list[Tensor] = []
+        for part in x.split(4096):  # as many as a processor's cache holds, with their distances
+            words = [nearest(part[:, self.chosen[book]], self.centres[book]) for book in range(self.chosen.shape[0])]
+            found.append(torch.stack(words, 1).to(torch.int16))
+        return torch.cat(found)
 
     def evidence(self, words: Tensor) -> Tensor:
         """The mean hazard of the words (M, books) of each token, (M,)."""
@@ -110,24 +115,18 @@ class CodebookNet(nn.Module):
 
     def map_of(self, image: Tensor, lung: Tensor) -> Tensor:
         """The map of one scan, (2, D, H, W), from image and lung (D, H, W)."""
-        voxels, tokens = lung.nonzero(), tokens_at(lung)
-        described = describe(image, lung, voxels)
-        number = torch.zeros(lung.shape, dtype=torch.long, device=lung.device)
-        number[voxels[:, 0], voxels[:, 1], voxels[:, 2]] = torch.arange(len(voxels), device=lung.device)
-        usual = number[tokens[:, 0], tokens[:, 1], tokens[:, 2]]
-        level, spread = level_and_spread(described[usual])
+        tokens = tokens_at(lung)
+        described = describe(image, lung, tokens)
+        level, spread = level_and_spread(described)
         evidence = self.evidence(self.words_of(self.standardised(described, level, spread)))
-        patient = self.months(root_mean(smoothed(evidence[usual], tokens // 2, 0.5 * self.smoothing)))
-        evidence = smoothed(evidence, voxels, self.smoothing).clamp_min(0)
-        weight = (evidence + 1e-6) ** 4
+        cells = torch.div(tokens, 2, rounding_mode="floor")
+        patient = self.months(root_mean(smoothed(evidence, cells, 0.5 * self.smoothing)))
+        evidence = between_tokens(evidence, cells, 0.5 * self.smoothing, lung).clamp_min(0)
+        weight = (self.base + evidence**4) * lung
         weight = weight / weight.sum()
         location = self.months(evidence)
-        location = location + patient - (location * weight).sum()
-        found = torch.zeros([2, lung.shape[0], lung.shape[1], lung.shape[2]], dtype=image.dtype)
-        found = found.to(image.device)
-        found[0, voxels[:, 0], voxels[:, 1], voxels[:, 2]] = location
-        found[-1, voxels[:, 0], voxels[:, 1], voxels[:, 2]] = weight
-        return found
+        location = (location + patient - (location * weight).sum()) * lung
+        return torch.stack([location, weight])
 
 
 def nearest(x: Tensor, centres: Tensor) -> Tensor:
@@ -135,15 +134,31 @@ def nearest(x: Tensor, centres: Tensor) -> Tensor:
     return (x @ centres.T - 0.5 * centres.square().sum(1)).argmax(1)
 
 
-def smoothed(values: Tensor, index: Tensor, sigma: float) -> Tensor:
-    """Values (M,) at voxels `index` (M, 3), blurred over these alone."""
-    size: list[int] = (index.amax(0) + 1).tolist()
+def blurred(values: Tensor, cells: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    """Values (M,) laid on their cells (M, 3) of a grid and blurred, and the blur of ones there, (d, h, w) each."""
+    size: list[int] = (cells.amax(0) + 1).tolist()
     volume = torch.zeros(size, dtype=values.dtype, device=values.device)
     inside = torch.zeros_like(volume)
-    volume[index[:, 0], index[:, 1], index[:, 2]] = values
-    inside[index[:, 0], index[:, 1], index[:, 2]] = 1.0
-    ratio = blur(volume, sigma) / blur(inside, sigma).clamp_min(1e-6)
-    return ratio[index[:, 0], index[:, 1], index[:, 2]]
+    volume[cells[:, 0], cells[:, 1], cells[:, 2]] = values
+    inside[cells[:, 0], cells[:, 1], cells[:, 2]] = 1.0
+    return blur(volume, sigma), blur(inside, sigma)
+
+
+def smoothed(values: Tensor, cells: Tensor, sigma: float) -> Tensor:
+    """Values (M,) in cells (M, 3), blurred over these alone."""
+    total, count = blurred(values, cells, sigma)
+    return at(total / count.clamp_min(1e-6), cells)
+
+
+def between_tokens(values: Tensor, cells: Tensor, sigma: float, lung: Tensor) -> Tensor:
+    """:func:`smoothed` values at every voxel of `lung` (D, H, W), by trilinear interpolation; cell k is at voxel 2 k."""
+    total, count = blurred(values, cells, sigma)
+    size = [2 * n - 1 for n in total.shape]
+    fine = F.interpolate(torch.stack([total, count]).unsqueeze(0), size, mode="trilinear", align_corners=True)[0]
+    pad = [0, lung.shape[2] - size[2], 0, lung.shape[1] - size[1], 0, lung.shape[0] - size[0]]  # below 0, it crops
+    fine = F.pad(fine.unsqueeze(0), [min(n, 1) for n in pad], mode="replicate")[0]
+    fine = F.pad(fine, [n - min(n, 1) for n in pad])
+    return fine[0] / fine[1].clamp_min(1e-6)
 
 
 def root_mean(evidence: Tensor) -> Tensor:

@@ -278,6 +278,7 @@ class CodebookStage:
             clinical = clinical_of(records)
             outcome = outcomes(records)
             risk = out_of_fold(self.network, words, scans, outcome, folds, clinical)
+            self.network.base.copy_((risk**4).median())  # half of the patients have more evidence than base
             variance = fit_months(self.network, risk, outcome, self.objective, clinical)
             if variance is not None:
                 self.objective.variance = variance
