@@ -3,7 +3,6 @@
 """What a cohort says without any model, and distributions that fall back on it."""
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from bundle.survival.kaplan_meier import kaplan_meier
