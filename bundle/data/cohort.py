@@ -48,7 +48,8 @@ def read_cohort(
     Args:
         path: CSV in UTF-8, one row a scan. Columns `patient_id`, `image`, `time` (months) and `event` (1 died, 0
             censored); optional `lung_mask`, `gt_mask`, `confounder_mask`, `split` (train, val or test), `fold`
-            (integer) and `site` (hospital or scanner). Any other column is clinical. Paths are absolute or relative to the CSV.
+            (integer) and `site` (hospital or scanner). Any other column is clinical. Paths are absolute or relative to
+            the CSV.
         need_outcome: whether `time`, `event` and at least one death must be there.
         clinical: clinical columns to take and the kind of each, "numeric" or "categorical".
         need_clinical: whether these columns must be there. If not, all values of one that isn't are missing.

@@ -71,7 +71,8 @@ def report_evaluation(
         folder = Path(output_dir)
         drawn = evaluation_figures(table, groups, ckpt)
         pictures = {name: save_figure(figure, folder / "figures", name) for name, figure in drawn.items()}
-        write_evaluation_report(folder / "report.html", json.loads((folder / "metrics.json").read_text()), pictures, settings)
+        metrics = json.loads((folder / "metrics.json").read_text())
+        write_evaluation_report(folder / "report.html", metrics, pictures, settings)
         logger.info(f"report: {folder / 'report.html'}")
     idist.barrier()  # a process that ends with an error, because a scan failed, ends the others
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from bundle.data import ScanCache
 from bundle.errors import InputError
-from bundle.handlers import write_verdict
+from bundle.handlers.tracking import write_verdict
 from bundle.maps import GridShiftInferer
 from bundle.metrics.verdict import in_words, verdict
 from bundle.run.codebooks import CodebookStage, as_maps

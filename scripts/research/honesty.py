@@ -42,22 +42,24 @@ anatomies that no training has seen. Recipe: {recipe}.
 
 ## Verdicts
 
-A training on shuffled outcomes should end in "no", one on outcomes that follow the disease in "yes". Each seed draws times and
-censoring anew; p is the test's.
+A training on shuffled outcomes should end in "no", one on outcomes that follow the disease in "yes". Each seed draws
+other times and another censoring; p is the test's.
 
 """
 INTERVALS = """
 ## Intervals
 
-Share of true times, the censored ones' included, within the 95 % interval of scans of the test anatomies. Beyond the last death of the
-training an interval is open. p: D-calibration, of observed times. C-index, and that of the diseased share itself (oracle).
+Share of true times, the censored ones' included, within the 95 % interval of scans of the test anatomies. Beyond the last
+death of the training an interval is open. `d_calibration_p` is of observed times. `c_index_test` stands beside that of
+the diseased share itself (`oracle`).
 
 """
 FAMILIAR = """
 ## Familiarity
 
-AUROC with which the distance from the training scans tells strange scans from the {test} of the test anatomies, and the median
-familiarity of the strange ones; that of the test scans themselves is {usual:.2f}. Each strange scan is a test scan that was changed.
+AUROC with which the distance from the training scans tells strange scans from the {test} of the test anatomies, and the
+median familiarity of the strange ones; that of the test scans themselves is {usual:.2f}. Strange scans are test scans that
+were changed, or chest phantoms.
 
 """
 
@@ -89,7 +91,7 @@ def cohort_of(table: pd.DataFrame, params: ImplantParams, kind: str, seed: int) 
 
 
 def measure(args: argparse.Namespace, kind: str, seed: int) -> dict:
-    """The verdict of a training and, unless its outcomes were shuffled, how its intervals hold; from its file if it is done."""
+    """The verdict of a training and, unless its outcomes were shuffled, how its intervals hold; read if it is there."""
     folder = args.out / f"{kind}_{seed}"
     record = folder / "honesty.json"
     if record.is_file():
@@ -248,7 +250,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     try:
-        todo = [(args, "drawn", seed) for seed in range(args.drawn)] + [(args, "shuffled", seed) for seed in range(args.shuffled)]
+        todo = [(args, "drawn", seed) for seed in range(args.drawn)]
+        todo += [(args, "shuffled", seed) for seed in range(args.shuffled)]
         found = []
         for result in tqdm(run_jobs(measure, todo, args.jobs), total=len(todo), desc="honesty", unit="training"):
             if isinstance(result, Exception):
