@@ -6,7 +6,7 @@ from bundle.handlers.evaluation import ScoreScans, score_maps
 from bundle.handlers.failed import failed_scans
 from bundle.handlers.figures import draw_training, report_evaluation, save_figure
 from bundle.handlers.metrics_writer import MetricsWriter, format_metrics_table
-from bundle.handlers.tracking import HistoryWriter, Progress, WandbHandler, loss_of, write_verdict
+from bundle.handlers.tracking import HistoryWriter, Progress, WandbHandler, loss_of
 from bundle.handlers.training import EpochSeed, GradientClip, geometric
 
 __all__ = [
