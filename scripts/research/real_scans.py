@@ -29,8 +29,8 @@ HEAD = """\
 # Real scans
 
 Made by `python -m scripts.research.real_scans`. No disease of known place is in these scans: the table shows what the
-weights say of them. *Vessels*: heat of central vessels relative to their share of the lung; 1 is an evenly lit lung. A tumour at the
-hilum counts as vessels. *Familiarity*: share of the training scans that look as strange or stranger.
+weights say of them. *Vessels*: heat of central vessels relative to their share of the lung; 1 is an evenly lit lung. A
+tumour at the hilum counts as vessels. *Familiarity*: share of the training scans that look as strange or stranger.
 
 """
 
