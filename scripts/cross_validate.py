@@ -171,7 +171,7 @@ class CrossValidation:
         for key, value in options.items():
             root = key.split("#")[0]
             if root in OWN:
-                raise InputError(f"--{key} can't be overridden here: cross-validation sets it.")
+                raise InputError(f"--{key} can't be overridden here: this script sets it.")
             if root in config.config:
                 training[key] = value
             elif root not in evaluation:

@@ -295,6 +295,13 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def params_of(args: argparse.Namespace) -> ImplantParams:
+    """What a command line says of the implants; :class:`InputError` where it can't be."""
+    given = {name: getattr(args, name) for name, _, _ in options()}
+    given["lookalikes"] = [] if args.lookalikes == ["none"] else args.lookalikes
+    return ImplantParams(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     try:
@@ -307,12 +314,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise InputError(f"{name} is {getattr(args, name)}; expected a share from 0 to below 1.")
         if not 0.5 <= args.spacing <= 10:
             raise InputError(f"spacing is {args.spacing}; expected 0.5 to 10 mm.")
-        if args.lookalikes == ["none"]:
-            args.lookalikes = []
-        given = {name: getattr(args, name) for name, _, _ in options()}
-        write_cohort(
-            args.out, args, ImplantParams(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
-        )
+        write_cohort(args.out, args, params_of(args))
     except InputError as e:
         sys.exit(f"error: {e}")
 
