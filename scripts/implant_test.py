@@ -127,10 +127,10 @@ class ImplantTest:
         names = [record["patient_id"] for record in backgrounds]
         for key in [(n, seed) for n in patients for seed in seeds]:
             plan = make_implants.plan(names, make_implants.parser().parse_args(self.implants(*key)))
-            if not any(scan["diseased"] for scan in plan if scan["split"] == "test"):
+            if {scan["split"] == "test" for scan in plan if scan["diseased"]} != {True, False}:
                 raise InputError(
-                    f"{args.backgrounds}: {len(names)} anatomies, with the options given, leave no diseased scan to test on "
-                    "(expected at least two anatomies, one of them for --test_anatomies, and --diseased above 0)."
+                    f"{args.backgrounds}: its {len(names)} anatomies, with the options given, leave no diseased scan to "
+                    "learn from or none to test on (expected two anatomies, not all in --test_anatomies, and --diseased above 0)."
                 )
         settings = {
             "implants": json.loads(json.dumps(asdict(params))) | {"spacing": args.spacing, "val_share": args.val_share},
@@ -157,7 +157,8 @@ class ImplantTest:
             implants, example = folder / "implants", folder / "implants" / "example.csv"
             tell("implants")
             start("scripts.make_implants", *self.implants(patients, seed))
-            test = followed_to_the_end(pd.read_csv(implants / "cohort.csv"))
+            last = json.loads((implants / "implants.json").read_text())["last"]
+            test = followed_to_the_end(pd.read_csv(implants / "cohort.csv"), last)
             write_text(implants / "test.csv", test.to_csv(index=False))
             tell("training")
             train = {"config_file": CONFIGS[0], "cohort": implants / "cohort.csv", "seed": seed}
@@ -183,9 +184,9 @@ class ImplantTest:
         return rows.sort_values(["patients", "seed"], ignore_index=True) if len(rows) else rows
 
 
-def followed_to_the_end(cohort: pd.DataFrame) -> pd.DataFrame:
-    """The test scans, nobody lost from sight: that a C-index stands on few deaths is no fault of what was learnt."""
-    test, last = cohort[cohort.split == "test"], cohort.time.max()
+def followed_to_the_end(cohort: pd.DataFrame, last: float) -> pd.DataFrame:
+    """The test scans, nobody lost before month `last`: few deaths there would only blur what was learnt."""
+    test = cohort[cohort.split == "test"]
     return test.assign(time=np.minimum(test.true_time, last), event=(test.true_time <= last).astype(int))
 
 
@@ -206,7 +207,7 @@ def numbers(folder: Path) -> dict[str, float | int]:
     return {
         "deaths": int(cohort[cohort.split != "test"].event.sum()),
         "test_scans": len(test),
-        "test_anatomies": " ".join(sorted(set(test.anatomy.astype(str)))),
+        "test_anatomies": ", ".join(sorted(set(test.anatomy.astype(str)))),
         "c_index": metrics["survival"]["c_index"]["value"],
         "c_index_oracle": c_index(share, time, event),
         **maps,

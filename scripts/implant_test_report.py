@@ -52,7 +52,7 @@ def verdict(rows: pd.DataFrame) -> tuple[str, str]:
         f"{found} of {runs} seeds."
     )
     if rows.ceiling.mean() < max(VISIBLE, 2 * rows.base_rate.mean()):
-        return "hidden", f"{head} even a network shown the masks hardly sees it: {numbers}"
+        return "hidden", f"{head} even a classifier shown the masks hardly sees it: {numbers}"
     if found == runs:
         return "yes", f"{head} the map finds it: {numbers}"
     if not found:
@@ -73,7 +73,9 @@ def answer(verdicts: dict[int, str], num_seeds: int) -> str:
         less = " Fewer were not tried." if enough == min(verdicts) else ""
         return f"Yes: with {enough} patients the map finds it.{less}{few}"
     if all(word == "hidden" for word in verdicts.values()):
-        return f"It can't be told: this disease can hardly be seen in these scans, even by a network shown the masks.{few}"
+        return (
+            f"It can't be told: this disease can hardly be seen in these scans, even by a classifier shown the masks.{few}"
+        )
     if "yes" in verdicts.values() or "unsure" in verdicts.values():
         return f"Not surely: up to {most} patients it depends on the seed or the number whether the map finds it.{few}"
     return f"No: with up to {most} patients the map does not find it.{few}"
@@ -89,7 +91,7 @@ def doubts(rows: pd.DataFrame, expected: int) -> list[str]:
             f"The times hardly depend on the disease: even its true share orders patients with a C-index of {oracle:.2f} "
             "only. More patients help little; a larger effect or less noise would."
         )
-    anatomies = {name for names in rows.test_anatomies for name in names.split()}
+    anatomies = {name for names in rows.test_anatomies for name in names.split(", ")}
     if len(anatomies) < 3:
         found.append(f"Measured on {len(anatomies)} anatomies ({', '.join(sorted(anatomies))}): few to speak for others.")
     return found
