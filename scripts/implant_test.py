@@ -129,8 +129,8 @@ class ImplantTest:
             plan = make_implants.plan(names, make_implants.parser().parse_args(self.implants(*key)))
             if {scan["split"] == "test" for scan in plan if scan["diseased"]} != {True, False}:
                 raise InputError(
-                    f"{args.backgrounds}: its {len(names)} anatomies, with the options given, leave no diseased scan to "
-                    "learn from or none to test on (expected two anatomies, not all in --test_anatomies, and --diseased above 0)."
+                    f"{args.backgrounds}: {len(names)} anatomies, with these options, leave no diseased scan to learn "
+                    "from or none to test on (expected two anatomies, not all in --test_anatomies, and --diseased over 0)."
                 )
         settings = {
             "implants": json.loads(json.dumps(asdict(params))) | {"spacing": args.spacing, "val_share": args.val_share},

@@ -93,7 +93,7 @@ def doubts(rows: pd.DataFrame, expected: int) -> list[str]:
         )
     anatomies = {name for names in rows.test_anatomies for name in names.split(", ")}
     if len(anatomies) < 3:
-        found.append(f"Measured on {len(anatomies)} anatomies ({', '.join(sorted(anatomies))}): few to speak for others.")
+        found.append(f"Measured on {', '.join(sorted(anatomies))} only: few anatomies to speak for others.")
     return found
 
 
@@ -110,7 +110,8 @@ def draw_curves(rows: pd.DataFrame) -> bytes:
             ax.plot(rows.patients, rows[name], "o", ms=4, color=colour, alpha=0.6)
         if title == "C-index":
             ax.axhline(0.5, ls=":", color="0.5", label="chance")
-        ax.set(xlabel="patients to learn from", ylabel=title, xscale="log", ylim=(0.35 if title == "C-index" else 0, 1))
+        low = min(0.4, rows.c_index.min() - 0.05) if title == "C-index" else 0
+        ax.set(xlabel="patients to learn from", ylabel=title, xscale="log", ylim=(low, 1.02))
         ax.set_xticks(numbers, [str(n) for n in numbers])
         ax.minorticks_off()
         ax.grid(alpha=0.3)
@@ -124,7 +125,7 @@ def draw_examples(examples: list[tuple[str, Path, Path, Path]]) -> bytes:
     Args:
         examples: for each a title and NIfTI files on one RAS grid: the scan, its disease, its heat.
     """
-    figure = Figure(figsize=(4.4 * len(examples), 2.7), layout="constrained", facecolor="black")
+    figure = Figure(figsize=(4.4 * len(examples), 2.2), layout="constrained", facecolor="black")
     pairs = figure.subplots(1, 2 * len(examples)).reshape(-1, 2)
     for pair, (title, *files) in zip(pairs, examples):
         image, gt, heat = (np.asarray(nib.load(path).dataobj, np.float32) for path in files)
@@ -157,6 +158,7 @@ def report(out: Path, rows: pd.DataFrame, expected: int, command: str) -> list[s
         rows: of the runs that are done, at least one.
         expected: how many runs are asked for.
     """
+    rows = rows.astype(dict.fromkeys(SHOWN, float))  # what couldn't be measured is NaN
     by_number = [group for _, group in rows.groupby("patients")]
     verdicts = [verdict(group) for group in by_number]
     first = answer({int(g.patients.iloc[0]): word for g, (word, _) in zip(by_number, verdicts)}, rows.seed.nunique())
