@@ -125,7 +125,7 @@ def draw_examples(examples: list[tuple[str, Path, Path, Path]]) -> bytes:
     Args:
         examples: for each a title and NIfTI files on one RAS grid: the scan, its disease, its heat.
     """
-    figure = Figure(figsize=(4.4 * len(examples), 2.2), layout="constrained", facecolor="black")
+    figure = Figure(figsize=(4.4 * len(examples), 2.0), layout="constrained", facecolor="black")
     pairs = figure.subplots(1, 2 * len(examples)).reshape(-1, 2)
     for pair, (title, *files) in zip(pairs, examples):
         image, gt, heat = (np.asarray(nib.load(path).dataobj, np.float32) for path in files)
@@ -139,7 +139,7 @@ def draw_examples(examples: list[tuple[str, Path, Path, Path]]) -> bytes:
         for ax in pair:
             ax.contour(plane(gt, 2, k), [0.5], colors="deepskyblue", linewidths=0.8)
         pair[0].set_title(title, color="white", fontsize=9, loc="left")
-    return png(figure)
+    return png(figure, dpi=140)
 
 
 def example_of(out: Path, row) -> tuple[str, Path, Path, Path]:
