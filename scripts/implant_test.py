@@ -201,7 +201,7 @@ def middle_scan(measured: Path) -> str:
 def numbers(folder: Path) -> dict[str, float | int]:
     """What a run was measured to be, and what is possible there."""
     cohort, test = (pd.read_csv(folder / "implants" / name) for name in ("cohort.csv", "test.csv"))
-    metrics = json.loads((folder / "test" / "metrics.json").read_text())
+    metrics, settings = (json.loads((folder / name).read_text()) for name in ("test/metrics.json", "train/settings.json"))
     share, time, event = (torch.tensor(test[name].to_numpy()) for name in ("share", "time", "event"))
     maps = {name: metrics["localisation"][name]["value"] for name in ("average_precision", "pointing_game")}
     return {
@@ -211,6 +211,7 @@ def numbers(folder: Path) -> dict[str, float | int]:
         "c_index": metrics["survival"]["c_index"]["value"],
         "c_index_oracle": c_index(share, time, event),
         **maps,
+        "learnt": settings["learnt"]["learnt"],
         "base_rate": float(test.share[test.share > 0].mean()),
     }
 

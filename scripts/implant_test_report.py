@@ -167,11 +167,13 @@ def report(out: Path, rows: pd.DataFrame, expected: int, command: str) -> list[s
         {"patients": group.patients.iloc[0], "seeds": ", ".join(map(str, group.seed))}
         | {title: spread(group[name], digits) for name, (title, digits) in SHOWN.items()}
         | {"found": f"{int((reached(group) >= FOUND).sum())} of {len(group)}"}
+        | {"learnt": ", ".join(group.learnt)}
         for group in by_number
     ]
     runs = [
         {"patients": row.patients, "seed": row.seed, "tested on": f"{row.test_scans} scans of {row.test_anatomies}"}
         | {title: f"{getattr(row, name):.{digits}f}" for name, (title, digits) in SHOWN.items()}
+        | {"learnt": row.learnt}
         for row in rows.itertuples()
     ]
     write_text(out / "implant_test.csv", rows.to_csv(index=False, float_format="%.6g"))
