@@ -211,7 +211,7 @@ def numbers(folder: Path) -> dict[str, float | int]:
         "c_index": metrics["survival"]["c_index"]["value"],
         "c_index_oracle": c_index(share, time, event),
         **maps,
-        "learnt": settings["learnt"]["learnt"],
+        "learnt": settings["learnt"]["verdict"],
         "base_rate": float(test.share[test.share > 0].mean()),
     }
 

@@ -106,7 +106,7 @@ class Stub:
         if "train" in options["config_file"]:
             assert set(scans.split) == {"train", "val", "test"}
             Path(options["ckpt_dir"]).mkdir(exist_ok=True)
-            (Path(options["ckpt_dir"]) / "settings.json").write_text('{"learnt": {"learnt": "yes"}}')
+            (Path(options["ckpt_dir"]) / "settings.json").write_text('{"learnt": {"verdict": "yes"}}')
         elif "evaluate" in options["config_file"]:
             assert set(scans.split) == {"test"} and Path(options["ckpt"]).parent.name == "train"
             scans["average_precision"] = np.where(scans.share > 0, 1 - scans.share, np.nan)

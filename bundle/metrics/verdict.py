@@ -36,7 +36,7 @@ def verdict(risk: Tensor, time: Tensor, event: Tensor, by: str, seed: int = 0) -
         seed: of the shuffles.
 
     Returns:
-        ``learnt``, "yes" (p below 0.005), "no" (p above 0.02), or "unsure" (between, or fewer than 5 deaths); ``by``,
+        ``verdict``, "yes" (p below 0.005), "no" (p above 0.02), or "unsure" (between, or fewer than 5 deaths); ``by``,
         ``patients``, ``deaths``, ``c_index`` and ``p_value``.
     """
     risk, time, event = risk.double(), time.double(), event.double()
@@ -53,7 +53,7 @@ def verdict(risk: Tensor, time: Tensor, event: Tensor, by: str, seed: int = 0) -
     if deaths < LEAST_DEATHS and learnt == "yes":
         learnt = "unsure"
     return {
-        "learnt": learnt, "by": by, "patients": len(risk), "deaths": deaths,
+        "verdict": learnt, "by": by, "patients": len(risk), "deaths": deaths,
         "c_index": c_index(risk, time, event), "p_value": p,
     }  # fmt: skip
 
@@ -66,5 +66,5 @@ def in_words(found: dict) -> str:
         "yes": "the training learnt something",
         "unsure": "it is not sure that the training learnt anything",
         "no": "the training learnt nothing that could be shown",
-    }[found["learnt"]]
+    }[found["verdict"]]
     return f"{what} ({c}{tested})"

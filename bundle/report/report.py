@@ -86,7 +86,7 @@ def believed(settings: dict) -> dict:
     learnt = settings.get("learnt")
     if learnt is None:
         return {"verdict": "these weights have no record of what their training learnt", "doubtful": True}
-    return {"verdict": in_words(learnt), "doubtful": learnt["learnt"] != "yes"}
+    return {"verdict": in_words(learnt), "doubtful": learnt["verdict"] != "yes"}
 
 
 def write_evaluation_report(

@@ -179,7 +179,7 @@ class PredictionWriter:
         self.scans = {record["patient_id"]: record for record in stream.data}
         self.last_death = settings.get("outcomes", {}).get("last_death")
         learnt = settings.get("learnt")  # older weights have no verdict
-        self.doubt = in_words(learnt) if learnt and learnt["learnt"] != "yes" else ""
+        self.doubt = in_words(learnt) if learnt and learnt["verdict"] != "yes" else ""
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)

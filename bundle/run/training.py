@@ -124,8 +124,8 @@ class Finish:
             location, outcome = self.codebooks.location, outcomes(self.dataset.data)
         by = "validation" if network is self.network else "out of fold"
         learnt = verdict(-location, *outcome.unbind(1), by=by)
-        logger.log(logging.INFO if learnt["learnt"] == "yes" else logging.WARNING, f"verdict: {in_words(learnt)}.")
-        write_verdict(self.codebooks.path.with_name("history.csv"), learnt["learnt"])
+        logger.log(logging.INFO if learnt["verdict"] == "yes" else logging.WARNING, f"verdict: {in_words(learnt)}.")
+        write_verdict(self.codebooks.path.with_name("history.csv"), learnt["verdict"])
         trained_on = outcomes(self.dataset.data)
         cohort = {"pmf": cohort_pmf(trained_on, found["objective"]["tmax"]), "last_death": last_death(trained_on)}
         familiarity = dataclasses.asdict(self.codebooks.familiarity)

@@ -212,7 +212,7 @@ def page(args: argparse.Namespace, found: list[dict]) -> str:
     found = pd.DataFrame(found)
     counts = []
     for kind, rows in found.groupby("kind"):
-        verdicts = rows["learnt"].value_counts()
+        verdicts = rows["verdict"].value_counts()
         p = rows["p_value"].quantile([0, 0.5, 1]).map("{:.4f}".format)
         counts.append({"outcomes": kind, "trainings": len(rows), **{v: verdicts.get(v, 0) for v in ("yes", "unsure", "no")}})
         counts[-1] |= {"p, least, median, greatest": ", ".join(p)}
