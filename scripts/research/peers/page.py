@@ -1,0 +1,86 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The page of what was measured, and its picture."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from bundle.report.pictures import LUNG_WINDOW, plane, write_png
+from scripts.jobs import markdown
+from scripts.research.peers.measure import MEASURES
+
+HEAD = """\
+# Peers on real chests with implanted disease
+
+Each cohort is real chest CTs, deformed, into which known disease was put (`python -m scripts.make_implants`). Every method
+learns from the months and events of the training scans alone, but for the ceiling, which is given the masks; it is
+measured by the same code on test scans of anatomies that no method has seen: {anatomies}. The oracle's C-index is that of
+the true share of diseased lung. A cell is the mean over seeds ({seeds}), with the least and greatest.
+
+    {command}
+"""
+NOTES = """
+AP, pointing and heat in look-alikes are of diseased scans. Heat in look-alikes: their share of the heat over their share of
+the lung. What each peer is given, and how its settings are chosen, is at the top of its file in
+`scripts/research/peers/`. The picture scales each map by its own greatest heat in the scan.
+
+![CT, what kills (red) and what only looks like it (blue), and the heat of each method](peers.png)
+"""
+
+
+def cell(values: pd.Series, digits: int) -> str:
+    values = values.dropna()
+    if values.empty:
+        return "–"
+    text = f"{values.mean():.{digits}f}"
+    return text if len(values) == 1 else f"{text} ({values.min():.{digits}f} to {values.max():.{digits}f})"
+
+
+def page(rows: pd.DataFrame, titles: dict[str, str], command: str, anatomies: list[str]) -> str:
+    """A table for each disease and number of training scans, a method a row."""
+    seeds = ", ".join(map(str, sorted(rows.seed.unique())))
+    text = [HEAD.format(command=command, seeds=seeds, anatomies=", ".join(anatomies))]
+    for (disease, num), part in rows.groupby(["disease", "num"], sort=False):
+        lines = []
+        for method, title in titles.items():
+            own = part[part.method == method]
+            if len(own):
+                digits = {name: 0 if name == "fit_seconds" else 2 for name in MEASURES}
+                lines.append({"method": title} | {MEASURES[name]: cell(own[name], digits[name]) for name in MEASURES})
+        same = part.drop_duplicates("seed")
+        about = (
+            f"{same.test_scans.iloc[0]} test scans, {cell(same.test_diseased, 0)} of them diseased. C-index of the oracle"
+        )
+        about += f" {cell(same.c_index_oracle, 2)}, share of the lung that is diseased {cell(same.base_rate, 4)}."
+        text.append(f"\n## {disease.replace('_', ' ').capitalize()}, {num} training scans\n\n{about}\n")
+        text.append("\n" + markdown(pd.DataFrame(lines)))
+    return "".join(text) + NOTES
+
+
+def draw(path: Path, planes: dict[str, dict[str, Path]], titles: dict[str, str]) -> None:
+    """A row a disease: CT, truth, and the heat of each method, from the planes that were kept."""
+    figure = Figure(figsize=(2.2 * (2 + len(titles)), 2.4 * len(planes)), layout="constrained", facecolor="black")
+    axes = figure.subplots(len(planes), 2 + len(titles), squeeze=False)
+    for line, (disease, files) in zip(axes, planes.items()):
+        kept = {method: np.load(file) for method, file in files.items()}
+        first = next(iter(kept.values()))
+        for ax, name in zip(line, ["CT", "truth", *titles]):
+            ax.set_axis_off()
+            title = f"{disease.replace('_', ' ')}" if name == "CT" else titles.get(name, name)
+            ax.set_title(title, color="white", fontsize=7, wrap=True)
+            ax.imshow(section(first["image"]), cmap="gray", vmin=LUNG_WINDOW[0], vmax=LUNG_WINDOW[1])
+            for mask, colour in (("lesion", "red"), ("lookalike", "deepskyblue")):
+                if name == "truth" and first[mask].any():
+                    ax.contour(section(first[mask]), [0.5], colors=colour, linewidths=0.8)
+            if name in kept:
+                heat = section(kept[name]["heat"])
+                ax.imshow(heat, cmap="autumn", vmin=0, vmax=1, alpha=np.clip(1.5 * heat, 0, 0.8))
+    write_png(path, figure)
+
+
+def section(values: np.ndarray) -> np.ndarray:
+    """An axial plane as a picture."""
+    return plane(values[:, :, None], 2, 0).astype(float)
