@@ -14,7 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from bundle.survival.cox import partial_log_likelihood
-from scripts.research.peers.cohort import Cohort, Predict, Scan
+from scripts.research.peers.cohort import Cohort, Predict, Scan, scaler
 
 TITLE = "attention MIL"
 TOKENS, STEPS, CHECK = 512, 100, 10
@@ -63,8 +63,8 @@ def train(x: Tensor, cohort: Cohort, rest: Tensor, own: Tensor, g: torch.Generat
 def fit(cohort: Cohort, seed: int) -> Predict:
     torch.manual_seed(seed)
     x, _ = cohort.sample(4 * TOKENS, seed)
-    mean, spread = x.mean((0, 1)), x.std((0, 1)) + 1e-3
-    x = ((x - mean) / spread).clamp(-6, 6)
+    scaled = scaler(x)
+    x = scaled(x)
     g = torch.Generator().manual_seed(seed)
     networks = [train(x, cohort, rest, own, g) for rest, own in cohort.folds()]
     with torch.no_grad():
@@ -73,7 +73,7 @@ def fit(cohort: Cohort, seed: int) -> Predict:
     @torch.no_grad()
     def predict(scan: Scan) -> tuple[float, np.ndarray]:
         x, place, _ = scan.tokens()
-        x, risk, heat = ((x - mean) / spread).clamp(-6, 6)[None], 0.0, 0.0
+        x, risk, heat = scaled(x)[None], 0.0, 0.0
         for network, centre in zip(networks, usual):
             attention, score = network(x)
             risk = risk + float((attention * score).sum() - centre)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bundle.metrics.survival import c_index
-from scripts.research.peers.cohort import Cohort, Predict, Scan
+from scripts.research.peers.cohort import Cohort, Predict, Scan, scaler
 
 TITLE = "ceiling: the descriptors with masks as labels"
 TOKENS, EPOCHS, BATCH = 2000, 12, 4096
@@ -22,7 +22,7 @@ def train(x: Tensor, y: Tensor) -> nn.Module:
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.01)
     steps = EPOCHS * -(-len(x) // BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in range(steps):
+    for _ in range(steps):
         drawn = torch.randint(len(x), (BATCH,))
         loss = F.binary_cross_entropy_with_logits(network(x[drawn])[:, 0], y[drawn])
         optimizer.zero_grad()
@@ -36,10 +36,7 @@ def fit(cohort: Cohort, seed: int) -> Predict:
     """The power of the probability whose mean is the risk is chosen on training anatomies that were left out."""
     torch.manual_seed(seed)
     x, lesion = cohort.sample(TOKENS, seed, lesions=TOKENS // 4)
-    mean, spread, y = x.mean((0, 1)), x.std((0, 1)) + 1e-3, lesion.float()
-
-    def scaled(x: Tensor) -> Tensor:
-        return ((x - mean) / spread).clamp(-6, 6)
+    scaled, y = scaler(x), lesion.float()
 
     @torch.no_grad()
     def probability(network: nn.Module, scan: Scan) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scripts.research.peers.cohort import Cohort, Predict, Scan
+from scripts.research.peers.cohort import Cohort, Predict, Scan, scaler
 
 TITLE = "codebooks, a marginal test a word"
 BOOKS, WORDS, FEW = 20, 100, 6  # codebooks, words of each, descriptors that each looks at
@@ -53,8 +53,8 @@ def z_of_words(shares: Tensor, residual: Tensor) -> Tensor:
 def fit(cohort: Cohort, seed: int) -> Predict:
     g = torch.Generator().manual_seed(seed)
     x, _ = cohort.sample(6000, seed)
-    mean, spread = x.mean((0, 1)), x.std((0, 1)) + 1e-3
-    x = ((x - mean) / spread).clamp(-6, 6)
+    scaled = scaler(x)
+    x = scaled(x)
     residual, books = martingale_residuals(cohort.time, cohort.event), []
     for _ in range(BOOKS):
         chosen = torch.randperm(x.shape[2], generator=g)[:FEW]
@@ -65,7 +65,7 @@ def fit(cohort: Cohort, seed: int) -> Predict:
 
     def predict(scan: Scan) -> tuple[float, np.ndarray]:
         x, place, _ = scan.tokens()
-        x = ((x - mean) / spread).clamp(-6, 6)
+        x = scaled(x)
         evidence = torch.stack([z[nearest(x[:, chosen], centres)] for chosen, centres, z in books]).mean(0)
         heat = np.maximum(scan.on_grid(evidence, place, SMOOTH), 0) ** POWER
         return float(heat.sum() / scan.mask("lung_mask").sum()), heat

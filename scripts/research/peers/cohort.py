@@ -101,6 +101,12 @@ class Cohort:
         return [((fold != k).nonzero()[:, 0], (fold == k).nonzero()[:, 0]) for k in fold.unique()]
 
 
+def scaler(x: Tensor) -> Callable[[Tensor], Tensor]:
+    """What standardises tokens by those of a sample (N, M, F), and clips them at six deviations."""
+    mean, spread = x.mean((0, 1)), x.std((0, 1)) + 1e-3
+    return lambda tokens: ((tokens - mean) / spread).clamp(-6, 6)
+
+
 def outcome(scans: list[Scan]) -> tuple[Tensor, Tensor]:
     """Months and events, (N,) each, in double."""
     return tuple(torch.tensor([float(scan.row[key]) for scan in scans], dtype=torch.float64) for key in ("time", "event"))

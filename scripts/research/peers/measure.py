@@ -16,7 +16,7 @@ MEASURES = {  # their columns in the page
     "pointing_game": "pointing",
     "lookalike_heat": "heat in look-alikes / their share",
     "healthy_heat": "heat of the healthy / of the diseased",
-    "fit_seconds": "fit, s",
+    "fit_seconds": "fit, s of one core",
 }
 
 
