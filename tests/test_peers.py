@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -163,7 +164,7 @@ def test_survival_map_is_called_by_its_commands_and_sees_no_mask(cohort, monkeyp
         if "inference" in options["--config_file"]:
             table = pd.read_csv(options["--cohort"])
             assert list(table) == ["patient_id", "image", "lung_mask"]
-            (maps := cohort.path.parent / "survival_map" / "test" / "maps").mkdir(parents=True, exist_ok=True)
+            (maps := Path(options["--output_dir"]) / "maps").mkdir(parents=True, exist_ok=True)
             table.assign(risk=2.5)[["patient_id", "risk"]].to_csv(maps.parent / "predictions.csv", index=False)
             for name in table.patient_id:
                 nib.save(nib.Nifti1Image(np.ones(SHAPE, "f4"), np.eye(4)), maps / f"{name}_heat.nii.gz")

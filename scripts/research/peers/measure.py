@@ -55,7 +55,7 @@ def measure(cohort: Cohort, predict: Predict) -> tuple[dict, dict[str, np.ndarra
     time, event = outcome(cohort.test)
     share = torch.tensor([float(scan.row["share"]) for scan in cohort.test], dtype=torch.float64)
     c, oracle = (c_index(r, time, event) for r in (torch.tensor(risks, dtype=torch.float64), share))
-    found = {"c_index": c, "c_index_oracle": oracle, "c_index_less_oracle": c - oracle if c and oracle else None}
+    found = {"c_index": c, "c_index_oracle": oracle, "c_index_less_oracle": None if None in (c, oracle) else c - oracle}
     found |= {"average_precision": mean(score["ap"]), "pointing_game": mean(score["point"])}
     found |= {"lookalike_heat": ratio(score["like"], score["share"]), "healthy_heat": ratio(total[False], total[True])}
     found |= {"base_rate": mean(score["base"]), "test_scans": len(risks), "test_diseased": len(score["ap"])}

@@ -2,13 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Survival Map itself, by its own commands: train.json, then inference.json on the scans to measure on."""
 
+import hashlib
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 
-from bundle.files import write_text
+from bundle.files import file_sha256, write_text
 from scripts.jobs import overrides, run_module, threads_of
 from scripts.research.peers.cohort import Cohort, Predict, Scan
 
@@ -21,9 +22,15 @@ def bundle_run(config: str, log: Path, **options: object) -> None:
     run_module("monai.bundle", "run", *words, log=log, threads=threads_of(1))
 
 
+def digest() -> str:
+    """Of the bundle as it is now: weights of another are never taken for its own."""
+    files = [*sorted(Path("bundle").rglob("*.py")), Path("configs/train.json"), Path("configs/inference.json")]
+    return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()[:8]
+
+
 def fit(cohort: Cohort, seed: int) -> Predict:
     """What a stopped training had reached is kept beside the cohort, and the same command goes on from there."""
-    folder = (cohort.path.parent / "survival_map").absolute()
+    folder = (cohort.path.parent / f"survival_map_{digest()}").absolute()
     folder.mkdir(exist_ok=True)
     where = {"ckpt_dir": folder, "output_dir": folder}
     bundle_run("train", folder / "log.txt", cohort=cohort.path.absolute(), seed=seed, **where)
