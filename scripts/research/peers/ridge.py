@@ -4,8 +4,7 @@
 
 The log hazard is the sum over cells of share times coefficient, so the map is what each place adds to it. The penalty is
 chosen on training anatomies that the fit leaves out. Bins of one width did better than quantiles, and shares than their
-roots, on the test scans of one cohort (fibrosis, seed 0): a choice in this
-peer's favour.
+roots, on the test scans of one cohort (fibrosis, seed 0): a choice in this peer's favour.
 """
 
 import numpy as np
@@ -17,7 +16,7 @@ from scripts.research.peers.cohort import Cohort, Predict, Scan
 from scripts.research.peers.descriptors import NAMES
 
 TITLE = "ridge-Cox, 12 × 4 histogram"
-PAIR = [NAMES.index("mean_1.0"), NAMES.index("deviation_1.7")]
+PAIR = [NAMES.index("mean_1.7"), NAMES.index("deviation_1.7")]
 BINS = (12, 4)
 PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 SMOOTH = 1.8  # voxels
