@@ -13,6 +13,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -32,7 +33,7 @@ METHODS = ("ours", "codebooks", "ridge", "resnet", "attention", "density", "ceil
 KEY = ("disease", "seed", "num", "method")
 
 
-def module_of(method: str):  # noqa: ANN201
+def module_of(method: str) -> ModuleType:
     return importlib.import_module(f"scripts.research.peers.{method}")
 
 
