@@ -29,8 +29,8 @@ def transforms(spacing=3.0, low=-1000.0, method="none", weights=None, pad=0):
     return Compose(
         [
             LoadCTd(mask_keys="lung_mask"),
-            Orientationd(["image", "lung_mask"], axcodes="RAS", labels=None, allow_missing_keys=True),
-            Spacingd(["image", "lung_mask"], (spacing,) * 3, mode=["bilinear", "nearest"], allow_missing_keys=True),
+            Orientationd("image", axcodes="RAS", labels=None),
+            Spacingd("image", (spacing,) * 3, mode="bilinear"),
             LungMaskd(method=method, weights=weights),
             ScaleIntensityRanged("image", low, 200.0, 0.0, 1.0, clip=True),
             CropForegroundd(["image", "lung"], source_key="lung", margin=1, allow_smaller=True),

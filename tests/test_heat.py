@@ -21,7 +21,8 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from bundle.errors import InputError
-from bundle.maps import GridShiftInferer, mask_to_scan_space, patch_heat, to_scan_space, to_voxels
+from bundle.grids import mask_on_grid
+from bundle.maps import GridShiftInferer, patch_heat, to_scan_space, to_voxels
 from bundle.maps.refinement import appearance_ratio, bin_of, likelihood_ratio
 from bundle.networks import SurvivalMapNet
 from bundle.survival import Severity, death_by, log_pmf, severity_numbers
@@ -534,7 +535,7 @@ def test_heat_stays_in_the_lung_and_is_as_hot_at_its_border(mm):
     shape = (int(60 / mm),) * 3
     volume = MetaTensor(lung / lung.sum(), affine=torch.tensor(own))
     found = to_scan_space(volume, torch.tensor(scan), shape, lung).as_tensor()
-    inside = torch.from_numpy(mask_to_scan_space(MetaTensor(lung, affine=torch.tensor(own)), torch.tensor(scan), shape))
+    inside = torch.from_numpy(mask_on_grid(MetaTensor(lung, affine=torch.tensor(own)), torch.tensor(scan), shape))
     assert ((found[0] > 0) == (inside > 0)).all()
     torch.testing.assert_close(found[0][inside > 0], (1 / inside.sum()).expand(int(inside.sum())))  # even, as it was
     assert (to_scan_space(volume, torch.tensor(scan), shape)[0][inside == 0] > 0).any()

@@ -14,13 +14,14 @@ import pytest
 import torch
 from lungmask.resunet import UNet
 from monai.data import MetaTensor
+from monai.transforms import Compose, Orientationd, Spacingd
 from scipy import ndimage
 
 from bundle.errors import InputError
-from bundle.maps import mask_to_scan_space
+from bundle.grids import mask_on_grid
 from bundle.networks.attention import Attention
 from bundle.phantoms.cohort import PhantomCohort
-from bundle.transforms import LungMaskd, fill_thorax, lungmask_digests, lungmask_network, threshold_lung_mask
+from bundle.transforms import LoadCTd, LungMaskd, fill_thorax, lungmask_digests, lungmask_network, threshold_lung_mask
 from bundle.transforms.lung import _lungmask
 from scripts.research.measure_lung_masks import CHESTS, read, with_mass
 
@@ -307,7 +308,7 @@ def test_mask_comes_back_to_the_voxels_of_the_scan(rotation):
     grid[:3, 3] = torch.tensor([-4.0, -6, 2])
     mask = MetaTensor((torch.rand(1, 9, 8, 7) > 0.5).float(), affine=grid)
     shape = (20, 15, 9)
-    found = mask_to_scan_space(mask, torch.from_numpy(affine), shape)
+    found = mask_on_grid(mask, torch.from_numpy(affine), shape)
     index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
     near = (index @ affine[:3, :3].T + affine[:3, 3] - [-4, -6, 2]) / 3
     inside = ((near > -0.5) & (near < np.array([8.5, 7.5, 6.5]))).all(-1)
@@ -315,6 +316,40 @@ def test_mask_comes_back_to_the_voxels_of_the_scan(rotation):
     expected = np.where(inside, mask[0].numpy()[i, j, k], 0)
     assert found.dtype == np.uint8 and found.shape == shape and 0 < inside.mean() < 1
     assert np.array_equal(found, expected) and 0.05 < found.mean()
+
+
+@pytest.mark.parametrize("spacing", [(1.5, 1.4, 5), (2, 3, 4), (4, 6, 3), (2.9, 3.1, 8)])
+@pytest.mark.parametrize("shear", [0.0, 0.3])
+def test_a_mask_that_was_made_gives_the_same_lung_when_it_is_given(tmp_path, spacing, shear):
+    hu, _ = chest(spacing)
+    affine = np.diag([-spacing[0], spacing[1], spacing[2], 1.0])  # 3 mm apart there are ties among these voxels
+    affine[1, 2] = shear * spacing[2]
+    nib.save(nib.Nifti1Image(hu[0].numpy().astype(np.int16), affine), tmp_path / "scan.nii.gz")
+    load = Compose([LoadCTd(), Orientationd("image", axcodes="RAS", labels=None), Spacingd("image", pixdim=(3.0,) * 3)])
+    record = {"patient_id": "A", "image": str(tmp_path / "scan.nii.gz")}
+    made = LungMaskd(method="threshold")(load(record))
+    nib.save(nib.Nifti1Image(made["lung_mask"][0].numpy(), affine), tmp_path / "lung.nii.gz")
+    given = LungMaskd(method="given")(load(record | {"lung_mask": str(tmp_path / "lung.nii.gz")}))
+    assert made["lung"].any() and torch.equal(made["lung"].as_tensor(), given["lung"].as_tensor())
+    if not shear:  # what of it the heat may be on is the same, too
+        on_file = mask_on_grid(made["lung"], affine, hu.shape[1:], clamp=True)
+        assert np.array_equal(on_file, made["lung_mask"][0].numpy())
+
+
+@pytest.mark.parametrize("scan", ["demo/chest_ct.nii.gz", "ct/chest_cip_64_lowres_ct.nrrd"])
+def test_the_mask_that_a_run_wrote_repeats_the_run(tmp_path, root, request, monkeypatch, scan):
+    image = root / scan if scan.startswith("demo") else request.getfixturevalue("shared_data") / scan
+    monkeypatch.chdir(root)
+    found = {}
+    for name, lung in (("first", ""), ("again", tmp_path / "first" / "maps" / "A_lung.nii.gz")):
+        (tmp_path / f"{name}.csv").write_text(f"patient_id,image,lung_mask\nA,{image},{lung}\n")
+        options = {"cohort": str(tmp_path / f"{name}.csv"), "output_dir": str(tmp_path / name)}
+        run("configs/inference.json", shifts=1, refine=False, **options)
+        maps = [nib.load(tmp_path / name / "maps" / f"A_{kind}.nii.gz").get_fdata() for kind in ("heat", "lung")]
+        found[name] = [(tmp_path / name / "predictions.csv").read_text(), *maps]
+    assert ",ok," in found["first"][0] and found["first"][0] == found["again"][0]
+    for once, again in zip(*(found[name][1:] for name in ("first", "again"))):
+        np.testing.assert_array_equal(once, again)
 
 
 def test_the_mask_named_on_the_command_line_decides_which_tokens_there_are(tmp_path, root, monkeypatch):

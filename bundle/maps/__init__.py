@@ -6,4 +6,4 @@
 from bundle.maps.familiarity import Familiarity, Familiarityd, fit_familiarity, look
 from bundle.maps.heat import patch_heat, to_voxels
 from bundle.maps.inferer import GridShiftInferer
-from bundle.maps.scan_space import EnsembleToHeatd, HeatToScand, MapToHeatd, mask_to_scan_space, to_scan_space
+from bundle.maps.scan_space import EnsembleToHeatd, HeatToScand, MapToHeatd, to_scan_space

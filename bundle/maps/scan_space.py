@@ -10,26 +10,11 @@ import torch
 import torch.nn.functional as F
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, SpatialResample, Transform
-from scipy import ndimage
 
+from bundle.grids import mask_on_grid, relation
 from bundle.maps.heat import patch_heat, to_voxels
 from bundle.survival import check_horizon, death_by
 from bundle.survival.calibration import widened
-
-
-def relation(volume_affine: Any, affine: Any) -> tuple[np.ndarray, np.ndarray, list[int], np.ndarray]:
-    """Voxel of a volume = matrix @ voxel of a grid + offset, from their affines (RAS, mm).
-
-    Returns:
-        matrix (3, 3), offset (3,), the volume's axis along each axis of the grid, and what is left of the matrix
-            without these, 0 where axes are parallel.
-    """
-    to_volume = np.linalg.solve(np.asarray(volume_affine, dtype=float), np.asarray(affine, dtype=float))
-    matrix, offset = to_volume[:3, :3], to_volume[:3, 3]
-    axes = abs(matrix).argmax(0).tolist()
-    rest = matrix.copy()
-    rest[axes, range(3)] = 0
-    return matrix, offset, axes, rest
 
 
 def to_scan_space(
@@ -53,7 +38,7 @@ def to_scan_space(
         volume = MetaTensor(beyond, affine=volume.affine)
     out = interpolated(volume, affine, shape)
     if lung is not None:
-        out *= torch.from_numpy(mask_to_scan_space(lung, affine, shape)).to(out.device)
+        out *= torch.from_numpy(mask_on_grid(lung, affine, shape)).to(out.device)
     return out.mul_(values.sum() / out.as_tensor().sum().clamp_min(torch.finfo(torch.float32).tiny))
 
 
@@ -74,23 +59,6 @@ def interpolated(volume: MetaTensor, affine: torch.Tensor, shape: tuple[int, ...
         weights = (1 - (at.unsqueeze(1) - torch.arange(volume.shape[1 + of])).abs()).clamp_min(0)
         out = torch.tensordot(out, weights.to(out), ([0], [1]))
     return MetaTensor(out.permute(2, 1, 0)[None], affine=affine)
-
-
-def mask_to_scan_space(mask: MetaTensor, affine: torch.Tensor, shape: tuple[int, ...]) -> np.ndarray:
-    """Nearest voxels of a mask (1, D, H, W) on a grid, by its `affine` (RAS, mm) and `shape`; 0 outside its own."""
-    source = np.asarray(mask[0].cpu(), dtype=np.uint8)
-    matrix, offset, axes, rest = relation(mask.affine, affine)
-    shape = tuple(int(n) for n in shape)
-    if len(set(axes)) < 3 or abs(rest).sum(1).max() * max(shape) > 0.5:  # half a voxel off at most
-        return ndimage.affine_transform(source, matrix, offset, shape, order=0, mode="grid-constant")
-    # One index an axis is hundreds of times as fast on a whole CT; the memory of the result runs as a NIfTI's does.
-    source = source.transpose(axes).T
-    for axis, of in enumerate(axes):
-        index = np.rint(np.arange(shape[axis]) * matrix[of, axis] + offset[of]).astype(int)
-        inside = (index >= 0) & (index < mask.shape[1 + of])
-        source = np.take(source, index.clip(0, mask.shape[1 + of] - 1), 2 - axis)
-        source *= inside.reshape([-1 if n == 2 - axis else 1 for n in range(3)])
-    return source.T
 
 
 class MapToHeatd(Transform):

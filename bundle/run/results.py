@@ -20,8 +20,8 @@ from markupsafe import Markup
 from bundle.data.fingerprint import code_digest, describe, describe_scan
 from bundle.data.stream import ScanStream
 from bundle.files import file_sha256, remove_leftovers, write_atomically, write_json
+from bundle.grids import mask_on_grid
 from bundle.handlers import failed_scans
-from bundle.maps import mask_to_scan_space
 from bundle.metrics.verdict import in_words
 from bundle.report import patient_section, write_report
 from bundle.report.pictures import heat_figure, write_png
@@ -93,7 +93,7 @@ class ScanFiles(NamedTuple):
         if scan["lung_mask_source"] == "none":
             return [self.heat, self.picture]
         affine = image.meta["original_affine"]  # of the file that the image was loaded from, as the heat is
-        _write_nifti(self.lung, mask_to_scan_space(scan["lung"], affine, image.meta["spatial_shape"]), affine)
+        _write_nifti(self.lung, mask_on_grid(scan["lung_mask"], affine, image.meta["spatial_shape"]), affine)
         return list(self)
 
 

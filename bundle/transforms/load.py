@@ -75,6 +75,7 @@ class LoadCTd(MapTransform):
                 affines = f"{_rows(mask.affine)}, the image's is {_rows(image.affine)}"
                 raise InputError(f"{where}: the mask's affine is {affines} (expected the same)")
             out[key] = (mask > 0).byte()
+            out[key].affine = image.affine  # to the last digit, so that nearest voxels are the same
         return out
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bundle.errors import InputError
 from bundle.files import file_sha256
+from bundle.grids import mask_on_grid
 from bundle.transforms.lung_threshold import fill_thorax, threshold_lung_mask
 
 LUNG_METHODS = ("auto", "given", "lungmask", "threshold", "none")
@@ -27,8 +28,10 @@ class LungMaskd(MapTransform):
     """Write `lung`, where the lung is, on the grid of the image, and `lung_mask_source`, how that is known.
 
     `lung` is (1, D, H, W) float32 in {0, 1} with the image's affine and history of transforms, so that `Invertd` brings
-    it back. The image must be in HU and in RAS order. A mask that came with the scan, `lung_mask`, must be on the
-    image's grid; it leaves the data.
+    it back. The image must be in HU and in RAS order.
+
+    `lung_mask`, uint8 on the grid of the file, comes with the scan or is made of the mask that was found; `lung` is its
+    nearest voxels either way, so that a mask that a run wrote gives the same `lung` when it is given.
 
     Args:
         keys: the image; one key.
@@ -67,22 +70,39 @@ class LungMaskd(MapTransform):
         patient = data.get("patient_id", "?")
         if (source in ("lungmask", "threshold") or self.fill) and nib.aff2axcodes(image.affine.numpy()) != ("R", "A", "S"):
             raise ValueError("LungMaskd needs the image in RAS order: put Orientationd(axcodes='RAS') before it")
-        if source == "none":
-            mask = torch.ones(image.shape)
-        elif source == "lungmask":
-            mask = lungmask_network(image.as_tensor(), *self.weights)
-        elif source == "threshold":
-            mask = threshold_lung_mask(image.as_tensor(), affine_to_spacing(image.affine))
-        elif given is None:
+        if source == "given" and given is None:
             raise InputError(f"patient {patient}: no lung mask given (expected a file in column lung_mask)")
-        else:
-            mask = (given.as_tensor() > 0.5).float()
+        mask = torch.ones(image.shape)
+        if source != "none":
+            mask, data["lung_mask"] = self._mask(image, source, given)
         if not mask.any():
             raise InputError(f"patient {patient}: the lung mask ({source}) is empty (expected some lung in the scan)")
         if self.fill and source != "none":
-            mask = fill_thorax(mask, image.as_tensor())
             source += ", thorax filled"
         return data | {"lung": MetaTensor(mask.to(image.device)).copy_meta_from(image), "lung_mask_source": source}
+
+    def _mask(self, image: MetaTensor, source: str, given: MetaTensor | None) -> tuple[Tensor, MetaTensor]:
+        """The mask on the grid of the image, float32, and on that of the file, uint8."""
+
+        def on_image(on_file: MetaTensor) -> Tensor:
+            nearest = mask_on_grid(on_file, image.affine, image.shape[1:], clamp=True)
+            return torch.from_numpy(np.ascontiguousarray(nearest))[None].float()
+
+        if source == "given":
+            mask = on_image(given)
+        elif source == "lungmask":
+            mask = lungmask_network(image.as_tensor(), *self.weights)
+        else:
+            mask = threshold_lung_mask(image.as_tensor(), affine_to_spacing(image.affine))
+        if self.fill:
+            mask = fill_thorax(mask, image.as_tensor())
+        if source == "given" and not self.fill:
+            return mask, given
+        affine = image.meta.get("original_affine", image.affine)
+        shape = image.meta.get("spatial_shape", image.shape[1:])
+        found = mask_on_grid(MetaTensor(mask, affine=image.affine), affine, shape, clamp=True)
+        on_file = MetaTensor(torch.from_numpy(found)[None], affine=affine)
+        return on_image(on_file), on_file
 
 
 def check_method(method: str) -> str:
