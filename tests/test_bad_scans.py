@@ -161,12 +161,104 @@ def test_an_unreadable_file_says_so(tmp_path):
         check_scan_file(path)
 
 
-def test_the_affine_is_the_one_that_viewers_use(tmp_path):
-    """An sform that pixdim contradicts still says where the scan is."""
-    affine = np.array([[-2.0, 0, 0, 5], [0, 2, 0, 6], [0, 0, 3, 7], [0, 0, 0, 1]])
-    path = nifti(tmp_path, affine=affine, name="scan.nii", pixdim=[1, 1, 1, 1, 1, 1, 1, 1])
-    np.testing.assert_array_equal(nib.load(path).affine, affine)
-    np.testing.assert_array_equal(LoadCTd()({"image": str(path)})["image"].affine, affine)
+@pytest.mark.parametrize("junk", [b"a", b"xxxx", b"\x1f", b"\x1f\x8b damaged", bytes(9000), b"# copied by a script\n"])
+def test_bytes_after_a_gzip_stream_are_not_part_of_it(tmp_path, junk):
+    path = nifti(tmp_path)
+    path.write_bytes(path.read_bytes() + junk)
+    np.testing.assert_array_equal(LoadCTd()({"image": str(path)})["image"][0].numpy(), block().clip(-1024))
+    path.write_bytes(path.read_bytes()[: -len(junk) - 6] + junk)  # but they don't stand for its end
+    with pytest.raises(InputError, match="truncated|damaged"):
+        LoadCTd()({"image": str(path)})
+
+
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
+def test_voxels_of_a_nifti_are_what_nibabel_reads(tmp_path, name):
+    rng = np.random.default_rng(0)
+    for dtype, header in (
+        (np.uint8, {"scl_slope": 8, "scl_inter": -1024}),
+        (">i2", {"scl_slope": 0, "scl_inter": 5}),
+        (np.uint16, {"scl_slope": 1, "scl_inter": -1024.5}),
+        (np.float64, {}),
+        (np.int16, {"vox_offset": 353}),  # of an odd number of bytes
+    ):
+        values = rng.integers(0, 200, (5, 4, 3)).astype(dtype)
+        path = nifti(tmp_path, values, name=name, **header)
+        if "vox_offset" in header:
+            data = gzip.decompress(path.read_bytes()) if name.endswith("gz") else path.read_bytes()
+            data = data[:352] + b"\0" + data[352:]
+            path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+        image, reference = LoadCTd(hounsfield=False)({"image": str(path)})["image"], nib.load(path)
+        np.testing.assert_array_equal(image[0].numpy(), reference.get_fdata().astype(np.float32))
+        np.testing.assert_array_equal(image.affine, reference.affine)
+
+
+def test_an_intercept_that_is_no_number_is_none(tmp_path):
+    out = LoadCTd()({"image": str(nifti(tmp_path, scl_slope=1, scl_inter=np.nan))})
+    np.testing.assert_array_equal(out["image"][0].numpy(), block().clip(-1024))
+    assert "scl_inter is no number" in out["notes"]
+
+
+def test_a_leading_axis_of_one_is_dropped(tmp_path):
+    out = LoadCTd()({"image": str(nifti(tmp_path, block()[None]))})
+    np.testing.assert_array_equal(out["image"][0].numpy(), block().clip(-1024))
+    assert "leading axis of 1" in out["notes"] and np.allclose(out["image"].affine, bad_scans.SCAN)
+
+
+def test_voxel_sizes_that_contradict_each_other_are_refused(tmp_path):
+    path = nifti(tmp_path)
+    for factor, pixdim in ((0.85, "1.7 x 1.7 x 2.55"), (1.15, "2.3 x 2.3 x 3.45")):
+        sizes = np.array([2, 2, 3]) * factor
+        path = nifti(tmp_path, pixdim=[1, *sizes, 1, 1, 1, 1])
+        with pytest.raises(InputError, match=f"its voxels are {pixdim} mm by pixdim, 2 x 2 x 3 mm by the sform"):
+            LoadCTd()({"image": str(path)})
+    rounded = LoadCTd()({"image": str(nifti(tmp_path, pixdim=[1, 2.004, 1.996, 3, 1, 1, 1, 1]))})
+    assert np.array_equal(rounded["image"].affine, bad_scans.SCAN) and rounded["notes"] == ""
+    tilted = np.diag([2.0, 2, 3, 1])
+    tilted[1, 2] = 1.5
+    for slices in (3, np.hypot(3, 1.5)):  # between planes, or along the table
+        LoadCTd()({"image": str(nifti(tmp_path, affine=tilted, pixdim=[1, 2, 2, slices, 1, 1, 1, 1]))})
+
+
+@pytest.mark.parametrize(
+    ("moved", "says"),
+    [
+        (np.diag([1.0, 1, 1, 1]), ""),
+        (np.array([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 60], [0, 0, 0, 1]]), "up to 60 mm apart; the sform was taken"),
+        (np.diag([-1.0, 1, 1, 1]), "mm apart and mirror images; the sform was taken"),
+    ],
+)
+def test_sform_and_qform_that_disagree_are_noted(tmp_path, moved, says):
+    image = nib.Nifti1Image(block(), bad_scans.SCAN)
+    image.set_sform(bad_scans.SCAN, 1)
+    image.set_qform(moved @ bad_scans.SCAN, 2)
+    nib.save(image, tmp_path / "scan.nii.gz")
+    out = LoadCTd()({"image": str(tmp_path / "scan.nii.gz")})
+    assert np.array_equal(out["image"].affine, bad_scans.SCAN)
+    assert says in out["notes"] and bool(says) == bool(out["notes"])
+
+
+@pytest.mark.parametrize(
+    ("name", "sentences", "guess"),
+    [
+        ("scan.nrrd", ["space: left-posterior-superior", "space directions: (2,0,0) (0,2,0) (0,0,3)"], False),
+        ("scan.nrrd", ["space: RAS", "space directions: (2,0,0) (0,2,0) (0,0,3)"], False),
+        ("scan.nrrd", ["space: scanner-xyz", "space directions: (2,0,0) (0,2,0) (0,0,3)"], True),
+        ("scan.nrrd", ["spacings: 2 2 3"], True),
+        ("scan.mha", ["TransformMatrix = 1 0 0 0 1 0 0 0 1", "ElementSpacing = 2 2 3"], False),
+        ("scan.mha", ["ElementSpacing = 2 2 3"], True),
+    ],
+)
+def test_a_header_without_sides_is_noted(tmp_path, name, sentences, guess):
+    start = ["NRRD0004", "type: short", "dimension: 3", "sizes: 24 20 16", "endian: little", "encoding: raw"]
+    end = ["", ""]
+    if name == "scan.mha":
+        start = ["ObjectType = Image", "NDims = 3", "BinaryData = True", "BinaryDataByteOrderMSB = False"]
+        end = ["DimSize = 24 20 16", "ElementType = MET_SHORT", "ElementDataFile = LOCAL", ""]
+    data = "\n".join([*start, *sentences, *end]).encode() + block().tobytes(order="F")
+    out = LoadCTd()({"image": str(bad_scans.raw(tmp_path, name, data))})
+    np.testing.assert_array_equal(out["image"][0].numpy(), block().clip(-1024))
+    assert ("left and right are a guess" in out["notes"]) == guess and bool(out["notes"]) == guess
+    assert np.allclose(abs(np.diag(out["image"].affine)), [2, 2, 3, 1])
 
 
 def test_a_tilted_gantry_is_no_shear(tmp_path):

@@ -189,6 +189,22 @@ def test_a_mask_of_another_grid_is_refused(tmp_path, column):
     assert LoadCTd()({"image": image, column: save(tmp_path / "m.nii.gz", hu() * 0 + 1, rounded)})[column].all()
 
 
+@pytest.mark.parametrize("order", [(2, 0, 1), (1, 2, 0), (0, 1, 2)])
+@pytest.mark.parametrize("hounsfield", [True, False])
+def test_a_mask_of_the_same_grid_may_have_its_axes_in_another_order(tmp_path, order, hounsfield):
+    """A mask for a scan, or for a heat map."""
+    affine = np.array([[-2.0, 0, 0, 5], [0, 2, 0.1, 6], [0, 0, 3, 7], [0, 0, 0, 1]])
+    image = nib.Nifti1Image(hu(), affine)
+    mask = nib.Nifti1Image((hu() > 0).astype(np.uint8), affine)
+    turned = mask.as_reoriented(np.array([[axis, side] for axis, side in zip(order, (-1, 1, -1))]))
+    nib.save(image, tmp_path / "image.nii.gz")
+    nib.save(turned, tmp_path / "mask.nii.gz")
+    record = {"image": str(tmp_path / "image.nii.gz"), "gt_mask": str(tmp_path / "mask.nii.gz")}
+    out = LoadCTd(hounsfield=hounsfield)(record)
+    np.testing.assert_array_equal(out["gt_mask"][0].numpy(), hu() > 0)
+    assert torch.equal(out["gt_mask"].affine, out["image"].affine)
+
+
 def test_lung_mask_methods(tmp_path):
     scan = {"patient_id": "P7", "image": MetaTensor(torch.from_numpy(hu()).float()[None])}
     given = {**scan, "lung_mask": MetaTensor((torch.arange(12) > 5).float().view(1, 12, 1, 1).expand(1, *SHAPE))}

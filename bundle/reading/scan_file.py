@@ -1,6 +1,6 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a file is the scan that its name and header say, found out in bounded memory before any voxel is loaded."""
+"""Whether a file is the scan that its name and header say, found out in bounded memory; the voxels of a NIfTI."""
 
 import gzip
 import math
@@ -9,11 +9,14 @@ import re
 import stat
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import BinaryIO, NamedTuple
 
 import itk
 import nibabel as nib
+import numpy as np
 from isal import isal_zlib
+from nibabel.volumeutils import apply_read_scaling
 
 from bundle.errors import InputError
 
@@ -27,6 +30,9 @@ _CHUNK_BYTES = 2**20
 _TRAILING_BYTES = 4096  # padding that some programs leave after the voxels
 _NIFTI_BYTES = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 _EXPECTED = "(expected a whole scan)"
+_SCALES = 0.01  # what voxel sizes may differ by rounding, as a share
+_APART_MM = 1.0  # what sform and qform may
+_NRRD_SPACES = ("left-posterior-superior", "right-anterior-superior", "left-anterior-superior", "lps", "ras", "las")  # ITK's
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 _MAGIC = {
@@ -56,6 +62,8 @@ class _Claim(NamedTuple):
     offset: int | None  # byte where their stream begins; None: they are written as text
     skip: int  # bytes of the (inflated) stream before the voxels
     compressed: bool
+    notes: list[str]  # on what the header leaves open
+    nifti: nib.Nifti1Header | None = None
 
 
 def scan_stem(name: str) -> str | None:
@@ -64,17 +72,39 @@ def scan_stem(name: str) -> str | None:
     return name[: -len(suffix)] if suffix else None
 
 
-def check_scan_file(path: str | os.PathLike) -> None:
+def check_scan_file(path: str | os.PathLike) -> list[str]:
     """Refuse a file that isn't a whole NIfTI, NRRD or MetaImage of at most :data:`MOST_VOXELS` real numbers.
 
     Compressed voxels are inflated once, a megabyte at a time and never beyond what the header claims: not all readers
     notice a flipped bit, and neither a small file that inflates to many gigabytes nor a header that claims them may
     cost memory.
 
+    Returns:
+        notes on what the header leaves open, or says in two ways.
+
     Raises:
         InputError: what is wrong with the file and what was expected, without its name.
     """
-    path = os.fspath(path)
+    return _checked(os.fspath(path))[0].notes
+
+
+def read_nifti(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """The voxels of a NIfTI, scaled as its header says, its affine (RAS, mm), and notes; checked on the way.
+
+    Raises:
+        InputError: as :func:`check_scan_file`.
+    """
+    claim, data = _checked(os.fspath(path), keep=True)
+    array = np.require(data[claim.skip :].view(claim.nifti.get_data_dtype()), requirements="A")
+    array = array.reshape(claim.shape, order="F")
+    if array.ndim == 4 and len(array) == 1 < array.shape[3]:
+        array = array[0]
+        claim.notes.append("the NIfTI has a leading axis of 1, which was dropped; its affine is of the three others")
+    return apply_read_scaling(array, *claim.nifti.get_slope_inter()), claim.nifti.get_best_affine(), claim.notes
+
+
+def _checked(path: str, keep: bool = False) -> tuple[_Claim, np.ndarray | None]:
+    """What the header claims; with `keep` the bytes of the (inflated) stream as well, up to the last voxel."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise InputError("is neither a regular file nor a folder (expected a scan)")
@@ -87,7 +117,7 @@ def check_scan_file(path: str | os.PathLike) -> None:
         claim = parse(path, start)
         if fault := size_fault(claim.shape):
             raise InputError(fault)
-        _check_voxels(claim)
+        return claim, _check_voxels(claim, keep)
     except OSError as error:
         raise InputError(f"cannot be opened: {error.strerror or error} {_EXPECTED}") from error
 
@@ -137,7 +167,49 @@ def _nifti(path: str, start: bytes) -> _Claim:
     offset = float(header["vox_offset"])
     if not size <= offset < 2**31:
         raise InputError(f"its header says that voxels begin at byte {offset:g} (expected {size + 4} or a little more)")
-    return _Claim(shape, math.prod(shape) * dtype.itemsize, path, 0, int(offset), zipped)
+    notes = _nifti_notes(header, shape)
+    return _Claim(shape, math.prod(shape) * dtype.itemsize, path, 0, int(offset), zipped, notes, header)
+
+
+def _nifti_notes(header: nib.Nifti1Header, shape: Sequence[int]) -> list[str]:
+    """Where a header says in two ways how large voxels are and how they lie, or in none; it is mended as nibabel does."""
+    header.check_fix(error_level=100)  # all that it would refuse is refused by now
+    notes = []
+    if math.isfinite(header["scl_slope"]) and header["scl_slope"] and not math.isfinite(header["scl_inter"]):
+        header["scl_inter"] = 0
+        notes.append("the NIfTI's scl_inter is no number and was taken for 0")
+    if not header["sform_code"]:
+        if not header["qform_code"]:
+            notes.append(_guess("NIfTI", "sform and qform code 0"))
+        try:
+            header.get_best_affine()
+        except ValueError as error:
+            raise InputError(f"its qform is no rotation: {error} (expected a unit quaternion)") from error
+        return notes
+    sform, pixdim = header.get_sform(), header["pixdim"][1:4].astype(float)
+    if not np.isfinite(sform).all() or not np.linalg.det(sform[:3, :3]):
+        return notes  # the reader says so
+    # The slices of a tilted gantry are as far apart as the sform's column is long, or as their planes are.
+    sizes = np.linalg.norm(sform[:3, :3], axis=0), 1 / np.linalg.norm(np.linalg.inv(sform[:3, :3]), axis=1)
+    off = np.abs(np.array(sizes) - pixdim).min(0)
+    if not (off <= _SCALES * pixdim)[: len(shape)].all():
+        by_pixdim, by_sform = (" x ".join(f"{mm:.3g}" for mm in each) for each in (pixdim, sizes[0]))
+        raise InputError(f"its voxels are {by_pixdim} mm by pixdim, {by_sform} mm by the sform (expected the same)")
+    if header["qform_code"]:
+        try:
+            qform = header.get_qform()
+        except ValueError:
+            return [*notes, "the NIfTI's qform is no rotation; the sform was taken"]
+        corners = list(product(*((0, n - 1) for n in (*shape, 1, 1)[:3])))
+        apart = nib.affines.apply_affine(sform, corners) - nib.affines.apply_affine(qform, corners)
+        if (mm := np.linalg.norm(apart, axis=1).max()) > _APART_MM:
+            mirrored = " and mirror images" if np.linalg.det(sform) * np.linalg.det(qform) < 0 else ""
+            notes.append(f"the NIfTI's sform and qform are up to {mm:.0f} mm apart{mirrored}; the sform was taken")
+    return notes
+
+
+def _guess(kind: str, why: str) -> str:
+    return f"the {kind} doesn't say how the scan lies ({why}): left and right are a guess"
 
 
 def _nrrd(path: str, start: bytes) -> _Claim:
@@ -153,8 +225,10 @@ def _nrrd(path: str, start: bytes) -> _Claim:
         raise InputError(f"ends within its header: truncated {_EXPECTED}")
     shape, size = _itk_claim(path, f"NRRD, sizes {fields['sizes'][:80]}")
     encoding = fields["encoding"]
+    oriented = "space directions" in fields and fields.get("space") in _NRRD_SPACES
+    notes = [] if oriented else [_guess("NRRD", "no space, or one that names no sides")]
     offset = None if encoding in ("text", "txt", "ascii", "hex") else len(text) + len(end)
-    return _Claim(shape, size, path, offset, 0, encoding in ("gzip", "gz"))
+    return _Claim(shape, size, path, offset, 0, encoding in ("gzip", "gz"), notes)
 
 
 def _meta(path: str, start: bytes) -> _Claim:
@@ -182,7 +256,10 @@ def _meta(path: str, start: bytes) -> _Claim:
     shape, size = _itk_claim(path, f"MetaImage, DimSize {fields['DimSize'][:80]}")
     compressed = fields.get("CompressedData", "False").lower() == "true"
     as_text = fields.get("BinaryData", "True").lower() == "false"
-    return _Claim(shape, size, source, None if as_text else offset, 0, compressed)
+    notes = (
+        [] if {"TransformMatrix", "Rotation", "Orientation"} & fields.keys() else [_guess("MetaImage", "no TransformMatrix")]
+    )
+    return _Claim(shape, size, source, None if as_text else offset, 0, compressed, notes)
 
 
 def _meta_fault(fields: dict[str, str]) -> str | None:
@@ -218,18 +295,23 @@ def _itk_claim(path: str, what: str) -> tuple[tuple[int, ...], int]:
     return shape, size
 
 
-def _check_voxels(claim: _Claim) -> None:
+def _check_voxels(claim: _Claim, keep: bool) -> np.ndarray | None:
+    """Refuse voxels that aren't there, or more than were claimed; `keep` returns the stream up to the last of them."""
     if claim.offset is None:
-        return  # text may write a voxel in any number of characters; the reader counts them
+        return None  # text may write a voxel in any number of characters; the reader counts them
     expected = claim.skip + claim.size
+    data = np.empty(expected, np.uint8) if keep else None  # takes no memory before it is written to
     with open(claim.source, "rb") as file:
         held = os.fstat(file.fileno()).st_size - claim.offset
+        file.seek(claim.offset)
         if claim.compressed:
-            file.seek(claim.offset)
             held = 0
             try:
-                for count in _inflated(file):
-                    held += count
+                for piece in _inflated(file, expected):
+                    wanted = min(len(piece), expected - held)
+                    if keep and wanted > 0:
+                        data[held : held + wanted] = np.frombuffer(piece, np.uint8, wanted)
+                    held += len(piece)
                     if held > expected + _TRAILING_BYTES:
                         break
             except EOFError as error:
@@ -237,28 +319,43 @@ def _check_voxels(claim: _Claim) -> None:
                 raise InputError(f"{what}: truncated {_EXPECTED}") from error
             except isal_zlib.error as error:
                 raise InputError(f"its compressed voxels do not decode: damaged {_EXPECTED}") from error
+        elif keep and held >= expected:
+            file.readinto(data)
     if held < expected:
         what = f"holds {max(0, held - claim.skip)} of the {claim.size} bytes that {_by(claim.shape)} voxels take"
         raise InputError(f"{what}: truncated, or a wrong header {_EXPECTED}")
     if held > expected + _TRAILING_BYTES:
         what = f"holds more than the {claim.size} bytes that the {_by(claim.shape)} voxels of its header take"
         raise InputError(f"{what}: a wrong header, or made to fill the memory {_EXPECTED}")
+    return data
 
 
-def _inflated(file: BinaryIO) -> Iterator[int]:
-    """Sizes of the inflated pieces of a gzip (any number of members) or zlib stream, whose checksums are verified."""
-    data = file.read(_CHUNK_BYTES)
+def _inflated(file: BinaryIO, expected: int) -> Iterator[bytes]:
+    """The inflated pieces of a gzip (any number of members) or zlib stream, whose checksums are verified.
+
+    What follows the `expected` bytes and begins like another member, but isn't one, is padding.
+    """
+    data, held = file.read(_CHUNK_BYTES), 0
     while data:
         inflate = isal_zlib.decompressobj(wbits=47)  # gzip or zlib, whichever its header says
+        enough = held >= expected
         while not inflate.eof:
-            piece = inflate.decompress(data, _CHUNK_BYTES)
-            yield len(piece)
+            try:
+                piece = inflate.decompress(data, _CHUNK_BYTES)
+            except isal_zlib.error:
+                if enough:
+                    return
+                raise
+            yield piece
+            held += len(piece)
             data = inflate.unconsumed_tail or (b"" if inflate.eof else file.read(_CHUNK_BYTES))
             if not data and not inflate.eof and len(piece) < _CHUNK_BYTES:
+                if enough:
+                    return
                 raise EOFError
         data = inflate.unused_data
         data += file.read(_CHUNK_BYTES) if len(data) < 2 else b""
-        if not data.startswith((b"\x1f\x8b", b"\x78")):
+        if not data.startswith(b"\x1f\x8b"):
             return  # padding after the last member
 
 

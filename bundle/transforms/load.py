@@ -9,14 +9,14 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import ITKReader, MetaTensor, NibabelReader
-from monai.transforms import MapTransform
+from monai.data import ITKReader, MetaTensor
+from monai.transforms import MapTransform, Orientation
 from monai.utils import SpaceKeys, convert_to_tensor, ensure_tuple
 from torch import Tensor
 
 from bundle.errors import InputError
 from bundle.reading.dicom import read_dicom
-from bundle.reading.scan_file import check_scan_file
+from bundle.reading.scan_file import check_scan_file, read_nifti
 from bundle.reading.series import LARGEST_TILT
 
 _AIR_HU = -1024  # padding outside the field of view (-2048, -3024) becomes air
@@ -27,11 +27,11 @@ _SAMPLE = 1_000_000  # voxels that the histogram checks look at
 
 
 class LoadCTd(MapTransform):
-    """Read scans (NIfTI, NRRD, MHA, DICOM folder) and their masks with MONAI's readers, and check them.
+    """Read scans (NIfTI, NRRD, MHA, DICOM folder) and their masks, and check them.
 
     An image becomes a MetaTensor (1, D, H, W) in HU, at least -1024, with its affine in RAS, as int16 where the file has
     16 bits (a chest CT then takes half the memory and time until it is resampled), else as float32; a mask becomes 0/1
-    (1 where the file is > 0) as uint8 on the same grid.
+    (1 where the file is > 0) as uint8 on the same grid, whatever the order of its axes.
 
     Args:
         keys: images; the masks must be on the grid of the first.
@@ -68,6 +68,8 @@ class LoadCTd(MapTransform):
         for key in [key for key in self.mask_keys if key in out]:
             where = f"patient {patient}, {key} {out[key]}"
             image, mask = out[self.keys[0]], _read(out[key], where)
+            if (axes := nib.aff2axcodes(image.affine)) != nib.aff2axcodes(mask.affine):
+                mask = Orientation("".join(axes), labels=None)(mask)  # the same grid, perhaps, with other axes first
             if mask.shape != image.shape:
                 shapes = f"{_by(mask.shape[1:])} voxels, the image {_by(image.shape[1:])}"
                 raise InputError(f"{where}: the mask has {shapes} (expected the same)")
@@ -133,24 +135,20 @@ def _read(path: str, where: str, series: str | None = None) -> MetaTensor:
 
 def _read_file(path: str, where: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
     try:
-        check_scan_file(path)
-    except InputError as fault:
-        raise InputError(f"{where}: {fault}") from fault
-    is_nifti = str(path).lower().endswith((".nii", ".nii.gz"))
-    reader = NibabelReader() if is_nifti else ITKReader()
-    try:
-        array, meta = reader.get_data(reader.read(path))
+        if str(path).lower().endswith((".nii", ".nii.gz")):
+            array, affine, notes = read_nifti(path)
+        else:
+            notes = check_scan_file(path)
+            reader = ITKReader()
+            array, meta = reader.get_data(reader.read(path))
+            affine = meta["affine"]
         if array.dtype not in (np.int16, np.uint8):  # CTs and masks as stored, a half and a quarter of float32
             array = np.asarray(array, dtype=np.float32)
+    except InputError as fault:
+        raise InputError(f"{where}: {fault}") from fault
     except Exception as error:  # each reader has its own kinds
         raise InputError(f"{where}: cannot be read, truncated or damaged (expected a whole scan)") from error
-    if not is_nifti:
-        return array, meta["affine"], []
-    # MONAI lets pixdim overrule an sform that contradicts it; the standard, and every viewer, goes by the sform.
-    nifti = nib.load(path)
-    unknown = not (nifti.header["sform_code"] or nifti.header["qform_code"])
-    note = "the NIfTI doesn't say how the scan lies (sform and qform code 0): left and right are a guess"
-    return array, nifti.affine, [note] if unknown else []
+    return array, affine, notes
 
 
 def _volume_fault(array: np.ndarray) -> str | None:
