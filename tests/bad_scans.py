@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A corpus of bad scans: each kind a small file or folder, and what inference says of it.
 
-    python -m tests.bad_scans              runs inference on it and writes the table docs/results/bad_input.md
-    python -m tests.bad_scans --out DIR    writes the scans and their cohort, corpus.csv
+python -m tests.bad_scans              runs inference on it and writes the table docs/results/bad_input.md
+python -m tests.bad_scans --out DIR    writes the scans and their cohort, corpus.csv
 """
 
 from __future__ import annotations
@@ -239,11 +239,23 @@ def abdomen(folder):
     return nifti(folder, values.astype(np.int16), np.diag([-5.0, -5, 5, 1]))
 
 
-def moved_truth(folder):
-    hu, affine = chest()
-    moved = affine.copy()
-    moved[2, 3] += 50
-    return with_mask(folder, "gt_mask", (hu > 200).astype(np.uint8), moved)
+def moved(slices: int) -> np.ndarray:
+    matrix = np.eye(4)
+    matrix[2, 3] = slices
+    return matrix
+
+
+def mirrored_qform(folder):
+    image = nib.load(on_chest(folder))
+    image.set_sform(chest()[1], 1)
+    image.set_qform(np.diag([-1.0, 1, 1, 1]) @ chest()[1], 1)
+    nib.save(image, folder / "mirrored.nii.gz")
+    return folder / "mirrored.nii.gz"
+
+
+def followed_by(path: Path, data: bytes) -> Path:
+    path.write_bytes(path.read_bytes() + data)
+    return path
 
 
 def cut_mask(folder):
@@ -333,6 +345,14 @@ KINDS: dict[str, Callable[[Path], Path | dict[str, str]]] = {
     "good: a lung mask with an affine that differs in the last digits": lambda f: with_mask(
         f, "lung_mask", lungs(), chest()[1] + 1e-4
     ),
+    "good: a lung mask stored mirrored, with an affine that says so": lambda f: with_mask(
+        f, "lung_mask", lungs()[::-1], chest()[1] @ mirror()
+    ),
+    "good: sform and qform that are mirror images": mirrored_qform,
+    "good: bytes after the gzip stream": lambda f: followed_by(on_chest(f), b"# copied by a script"),
+    "good: a leading axis of 1, scl_inter NaN": lambda f: nifti(
+        f, chest()[0][None], chest()[1], scl_slope=1, scl_inter=np.nan
+    ),
     # files
     "no such file": lambda f: f / "scan.nii.gz",
     "a suffix that is not a scan's": lambda f: raw(f, "scan.jpg", b"\xff\xd8\xff"),
@@ -412,6 +432,7 @@ KINDS: dict[str, Callable[[Path], Path | dict[str, str]]] = {
     "huge spacing": lambda f: nifti(f, affine=np.diag([2, 2, 300.0, 1])),
     "wider than a scanner": lambda f: nifti(f, block((70, 70, 60)), np.diag([18.0, 18, 18, 1])),
     "a sheared affine": sheared,
+    "voxel sizes in pixdim and sform that differ": lambda f: nifti(f, pixdim=[1, 1.7, 1.7, 2.55, 1, 1, 1, 1]),
     "two axes that are the same": lambda f: nifti(f, srow_x=[2, 2, 0, 0], srow_y=[0, 0, 0, 0], srow_z=[0, 0, 3, 0]),
     # values
     "NaN among the voxels": lambda f: nifti(f, block_with([np.nan, np.nan])),
@@ -431,8 +452,8 @@ KINDS: dict[str, Callable[[Path], Path | dict[str, str]]] = {
     # masks
     "an empty lung mask": lambda f: with_mask(f, "lung_mask", np.zeros(chest()[0].shape, np.uint8)),
     "a lung mask of another shape": lambda f: with_mask(f, "lung_mask", lungs()[:, :, 1:]),
-    "a lung mask of another space": lambda f: with_mask(f, "lung_mask", lungs(), chest()[1] @ mirror()),
-    "a ground-truth mask of another space": moved_truth,
+    "a lung mask of another space": lambda f: with_mask(f, "lung_mask", lungs(), chest()[1] @ moved(20)),
+    "a ground-truth mask of another space": lambda f: with_mask(f, "gt_mask", lungs(), chest()[1] @ moved(10)),
     "a truncated lung mask": cut_mask,
     "a lung mask that is a folder": lambda f: {"image": str(nifti(f)), "lung_mask": str(f)},
     "a lung mask that does not exist": lambda f: {"image": str(nifti(f)), "lung_mask": str(f / "lung.nii.gz")},

@@ -243,7 +243,10 @@ def test_lung_mask_methods(tmp_path):
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"spacing": "abc"}, "spacing is 'abc' (expected one number or three, 0.1 to 20 mm, such as 3 or [3, 3, 3])"),
+        (
+            {"spacing": "abc"},
+            "spacing is 'abc' (expected one number or three, 0.1 to 20 mm, such as 3 or [3, 3, 3], or native)",
+        ),
         ({"spacing": 0}, "spacing is [0, 0, 0] (expected"),
         ({"spacing": True}, "spacing is True (expected"),
         ({"spacing": [3, 3]}, "spacing is [3, 3] (expected"),
@@ -254,6 +257,7 @@ def test_lung_mask_methods(tmp_path):
         ({"margin": "abc"}, "margin is 'abc' (expected a number of mm, at least 0)"),
         ({"margin": float("nan")}, "margin is nan (expected"),
         ({"margin": -1}, "margin is -1 (expected"),
+        ({"spacing": "native"}, "margin is 6 (expected 0 where the spacing is native)"),
     ],
 )
 def test_an_argument_of_the_wrong_shape_is_one_sentence(given, says):
@@ -262,6 +266,27 @@ def test_an_argument_of_the_wrong_shape_is_one_sentence(given, says):
     with pytest.raises(InputError) as caught:
         check_preprocessing(**usual | given)
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_phantoms_are_not_resampled_and_what_resampling_loses_is_noted(tmp_path, caplog):
+    scan = {"patient_id": "P7", "image": save(tmp_path / "fine.nii.gz", hu((20, 20, 20)), np.diag([0.9, 0.9, 0.9, 1]))}
+
+    def prepared(**options) -> dict:
+        config = ConfigParser()
+        config.read_config(["configs/train.json", "configs/cohort/phantom.json"])
+        config.update(options)
+        assert config.get_parsed_content("preprocessing_settings")["spacing"] == options.get("spacing", "native")
+        return Compose(config.get_parsed_content("load_transforms"))(scan)
+
+    out = prepared()
+    expected = torch.from_numpy((hu((20, 20, 20)).astype(np.float32) + 1000) / 1200).clamp(0, 1)
+    torch.testing.assert_close(out["image"][0].as_tensor(), expected)
+    assert out["lung"].all() and out["notes"] == "" and not caplog.messages
+    for _ in range(2):
+        coarse = prepared(spacing=[3.0] * 3)
+    assert coarse["image"].shape == (1, 7, 7, 7) and "resampling keeps 4.3 % of the voxels" in coarse["notes"]
+    assert len([message for message in caplog.messages if "--spacing native" in message]) == 1
+    assert prepared(spacing=[1.5] * 3)["notes"] == ""
 
 
 # --- the way there and back ----------------------------------------------------------------------------------------

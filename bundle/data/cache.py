@@ -22,7 +22,7 @@ from bundle.data.fingerprint import code_digest, describe, describe_scan
 from bundle.errors import InputError, scan_fault
 from bundle.files import DamagedFile, load_checked, remove_leftovers, save_checked
 
-CODE = ("transforms/*.py", "reading/*.py")  # that makes what is cached
+CODE = ("transforms/*.py", "reading/*.py", "grids.py")  # that makes what is cached
 _CACHED = ("image", "lung", "lung_mask_source")
 _KEPT = ("patient_id", "time", "event", "clinical")  # of the record, and never in a file
 _LEVELS = 65535  # of a cached image, which lies in [0, 1]

@@ -77,7 +77,7 @@ def training_settings(
 
 
 def preprocessing_settings(
-    spacing: Sequence[float],
+    spacing: Sequence[float] | str,
     hu_window: Sequence[float],
     lung_mask: str,
     lung_mask_fill: bool,
@@ -115,14 +115,15 @@ def preprocessing_settings(
 
 
 def margin_voxels(preprocessing: dict) -> list[int]:
-    """Voxels an axis around the lung that cropping keeps, from the ``margin`` (mm) and the ``spacing`` (mm).
+    """Voxels an axis around the lung that cropping keeps, from the ``margin`` (mm) and the ``spacing`` (mm, or "native").
 
     Example::
 
         >>> margin_voxels({"margin": 6.0, "spacing": [3.0, 3.0, 1.5]})
         [2, 2, 4]
     """
-    return [round(preprocessing["margin"] / mm) for mm in preprocessing["spacing"]]
+    spacing = [1.0] * 3 if preprocessing["spacing"] == "native" else preprocessing["spacing"]  # then the margin is 0
+    return [round(preprocessing["margin"] / mm) for mm in spacing]
 
 
 def share_of_window(hu: list[float] | None, hu_window: list[float]) -> list[float] | None:

@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The last look at a scan before a network sees it: is it a CT of a chest, whole, in HU, fine enough?"""
 
+import logging
 from collections.abc import Hashable, Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 from monai.config import KeysCollection
@@ -12,7 +14,10 @@ from monai.utils import convert_to_numpy
 
 from bundle.errors import InputError, checked_numbers
 
+_log = logging.getLogger(__name__)
+
 _LUNG_LITRES = (0.8, 10.0)
+_LEFT = 0.2  # of the voxels of a scan without a lung mask: noted if resampling keeps less
 _SPACING_MM = (5.0, 10.0)  # voxels larger than this: noted, refused
 _CUT_SIDE = (0.05, 0.25)  # share of the lungs' outline on a face of the volume: noted, refused
 _CUT_END = (0.05, 0.5)  # lung in the first or last slice, of the widest slice: noted, refused
@@ -26,7 +31,8 @@ _JUMP = 2.0  # difference between two slices, in units of the median of the seve
 class QualityGated(MapTransform):
     """Refuse a scan that no survival map can be drawn from, and add what its reader should know to `notes`.
 
-    It comes after :class:`~bundle.transforms.LungMaskd`. A scan whose lungs aren't masked (phantoms) passes unchecked.
+    It comes after :class:`~bundle.transforms.LungMaskd`. A scan whose lungs aren't masked (phantoms) passes unchecked, but
+    what of its voxels resampling loses is noted.
 
     Args:
         keys: the image, in HU and in RAS order; one key.
@@ -49,9 +55,10 @@ class QualityGated(MapTransform):
         (self.max_spacing,) = checked_numbers("max_spacing", max_spacing, 1, "a number of mm above 0", lambda mm: mm > 0)
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
-        if data["lung_mask_source"] == "none":
-            return dict(data)
         image = data[self.keys[0]]
+        if data["lung_mask_source"] == "none":
+            kept = image[0].numel() / np.prod(image.meta.get("spatial_shape", image.shape[1:]))
+            return dict(data) if kept >= _LEFT else {**data, "notes": _lost(kept, data.get("notes", ""))}
         faults, notes = check_quality(
             convert_to_numpy(image[0]),
             convert_to_numpy(data["lung"][0]) > 0,
@@ -68,6 +75,18 @@ class QualityGated(MapTransform):
         if "contrast" not in known:
             notes.append("contrast phase unknown")
         return {**data, "notes": "; ".join(filter(None, [known, *notes]))}
+
+
+def _lost(kept: float, notes: str) -> str:
+    """Notes on a scan of which resampling kept little; in a training, too, they are to be seen, once."""
+    note = f"resampling keeps {100 * kept:.2g} % of the voxels, fine lesions are lost: --spacing native keeps them all"
+    _warn_once(note)
+    return "; ".join(filter(None, [notes, note]))
+
+
+@lru_cache
+def _warn_once(text: str) -> None:
+    _log.warning(text)
 
 
 def check_quality(
