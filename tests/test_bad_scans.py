@@ -8,8 +8,10 @@ import gzip
 import os
 from types import SimpleNamespace
 
+import itk
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 
 from bundle.errors import InputError
@@ -19,6 +21,8 @@ from bundle.transforms import LoadCTd
 
 from . import bad_scans
 from .bad_scans import block, by_itk, nifti
+from .commands import run
+from .dicom_files import write_series
 
 # MiB, the imports (about 600) included; the bombs of the corpus hold 4 and 8 GiB.
 PEAK_MEMORY = 1536
@@ -82,6 +86,31 @@ def test_mirrored_scans_give_mirrored_maps(ran):
     np.testing.assert_allclose(maps[0].affine, maps[1].affine, atol=1e-3)
     a, b = (np.asarray(m.dataobj) for m in maps)
     np.testing.assert_allclose(a, b, atol=1e-3 * a.max())
+
+
+def test_the_same_scan_in_every_format_gives_the_same_months(tmp_path, root, monkeypatch):
+    """To the last digit that is written, and with the same notes."""
+    monkeypatch.chdir(root)
+    values, affine = bad_scans.chest()
+    spacing, origin = np.diag(affine)[:3] * [-1, -1, 1], affine[:3, 3] * [-1, -1, 1]  # as DICOM and ITK have them, LPS
+    image = itk.image_from_array(np.ascontiguousarray(values.T))
+    image.SetSpacing(spacing)
+    image.SetOrigin(origin)
+    paths = [nifti(tmp_path, values, affine, name) for name in ("a.nii", "b.nii.gz")]
+    paths.append(bad_scans.followed_by(nifti(tmp_path, values, affine, "c.nii.gz"), b"# copied by a script"))
+    nib.save(nib.Nifti2Image(values.astype(np.float32), affine), tmp_path / "d.nii.gz")
+    for name, compression in (("e.nrrd", False), ("f.nrrd", True), ("g.mha", False), ("h.mha", True), ("i.mhd", True)):
+        itk.imwrite(image, str(tmp_path / name), compression=compression)
+        paths.append(tmp_path / name)
+    write_series(tmp_path / "series", values, spacing, origin)
+    paths += [tmp_path / "d.nii.gz", tmp_path / "series"]
+    rows = [f"{path.name},{path}" for path in paths]
+    (tmp_path / "cohort.csv").write_text("\n".join(["patient_id,image", *rows]) + "\n")
+    out = tmp_path / "out"
+    run("configs/inference.json", cohort=str(tmp_path / "cohort.csv"), output_dir=str(out), shifts=1, refine=False)
+    table = pd.read_csv(out / "predictions.csv", index_col="patient_id", dtype=str)
+    assert len(table) == len(paths) and (table.status == "ok").all()
+    assert (table == table.iloc[0]).all(axis=None), table.T
 
 
 # --- files ---------------------------------------------------------------------------------------------------------

@@ -148,7 +148,7 @@ class PredictionWriter:
     stopped; failed scans are tried again.
 
     Expects the output of :class:`~bundle.maps.MapToHeatd` and :class:`~bundle.maps.HeatToScand`, and in the batch
-    ``patient_id``, ``image`` (HU scaled to [0, 1]), ``lung``, ``lung_mask_source`` and ``notes``.
+    ``patient_id``, ``image`` (HU scaled to [0, 1]), ``lung``, ``lung_mask``, ``lung_mask_source`` and ``notes``.
 
     Args:
         output_dir: folder for `predictions.csv`, `survival_curves.csv`, `report.html`, `done/`, and `maps/` with a NIfTI
