@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gzip
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import itk
@@ -88,6 +89,7 @@ def test_mirrored_scans_give_mirrored_maps(ran):
     np.testing.assert_allclose(a, b, atol=1e-3 * a.max())
 
 
+@pytest.mark.slow
 def test_the_same_scan_in_every_format_gives_the_same_months(tmp_path, root, monkeypatch):
     """To the last digit that is written, and with the same notes."""
     monkeypatch.chdir(root)
@@ -96,14 +98,12 @@ def test_the_same_scan_in_every_format_gives_the_same_months(tmp_path, root, mon
     image = itk.image_from_array(np.ascontiguousarray(values.T))
     image.SetSpacing(spacing)
     image.SetOrigin(origin)
-    paths = [nifti(tmp_path, values, affine, name) for name in ("a.nii", "b.nii.gz")]
-    paths.append(bad_scans.followed_by(nifti(tmp_path, values, affine, "c.nii.gz"), b"# copied by a script"))
-    nib.save(nib.Nifti2Image(values.astype(np.float32), affine), tmp_path / "d.nii.gz")
-    for name, compression in (("e.nrrd", False), ("f.nrrd", True), ("g.mha", False), ("h.mha", True), ("i.mhd", True)):
+    paths = [nifti(tmp_path, values, affine, "a.nii")]
+    paths.append(bad_scans.followed_by(nifti(tmp_path, values, affine, "b.nii.gz"), b"# copied by a script"))
+    for name, compression in (("c.nrrd", True), ("d.mha", False), ("e.mhd", True)):
         itk.imwrite(image, str(tmp_path / name), compression=compression)
         paths.append(tmp_path / name)
-    write_series(tmp_path / "series", values, spacing, origin)
-    paths += [tmp_path / "d.nii.gz", tmp_path / "series"]
+    paths.append(Path(write_series(tmp_path / "series", values, spacing, origin)))
     rows = [f"{path.name},{path}" for path in paths]
     (tmp_path / "cohort.csv").write_text("\n".join(["patient_id,image", *rows]) + "\n")
     out = tmp_path / "out"
