@@ -69,7 +69,7 @@ def test_reads_the_contract(write, tmp_path):
         ("A,a.nii.gz,5,2", "row 3, column event: '2' (expected 1 died or 0 censored)"),
         ("A,a.nii.gz,5,yes", "row 3, column event: 'yes'"),
         ("A,a.nii.gz,5,", "row 3, column event: empty"),
-        ("A,a.nii.gz,60,1", "row 3, column time: 60 (expected less than tmax, which is 60)"),
+        ("A,a.nii.gz,60,1", "row 3, column time: 60 (expected months, less than tmax, which is 60; --tmax sets another)"),
         ("first,a.nii.gz,5,1", "row 3, column patient_id: 'first' is in row 2 too"),
         (",a.nii.gz,5,1", "row 3, column patient_id: empty"),
         ("../A,a.nii.gz,5,1", "row 3, column patient_id: '../A'"),
@@ -120,9 +120,7 @@ def test_faults_of_the_table(write, tmp_path):
     assert "column smoker: named as clinical but missing (expected one of the table's: age)" in fault_of(
         write(HEADER + ",age", "A,a.nii.gz,5,1,60"), clinical={"smoker": "numeric"}
     )
-    assert "column time: not a clinical column" in fault_of(
-        write(HEADER, "A,a.nii.gz,5,1"), clinical={"time": "numeric"}
-    )
+    assert "column time: not a clinical column" in fault_of(write(HEADER, "A,a.nii.gz,5,1"), clinical={"time": "numeric"})
     assert "row 2, column sex: 'f' (expected a number" in fault_of(
         write(HEADER + ",sex", "A,a.nii.gz,5,1,f"), clinical={"sex": "numeric"}
     )
@@ -137,8 +135,61 @@ def test_faults_of_the_table(write, tmp_path):
     assert "No such file" in fault_of(tmp_path / "lost.csv")
     assert "table 5: No such file" in fault_of(5)
     assert "tmax is 'abc' (expected a number of months)" in fault_of(write(HEADER, "A,a.nii.gz,5,1"), tmax="abc")
-    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00\x01")
-    assert "not a CSV in UTF-8" in fault_of(tmp_path / "binary.csv")
+    for data, says in {
+        b"\x00\x01": "it holds characters of code 0",
+        (HEADER + "\n").encode() + b"M\xfcller,a.nii.gz,5,1\n": "row 2 is not in UTF-8",
+        "a,b".encode("utf-16")[:-1]: "row 1 is not in UTF-8",
+        b"PK\x03\x04xl/workbook.xml": "it is an Excel workbook or another zip (expected a CSV in UTF-8",
+        b"\n<!doctype html><title>Please log in": "it is a web page",
+        b"\x1f\x8b\x08": "it is gzip",
+        b"patient_id;image;time;event\nA;a.nii.gz;5,5;1\n": "its columns are separated by semicolons (expected commas)",
+        b"patient_id\timage\n": "separated by tabs",
+        b"Exported 2024\n" + HEADER.encode() + b"\nA,a.nii.gz,5,1\n": "row 1 is 'Exported 2024' alone",
+        HEADER.encode() + b'\nA,a.nii.gz,5,1\n"B,a.nii.gz,5,1\nC,a.nii.gz,5,1\n': "that begins in row 3 is not closed",
+        HEADER.encode() + b'\n"A",a.nii.gz,5,1\n"B"x,a.nii.gz,5,1\n': "row 3",
+        HEADER.encode() + b'\n"A,a.nii.gz,5,1\nB",a.nii.gz,5,1,2\n': 'rows 2 to 3, which a quote (") joins: 5 values',
+    }.items():
+        (tmp_path / "other.csv").write_bytes(data)
+        assert says in fault_of(tmp_path / "other.csv"), data
+
+
+def test_tables_as_spreadsheets_leave_them_are_read(write, tmp_path):
+    plain = read_cohort(write(HEADER, "A,a.nii.gz,5,1", "B,b.nii.gz,6,0"))
+    for lines, encoding in (
+        (["sep=,", HEADER, "A,a.nii.gz,5,1", "B,b.nii.gz,6,0"], "utf-8"),
+        ([HEADER + ",,", "A,a.nii.gz,5,1,,", "B,b.nii.gz,6,0,,", ",,,,,"], "utf-8"),
+        ([HEADER, "A,a.nii.gz,5,1,", "B,b.nii.gz,6,0,,"], "utf-8"),
+        ([HEADER, "A,a.nii.gz,5,TRUE", "B,b.nii.gz,6,False"], "utf-16"),
+        ([HEADER, "A,a.nii.gz,5,Dead", "B,b.nii.gz,6,alive"], "utf-8"),
+        ([HEADER, f'A,"""{tmp_path}/a.nii.gz""",5,1', "B,.\\b.nii.gz,6,0"], "utf-8"),
+    ):
+        assert read_cohort(write(*lines, encoding=encoding)) == plain, lines
+    assert "row 2: 5 values (expected 4" in fault_of(write(HEADER, "A,a.nii.gz,5,1,x"))
+    assert "row 2, column time: '9_9'" in fault_of(write(HEADER, "A,a.nii.gz,9_9,1"))
+    assert read_cohort(write(HEADER + ",split", "A,a.nii.gz,5,1,Train"))[0]["split"] == "train"
+    assert read_cohort(write(HEADER + ",", "A,a.nii.gz,5,1,left"))[0]["patient_id"] == "A"  # a column without a name
+
+
+def test_words_for_missing_are_the_same_in_every_column(write, caplog):
+    words = ["NA", "N/A", "nan", "unknown", "Unknown", "null", "Not Collected", "-", "?", "<NA>"]
+    kinds = {"age": "numeric", "stage": "categorical"}
+    with caplog.at_level(logging.INFO):
+        rows = [f"p{i},a.nii.gz,5,1,{word},{word},{word}" for i, word in enumerate(words)]
+        records = read_cohort(write(HEADER + ",gt_mask,age,stage", *rows), clinical=kinds)
+    assert all(record["covariates"] == {"age": None, "stage": None} for record in records)
+    assert not any("gt_mask" in record for record in records)
+    assert "cells taken as missing: 3 'NA', 3 'N/A'" in caplog.text
+    rest = read_cohort(
+        write(HEADER + ",stage", "A,a.nii.gz,5,1,none", "B,b.nii.gz,5,1,1_0"), clinical={"stage": "categorical"}
+    )
+    assert [record["covariates"]["stage"] for record in rest] == ["none", "1_0"]
+    for row, column in (("NA,a.nii.gz,5,1", "patient_id"), ("A,a.nii.gz,5,unknown", "event")):
+        assert f"row 2, column {column}: '{'NA' if column == 'patient_id' else 'unknown'}'" in fault_of(write(HEADER, row))
+
+
+def test_months_that_are_days_are_refused(write):
+    assert "row 2, column time: 900 (expected months, less than 360)" in fault_of(write(HEADER, "A,a.nii.gz,900,1"))
+    assert read_cohort(write(HEADER, "A,a.nii.gz,900,1"), tmax=1000)[0]["time"] == 900
 
 
 def test_a_scan_at_fault_can_be_skipped_or_marked_but_the_table_cannot(write, caplog):
@@ -159,11 +210,12 @@ def test_a_scan_at_fault_can_be_skipped_or_marked_but_the_table_cannot(write, ca
     assert len(read_cohort(write(HEADER, "A,lost.nii.gz,5,1"), check_files=False)) == 1
 
 
-def test_inference_needs_no_outcome_but_not_half_of_one(write):
-    assert read_cohort(write("patient_id,image", "A,a.nii.gz"), need_outcome=False)[0].keys() == {"patient_id", "image"}
-    assert "time" not in read_cohort(write(HEADER, "A,a.nii.gz,,"), need_outcome=False)[0]
-    assert "row 2, column event: empty" in fault_of(write(HEADER, "A,a.nii.gz,5,"), need_outcome=False)
-    assert "only one is there" in fault_of(write("patient_id,image,time", "A,a.nii.gz,5"), need_outcome=False)
+def test_inference_passes_over_outcomes(write):
+    asked = {"need_outcome": False}
+    assert read_cohort(write("patient_id,image", "A,a.nii.gz"), **asked)[0].keys() == {"patient_id", "image"}
+    for rest in ("0,", ",", "NA,2", "5,1"):
+        assert read_cohort(write(HEADER, f"A,a.nii.gz,{rest}"), **asked)[0].keys() == {"patient_id", "image"}
+    assert "time" not in read_cohort(write("patient_id,image,time", "A,a.nii.gz,-1"), **asked)[0]
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_every_fault_is_told_at_once(lung1):
     table.write_text(good.replace(",155,1", ",-5,maybe").replace("LUNG1-003", "LUNG1-009"))
     message = refusal(arguments(lung1))
     assert "has 3 faults" in message
-    assert "row 3, column Survival.time: '-5' (expected days as a number > 0)" in message
+    assert "row 3, column Survival.time: '-5' (expected days as a number > 0, less than 30 years)" in message
     assert "row 3, column deadstatus.event: 'maybe' (expected 1 died or 0 censored)" in message
     assert "row 4: patient LUNG1-009: no scan in" in message
     assert not (lung1 / "out" / "cohort.csv").exists()

@@ -173,9 +173,7 @@ def mae_censored(predicted: Tensor, time: Tensor, event: Tensor) -> float | None
     return _number((time - predicted)[event != 1].clamp_min(0).mean())
 
 
-def mae_pseudo_observation(
-    predicted: Tensor, time: Tensor, event: Tensor, training: Outcome | None = None
-) -> float | None:
+def mae_pseudo_observation(predicted: Tensor, time: Tensor, event: Tensor, training: Outcome | None = None) -> float | None:
     """Weighted mean |predicted - time| of all patients, months, with pseudo-observations for the censored (MAE-PO).
 
     The pseudo-observation of a patient is what they add to the mean lifetime of the N patients they are among:
