@@ -197,7 +197,7 @@ def test_a_scan_at_fault_can_be_skipped_or_marked_but_the_table_cannot(write, ca
     with caplog.at_level(logging.WARNING):
         kept = read_cohort(write(*lines), on_fault="skip")
     assert [record["patient_id"] for record in kept] == ["A"]
-    assert len(caplog.records) == 2 and "patient B" in caplog.text and "row 4, column gt_mask" in caplog.text
+    assert len(caplog.records) == 3 and "patient B" in caplog.text and "row 4, column gt_mask" in caplog.text
 
     marked = read_cohort(write(*lines), on_fault="row", need_outcome=False)
     assert ["fault" in record for record in marked] == [False, True, True]
@@ -206,6 +206,8 @@ def test_a_scan_at_fault_can_be_skipped_or_marked_but_the_table_cannot(write, ca
     for on_fault in ("skip", "row"):
         assert "row 2, column time" in fault_of(write(HEADER, "A,a.nii.gz,0,1"), on_fault=on_fault)
     assert "no scans remain" in fault_of(write(HEADER, "A,lost.nii.gz,5,1"), on_fault="skip")
+    assert fault_of(write(*lines)).endswith("\nThe same command with --on_fault skip goes on without these scans.")
+    assert "2 of 3 scans are left out" in caplog.text
     assert "on_fault is 'ignore'" in fault_of(write(HEADER), on_fault="ignore")
     assert len(read_cohort(write(HEADER, "A,lost.nii.gz,5,1"), check_files=False)) == 1
 

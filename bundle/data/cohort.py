@@ -94,7 +94,9 @@ def read_cohort(
     if need_outcome and not faults and not any(record["event"] for record in records):
         faults.append("column event: no row has event 1 (expected at least one death)")
     scan_faults = _check_files(scans) if check_files else []
-    raise_faults(path, faults + (scan_faults if on_fault == "fail" else []))
+    skippable = need_outcome and not faults and not all("fault" in record for record in records)
+    advice = "\nThe same command with --on_fault skip goes on without these scans." if skippable else ""
+    raise_faults(path, faults + (scan_faults if on_fault == "fail" else []), advice)
     return _without_faults(records, path, need_outcome) if on_fault == "skip" else records
 
 
@@ -245,6 +247,8 @@ def _without_faults(records: Sequence[dict], path: str | os.PathLike, need_outco
             _log.warning("patient %s is left out: %s", record["patient_id"], record["fault"])
         else:
             good.append(record)
+    if len(good) < len(records):
+        _log.warning("%d of %d scans are left out", len(records) - len(good), len(records))
     if not good or (need_outcome and not any(record["event"] for record in good)):
         raise InputError(f"{path}: no {'deaths' if good else 'scans'} remain once scans at fault are left out")
     return good

@@ -134,11 +134,11 @@ def _lines(path: str) -> Iterator[tuple[int, int, list[str]]]:
         raise InputError(f"table {path}: {what}") from error
 
 
-def raise_faults(path: str | os.PathLike, faults: Sequence[str]) -> None:
-    """Raise an :class:`InputError` that lists the faults of a table, if there are any."""
+def raise_faults(path: str | os.PathLike, faults: Sequence[str], advice: str = "") -> None:
+    """Raise an :class:`InputError` that lists the faults of a table, and then the advice, if there are any faults."""
     if faults:
         count = "a fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise InputError(f"{path} has {count}:\n" + "\n".join(f"  {fault}" for fault in faults))
+        raise InputError(f"{path} has {count}:\n" + "\n".join(f"  {fault}" for fault in faults) + advice)
 
 
 def finite(text: str) -> float:
