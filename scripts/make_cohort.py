@@ -68,8 +68,9 @@ def make_cohort(layout: Layout, images: Path, table: Path, out: Path, region: st
     raise_faults(table, faults)
     if not cohort:
         raise InputError(f"{table}: no scans remain once scans at fault are left out")
-    known = {row["patient_id"] for row in rows.values()}
-    strangers = sorted(p.name for p in images.iterdir() if p.is_dir() and p.name not in known) if layout.outcome else []
+    known = {row["patient_id"].casefold() for row in rows.values()}
+    folders = [p.name for p in images.iterdir() if p.is_dir()] if layout.outcome else []
+    strangers = sorted(name for name in folders if name.casefold() not in known)
     if strangers:
         more = ", ..." if len(strangers) > 5 else ""
         _log.warning("%d folders have no row in the table: %s%s", len(strangers), ", ".join(strangers[:5]), more)

@@ -526,7 +526,7 @@ def test_tmax_follows_the_cohort_and_an_evaluation_censors_there(tiny_cohort, tr
     train(tmp_path / "c.csv", tmp_path / "run", max_epochs=1)
     assert json.loads((tmp_path / "run" / "settings.json").read_text())["objective"]["tmax"] == 150
     assert "tmax, the last month of the model, is 150: the longest follow-up is 146.2 months" in capsys.readouterr().out
-    with pytest.raises(InputError, match="row 3, column time: 120 .*less than tmax, which is 110; --tmax sets another"):
+    with pytest.raises(InputError, match="row 3, column time: 120.0 .*less than tmax, which is 110; --tmax sets another"):
         train(tmp_path / "c.csv", tmp_path / "other", max_epochs=1, tmax=110)
 
     options = {"ckpt": str(trained), "output_dir": str(tmp_path / "out"), "shifts": 1, "figures": False}

@@ -187,6 +187,12 @@ def test_words_for_missing_are_the_same_in_every_column(write, caplog):
         assert f"row 2, column {column}: '{'NA' if column == 'patient_id' else 'unknown'}'" in fault_of(write(HEADER, row))
 
 
+def test_ids_that_differ_by_zeros_are_two_patients_with_a_warning(write, caplog):
+    rows = [f"{name},a.nii.gz,5,1" for name in ("00123", "123", "P0", "0P0", "0", "0.5")]
+    assert len(read_cohort(write(HEADER, *rows))) == 6
+    assert caplog.messages == ["patients 00123 and 123 differ by zeros alone: they are taken for two"]
+
+
 def test_months_that_are_days_are_refused(write):
     assert "row 2, column time: 900 (expected months, less than 360)" in fault_of(write(HEADER, "A,a.nii.gz,900,1"))
     assert read_cohort(write(HEADER, "A,a.nii.gz,900,1"), tmax=1000)[0]["time"] == 900

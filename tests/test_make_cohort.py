@@ -327,6 +327,21 @@ def test_flat(tmp_path):
     assert "row 2: patient a: 2 files could be image" in refusal(arguments(tmp_path, "flat", "scans", **names))
 
 
+def test_folders_in_another_case_are_found_and_lost_zeros_are_guessed_at(tmp_path):
+    scans, table = tmp_path / "scans", tmp_path / "table.csv"
+    write_slices(scans / "lung1-001", ct("any"))
+    write_scan(scans / "00123.nii.gz", np.full((4, 4, 4), -900))
+    table.write_text("patient_id,time,event\nLUNG1-001,5,yes\n123,900,1\n")
+    message = refusal(arguments(tmp_path, "flat", "scans"))
+    assert "row 2, column event: 'yes'" in message and "row 3, column time: '900' (expected months" in message
+    assert "row 3: patient 123: no scan in" in message and "00123.nii.gz is there: a spreadsheet may have taken" in message
+    table.write_text("patient_id,time,event\nLUNG1-001,5,True\n00123,90,0\n")
+    main(arguments(tmp_path, "flat", "scans"))
+    assert read_cohort(tmp_path / "out" / "cohort.csv")[0]["image"] == str(scans / "lung1-001")
+    (scans / "Lung1-001").mkdir()
+    assert "2 folders differ in case alone: Lung1-001, lung1-001" in refusal(arguments(tmp_path, "flat", "scans"))
+
+
 @pytest.mark.parametrize(
     "column, name",
     [

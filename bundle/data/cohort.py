@@ -186,6 +186,7 @@ def _absolute(path: str, folder: Path) -> str:
 def _compare_ids_and_images(scans: Sequence[Scan]) -> None:
     """Note ids that differ by spelling alone, and images of several patients in different parts."""
     by_spelling: dict[str, Row] = {}
+    by_number: dict[str, str] = {}
     by_image: dict[str, Scan] = {}
     for row, record in scans:
         patient = row.cells.get("patient_id", "")
@@ -194,6 +195,9 @@ def _compare_ids_and_images(scans: Sequence[Scan]) -> None:
         if patient != (known := first.cells.get("patient_id", "")):
             alike = f"{patient!r} is {known!r} of row {first.line} in another case or Unicode form"
             row.fault("patient_id", f"{alike} (expected one spelling)")
+        same = by_number.setdefault(patient.lstrip("0"), patient)
+        if patient != same and patient.isdecimal():
+            _log.warning("patients %s and %s differ by zeros alone: they are taken for two", same, patient)
         if "image" in record:
             other = by_image.setdefault(record["image"], (row, record))
             if patient != other[0].cells.get("patient_id", ""):

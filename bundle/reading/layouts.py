@@ -131,9 +131,9 @@ def _months(text: str, unit: float) -> str:
 def scan_row(patient: str, images: Path, masks: Path, region: str | None) -> dict[str, str]:
     """The files of one patient: `image`, and masks where there are any.
 
-    A folder named after the patient holds DICOM: the chest CT among its series, or the one that the region was drawn
-    on. Else a file of that name is the scan, and `<patient>_lung`, `_gt`, `_confounder` are masks, there or in folders
-    within.
+    A folder named after the patient, in any case, holds DICOM: the chest CT among its series, or the one that the region
+    was drawn on. Else a file of that name is the scan, and `<patient>_lung`, `_gt`, `_confounder` are masks, there or in
+    folders within.
 
     Args:
         images: folder of the data set.
@@ -143,8 +143,8 @@ def scan_row(patient: str, images: Path, masks: Path, region: str | None) -> dic
     Raises:
         InputError: nothing or too much is found; no chest CT; the region doesn't fit the CT.
     """
-    folder = images / patient
-    if not folder.is_dir():
+    folder = _folder(patient, images)
+    if folder is None:
         return _files(patient, images)
     stacks = list_series(folder)
     with _malformed(patient, region):
@@ -185,6 +185,17 @@ def tidy(name: str) -> str:
     return re.sub(r"[^0-9a-z]+", "_", name.lower()).strip("_")
 
 
+def _folder(patient: str, images: Path) -> Path | None:
+    """The folder named after a patient, in another case only where none has the very name."""
+    if (images / patient).is_dir():
+        return images / patient
+    found = [p for p in images.iterdir() if p.name.casefold() == patient.casefold() and p.is_dir()]
+    if len(found) > 1:
+        listed = ", ".join(sorted(p.name for p in found))
+        raise InputError(f"patient {patient}: {len(found)} folders differ in case alone: {listed} (expected one)")
+    return found[0] if found else None
+
+
 def _files(patient: str, images: Path) -> dict[str, str]:
     found: dict[str, list[str]] = {}
     wanted = {patient.lower(): "image"}
@@ -199,7 +210,10 @@ def _files(patient: str, images: Path) -> dict[str, str]:
             listed = ", ".join(sorted(paths))
             raise InputError(f"patient {patient}: {len(paths)} files could be {column}: {listed} (expected one)")
     if "image" not in found:
-        raise InputError(f"patient {patient}: no scan in {images} (expected a folder or a file of that name)")
+        bare = patient.lstrip("0")
+        alike = sorted(p.name for p in images.iterdir() if (scan_stem(p.name) or p.name).lstrip("0") == bare)
+        hint = f"; {alike[0]} is there: a spreadsheet may have taken the zeros from the table" if alike else ""
+        raise InputError(f"patient {patient}: no scan in {images} (expected a folder or a file of that name{hint})")
     return {column: paths[0] for column, paths in found.items()}
 
 
