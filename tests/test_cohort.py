@@ -188,9 +188,33 @@ def test_words_for_missing_are_the_same_in_every_column(write, caplog):
 
 
 def test_ids_that_differ_by_zeros_are_two_patients_with_a_warning(write, caplog):
-    rows = [f"{name},a.nii.gz,5,1" for name in ("00123", "123", "P0", "0P0", "0", "0.5")]
-    assert len(read_cohort(write(HEADER, *rows))) == 6
+    rows = [f"{name},{i}.nii.gz,5,1" for i, name in enumerate(("00123", "123", "P0", "0P0", "0", "0.5"))]
+    assert len(read_cohort(write(HEADER, *rows), check_files=False)) == 6
     assert caplog.messages == ["patients 00123 and 123 differ by zeros alone: they are taken for two"]
+
+
+def test_what_a_spreadsheet_made_of_ids_and_categories_is_refused(write):
+    for name in ("1.23E+11", "1E+15", "#REF!", "#NAME?"):
+        assert f"row 2, column patient_id: '{name}'" in fault_of(write(HEADER, f"{name},a.nii.gz,5,1"))
+    header, kinds = HEADER + ",sex", {"clinical": {"sex": "categorical"}}
+    assert "column sex: '#VALUE!' (expected a category" in fault_of(write(header, "A,a.nii.gz,5,1,#VALUE!"), **kinds)
+    mixed = write(header, "A,a.nii.gz,5,1,Male", "B,b.nii.gz,6,0,male")
+    assert "row 3, column sex: 'male' is 'Male' of row 2 in another case" in fault_of(mixed, **kinds)
+    assert len(read_cohort(mixed, need_clinical=False, **kinds)) == 2  # inference compares with training
+
+
+def test_contradictions_that_may_be_meant_are_warned_of(write, caplog):
+    read_cohort(write(HEADER, "A,a.nii.gz,5,1", "B,a.nii.gz,6,0", "A,b.nii.gz,4,0"))
+    assert caplog.messages == [
+        "patients A and B have one image; a random split may put it in two parts",
+        "patient A: event differs between rows 2 and 4",
+    ]
+
+
+def test_faults_are_told_by_the_line_that_a_row_begins_in(write):
+    path = write(HEADER + ",note", 'A,a.nii.gz,5,1,"over', 'two lines"', 'B,b.nii.gz,0,1,"over', 'two lines"')
+    assert "row 4, column time: '0'" in fault_of(path)
+    assert read_cohort(write("\ufeff" + HEADER.replace("image", "image\u200b"), "A,a.nii.gz,5,1", encoding="utf-8-sig"))
 
 
 def test_months_that_are_days_are_refused(write):

@@ -17,6 +17,7 @@ from bundle.reading.scan_file import IMAGE_SUFFIXES, scan_stem
 from bundle.reading.tables import (
     MASK_COLUMNS,
     MOST_MONTHS,
+    SPREADSHEET,
     VALID_ID,
     Row,
     died,
@@ -89,6 +90,8 @@ def read_cohort(
     scans = [(row, _record(row, folder, need_outcome, clinical, tmax)) for row in rows if row.cells]
     _compare_ids_and_images(scans)
     _compare_scans_of_patients(scans)
+    if need_clinical:
+        _compare_categories(scans)
     faults += [fault for row in rows for fault in row.faults]
     records = [record for _, record in scans]
     if need_outcome and not faults and not any(record["event"] for record in records):
@@ -168,10 +171,12 @@ def _record(row: Row, folder: Path, need_outcome: bool, clinical: Mapping[str, s
     if cells.get("site"):
         record["site"] = cells["site"]
     if clinical:
-        expected = "a number, or nothing if missing, in a numeric column"
+        convert = {
+            "numeric": (finite, "a number, or nothing if missing, in a numeric column"),
+            "categorical": (_category, "a category, or nothing if missing"),
+        }
         record["covariates"] = {
-            column: row.parse(column, finite if kind == "numeric" else _category, expected) if cells.get(column) else None
-            for column, kind in clinical.items()
+            column: row.parse(column, *convert[kind]) if cells.get(column) else None for column, kind in clinical.items()
         }
     return record
 
@@ -200,7 +205,8 @@ def _compare_ids_and_images(scans: Sequence[Scan]) -> None:
             _log.warning("patients %s and %s differ by zeros alone: they are taken for two", same, patient)
         if "image" in record:
             other = by_image.setdefault(record["image"], (row, record))
-            if patient != other[0].cells.get("patient_id", ""):
+            if patient != (owner := other[0].cells.get("patient_id", "")):
+                _log.warning("patients %s and %s have one image; a random split may put it in two parts", owner, patient)
                 _compare_parts((row, record), other, "image", "an image in one part")
 
 
@@ -216,12 +222,25 @@ def _compare_scans_of_patients(scans: Sequence[Scan]) -> None:
                 twice = f"{patient!r} is in row {same[0]} too, with the same image"
                 row.fault("patient_id", f"{twice} (expected one row a scan)")
             _compare_parts((row, record), group[0], "patient", "all scans of a patient in one")
+            if record.get("event") != group[0][1].get("event"):
+                _log.warning("patient %s: event differs between rows %d and %d", patient, group[0][0].line, row.line)
             name = f"{patient}_{number}"
             if name in scans_of:
                 taken = f"scan {number} of {patient!r} is to be named {name!r}, which is another patient"
                 row.fault("patient_id", f"{taken} (expected names that differ)")
             record |= {"patient_id": name, "patient": patient}
             group[0][1]["patient"] = patient
+
+
+def _compare_categories(scans: Sequence[Scan]) -> None:
+    """Note categories that differ by case alone: Male and male would be two."""
+    first: dict[tuple[str, str], tuple[str, int]] = {}
+    for row, record in scans:
+        for column, value in record.get("covariates", {}).items():
+            if isinstance(value, str):
+                known, line = first.setdefault((column, value.casefold()), (value, row.line))
+                if value != known:
+                    row.fault(column, f"{value!r} is {known!r} of row {line} in another case (expected one spelling)")
 
 
 def _compare_parts(scan: Scan, other: Scan, same: str, expected: str) -> None:
@@ -279,6 +298,8 @@ def _integer(text: str) -> int:
 
 def _category(text: str) -> str:
     """Numbers in one spelling: some programs write 1 as 1.0."""
+    if SPREADSHEET.fullmatch(text):
+        raise ValueError(text)
     try:
         return f"{finite(text):.15g}"
     except ValueError:

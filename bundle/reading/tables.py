@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,17 +19,23 @@ _log = logging.getLogger(__name__)
 MASK_COLUMNS = ("lung_mask", "gt_mask", "confounder_mask")  # of a cohort: files beside the image
 MOST_MONTHS = 360  # of follow-up; more are days, perhaps
 # Words for a value that is not there, in lower case; "none" is none of them: no treatment, perhaps.
-MISSING = ("na", "n/a", "#n/a", "<na>", "nan", "-nan", "null", "unknown", "missing", "-", "--", ".", "?")
+MISSING = ("na", "n/a", "#n/a", "<na>", "nan", "-nan", "null", "unknown", "missing", "-", "--", "\u2013", "\u2014", ".", "?")
 MISSING += ("not available", "[not available]", "not collected", "not recorded", "not reported")
 _EVENT = {"dead": 1, "deceased": 1, "died": 1, "alive": 0, "living": 0, "censored": 0, "true": 1, "false": 0}
+_EVENT |= {"1:deceased": 1, "0:living": 0}  # as cBioPortal has them
 # First bytes of files that are often taken for a CSV.
 _FORMATS = {b"PK\3\4": "an Excel workbook or another zip", b"\xd0\xcf\x11\xe0": "an Excel workbook", b"\x1f\x8b": "gzip"}
 _FORMATS |= {b"PAR1": "Parquet", b"%PDF": "a PDF", b"<": "a web page or XML"}
+_FORMATS |= {b"version https://git-lfs": "a pointer of Git LFS, which fetches the file by: git lfs pull"}
+_INVISIBLE = "\ufeff\u200b\u200e\u200f\u2060"  # that str.strip() leaves
 _SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _SAVE = 'a CSV in UTF-8; in a spreadsheet, "Save as", "CSV UTF-8"'
 
 _ID_BYTES = 200  # names of files may have 255, and more is added to an id
 VALID_ID = f"a name of up to {_ID_BYTES} bytes without / \\ .. or control characters, as files are named after it"
+VALID_ID += ", and no 1.2E+11 or #REF! of a spreadsheet"
+SPREADSHEET = re.compile(r"#(REF|VALUE|DIV/0|NUM|NULL|NAME)[!?]")  # what a spreadsheet writes for a formula that fails
+_LONG_NUMBER = re.compile(r"\d(\.\d+)?E\+\d+")  # and for a long number, so that many become the same
 
 
 @dataclass
@@ -127,7 +134,7 @@ def _lines(path: str) -> Iterator[tuple[int, int, list[str]]]:
     first = 1
     try:
         for values in reader:
-            yield first, reader.line_num, [value.strip() for value in values]
+            yield first, reader.line_num, [value.strip().strip(_INVISIBLE).strip() for value in values]
             first = reader.line_num + 1
     except csv.Error as error:
         what = f'a quote (") that begins in row {first} is not closed, or not doubled within a value ({error})'
@@ -159,6 +166,8 @@ def valid_id(text: str) -> str:
     """A patient's name after which files can be named, as :data:`VALID_ID` says."""
     too_long = len(text.encode()) > _ID_BYTES
     if not text or too_long or ".." in text or text == "." or any(c in "/\\" or not c.isprintable() for c in text):
+        raise ValueError(text)
+    if SPREADSHEET.fullmatch(text) or _LONG_NUMBER.fullmatch(text):
         raise ValueError(text)
     return text
 
