@@ -154,7 +154,7 @@ def _record(row: Row, folder: Path, need_outcome: bool, clinical: Mapping[str, s
     if "patient_id" in cells:
         record["patient_id"] = row.parse("patient_id", valid_id, VALID_ID)
     if cells.get("image") == "":
-        row.fault("image", "empty (expected a file or a DICOM folder)")
+        row.fault("image", f"{row.words.get('image', 'empty')} (expected a file or a DICOM folder)")
     for column in ("image", *MASK_COLUMNS):
         if cells.get(column):
             record[column] = _absolute(cells[column], folder)
