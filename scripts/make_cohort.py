@@ -64,7 +64,8 @@ def make_cohort(layout: Layout, images: Path, table: Path, out: Path, region: st
         for fault in scan_faults:
             _log.warning("left out: %s", fault)
     else:
-        faults += scan_faults
+        advice = "" if faults else "\nThe same command with --on_fault skip goes on without these scans."
+        raise_faults(table, faults + scan_faults, advice)
     raise_faults(table, faults)
     if not cohort:
         raise InputError(f"{table}: no scans remain once scans at fault are left out")

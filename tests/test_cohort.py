@@ -9,6 +9,7 @@ import pytest
 
 from bundle.data import EventSampler, read_cohort, single_scan, split_cohort
 from bundle.errors import InputError
+from bundle.run import usual_tmax
 
 HEADER = "patient_id,image,time,event"
 
@@ -220,6 +221,11 @@ def test_faults_are_told_by_the_line_that_a_row_begins_in(write):
 def test_months_that_are_days_are_refused(write):
     assert "row 2, column time: 900 (expected months, less than 360)" in fault_of(write(HEADER, "A,a.nii.gz,900,1"))
     assert read_cohort(write(HEADER, "A,a.nii.gz,900,1"), tmax=1000)[0]["time"] == 900
+
+
+@pytest.mark.parametrize("longest, tmax", [("99.9", 100), ("100", 110), ("146.2", 150), ("900", 100), ("NA", 100)])
+def test_the_usual_tmax_is_the_next_ten_months_after_the_longest_follow_up(write, longest, tmax):
+    assert usual_tmax(str(write(HEADER, "A,a.nii.gz,5,1", f"B,b.nii.gz,{longest},0"))) == tmax and usual_tmax(None) == 100
 
 
 def test_a_scan_at_fault_can_be_skipped_or_marked_but_the_table_cannot(write, caplog):

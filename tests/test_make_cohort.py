@@ -207,6 +207,7 @@ def test_scans_at_fault_can_be_left_out(lung1, caplog, capsys):
     sorted(ct_folder.iterdir())[4].unlink()
     message = refusal(arguments(lung1))
     assert "row 3: patient LUNG1-002: CT, 'thorax'" in message and "1 slice missing" in message
+    assert message.endswith("The same command with --on_fault skip goes on without these scans.")
     main(arguments(lung1, on_fault="skip"))
     assert (
         "left out: row 3: patient LUNG1-002" in caplog.text

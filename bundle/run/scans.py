@@ -37,11 +37,9 @@ def training_cohort(
     records = read_cohort(cohort, clinical=clinical, tmax=tmax, on_fault=on_fault)
     parts = split_cohort(records, fold=fold, seed=seed)
     months = sorted(record["time"] for record in records)
-    died = sum(record["event"] for record in records)
-    logger.info(
-        "cohort: " + ", ".join(f"{len(rows)} {part}" for part, rows in parts.items()) + f" scans, {died} of the dead, "
-        f"followed for {months[0]:g} to {months[-1]:g} months."
-    )
+    sizes = ", ".join(f"{len(rows)} {part}" for part, rows in parts.items())
+    followed = f"followed for {months[0]:g} to {months[-1]:g} months"
+    logger.info(f"cohort: {sizes} scans; {sum(r['event'] for r in records)} of patients who died; {followed}.")
     if months[-1] < 12:
         logger.warning("nobody was followed for a year: are these times in years? Months are expected.")
     return parts
