@@ -137,6 +137,7 @@ class CrossValidation:
         check_names("baseline", baselines, BASELINES)
         options = dict(options or {})
         config = read_config(["configs/train.json", *configs])
+        config["cohort"] = cohort  # which says how far tmax must reach
         training = self.training_options(config, options)
         self.evaluation = {"figures": "false"}
         self.evaluation |= {k: v for k, v in options.items() if k not in training or k in BOTH}

@@ -64,12 +64,14 @@ def make_cohort(layout: Layout, images: Path, table: Path, out: Path, region: st
         for fault in scan_faults:
             _log.warning("left out: %s", fault)
     else:
-        faults += scan_faults
+        advice = "" if faults else "\nThe same command with --on_fault skip goes on without these scans."
+        raise_faults(table, faults + scan_faults, advice)
     raise_faults(table, faults)
     if not cohort:
         raise InputError(f"{table}: no scans remain once scans at fault are left out")
-    known = {row["patient_id"] for row in rows.values()}
-    strangers = sorted(p.name for p in images.iterdir() if p.is_dir() and p.name not in known) if layout.outcome else []
+    known = {row["patient_id"].casefold() for row in rows.values()}
+    folders = [p.name for p in images.iterdir() if p.is_dir()] if layout.outcome else []
+    strangers = sorted(name for name in folders if name.casefold() not in known)
     if strangers:
         more = ", ..." if len(strangers) > 5 else ""
         _log.warning("%d folders have no row in the table: %s%s", len(strangers), ", ".join(strangers[:5]), more)

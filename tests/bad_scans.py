@@ -12,6 +12,7 @@ import argparse
 import csv
 import gzip
 import io
+import logging
 import os
 import pickle
 import re
@@ -32,6 +33,7 @@ from pydicom.dataset import Dataset
 
 from bundle.data import read_cohort
 from bundle.errors import InputError
+from bundle.metrics.survival import c_index_ipcw
 from bundle.transforms import threshold_lung_mask
 
 from .dicom_files import write_series
@@ -492,6 +494,73 @@ TABLES = {  # patient ids that stop a run before any scan is read
     "an empty id": ("",),
 }
 
+OUTCOME = "patient_id,image,time,event"
+GOOD = f"{OUTCOME}\nA,a.nii.gz,5,1\nB,b.nii.gz,6,0\n"
+
+
+def rows(*lines: str, more: str = "") -> str:
+    """A cohort with these rows."""
+    return "\n".join([OUTCOME + more, *lines, ""])
+
+
+CSVS: dict[str, str | bytes] = {  # cohorts after public reports on tables; `age` is numeric there, `sex` categorical
+    "a byte order mark, twice": "\ufeff\ufeff" + GOOD,
+    "UTF-16 with its mark": GOOD.encode("utf-16"),
+    "UTF-16 without its mark": GOOD.encode("utf-16-le"),
+    "Latin-1": GOOD.replace("B", "M\u00fcller").encode("latin-1"),
+    "a no-break and a zero-width space in the header": GOOD.replace("image", "image\u00a0").replace("id,", "id\u200b,"),
+    "an Excel workbook": b"PK\x03\x04 xl/workbook.xml",
+    "a web page": "<!doctype html><title>Please log in</title>",
+    "a pointer of Git LFS": "version https://git-lfs.github.com/spec/v1\nsize 12345\n",
+    "gzip": gzip.compress(GOOD.encode()),
+    "semicolons": GOOD.replace(",", ";"),
+    "tabs": GOOD.replace(",", "\t"),
+    "a first line that says sep=,": "sep=,\n" + GOOD,
+    "a title above the header": "Exported 2024\n" + GOOD,
+    "the header a second time": GOOD + GOOD,
+    "two empty columns at the end": GOOD.replace("\n", ",,\n"),
+    "a comma too many in each row": GOOD.replace("\n", ",\n").replace("event,", "event"),
+    "a value too few": rows("A,a.nii.gz,5"),
+    "a quote that is not closed": rows("A,a.nii.gz,5,1", '"B,b.nii.gz,6,0', "C,c.nii.gz,7,1"),
+    "a quote that joins two rows": rows('"A,a.nii.gz,5,1', 'B",b.nii.gz,6,0,1'),
+    "a note over two lines": rows('A,a.nii.gz,5,1,"two\nlines"', "B,b.nii.gz,0,0,", more=",note"),
+    "time of 0": rows("A,a.nii.gz,0,1"),
+    "time in days": rows("A,a.nii.gz,2165,1"),
+    "a decimal comma": rows('A,a.nii.gz,"12,5",1'),
+    "digits with an underscore": rows("A,a.nii.gz,9_9,1"),
+    "a date": rows("A,a.nii.gz,2015-03-01,1"),
+    "event as True and False": rows("A,a.nii.gz,5,True", "B,b.nii.gz,6,False"),
+    "event as 1:DECEASED and 0:LIVING": rows("A,a.nii.gz,5,1:DECEASED", "B,b.nii.gz,6,0:LIVING"),
+    "event as 1 and 2": rows("A,a.nii.gz,5,2", "B,b.nii.gz,6,1"),
+    "event empty for the censored": rows("A,a.nii.gz,5,1", "B,b.nii.gz,6,"),
+    "nobody died": rows("A,a.nii.gz,5,0"),
+    "words for missing": rows("A,a.nii.gz,5,1,NA,unknown", "B,b.nii.gz,6,0,N/A,f", more=",age,sex"),
+    "an id that says it is missing": rows("NA,a.nii.gz,5,1", "NA,b.nii.gz,6,0"),
+    "a category in two spellings": rows("A,a.nii.gz,5,1,Male", "B,b.nii.gz,6,0,male", more=",sex"),
+    "a formula that failed": rows("A,a.nii.gz,5,1,#VALUE!", more=",sex"),
+    "an age of 65Y": rows("A,a.nii.gz,5,1,65Y", more=",age"),
+    "long ids that a spreadsheet made alike": rows("1.23E+11,a.nii.gz,5,1", "1.23E+11,b.nii.gz,6,0"),
+    "ids that differ by zeros": rows("00123,a.nii.gz,5,1", "123,b.nii.gz,6,0"),
+    "one image of two patients": rows("A,a.nii.gz,5,1", "B,a.nii.gz,6,0"),
+    "a patient who died in one row alone": rows("A,a.nii.gz,5,1", "A,b.nii.gz,6,0"),
+    "split as Train, and as valid": rows("A,a.nii.gz,5,1,Train", "B,b.nii.gz,6,0,valid", more=",split"),
+}
+
+
+def ipcw(time: list, event: list, risk: list) -> str:
+    """Uno's concordance of a few patients, in words."""
+    value = c_index_ipcw(*(torch.tensor(values, dtype=torch.float64) for values in (risk, time, event)))
+    return "no value" if value is None else f"c_index_ipcw {value:.4f}"
+
+
+OUTCOMES: dict[str, Callable[[], str]] = {  # cohorts after public reports on survival metrics
+    "a death tied with a censoring": lambda: ipcw([1, 2, 2, 3, 4], [1, 1, 0, 1, 0], [1, 4, 5, 2, 3]),
+    "a death tied with the last censoring": lambda: ipcw([1, 2, 3, 3], [1, 0, 1, 0], [4, 1, 3, 2]),
+    "all predictions alike": lambda: ipcw([1, 2, 3, 4], [1, 1, 0, 1], [1, 1, 1, 1]),
+    "no pair that can be compared": lambda: ipcw([5, 5], [1, 1], [1, 2]),
+    "nobody died": lambda: ipcw([1, 2, 3], [0, 0, 0], [1, 2, 3]),
+}
+
 # --- the corpus and its page ----------------------------------------------------------------------------------------
 
 
@@ -547,6 +616,26 @@ def table_message(ids: tuple[str, ...], folder: Path) -> str:
     return "ok"
 
 
+def csv_message(content: str | bytes, folder: Path) -> str:
+    """What is said of a cohort: its faults, or what is logged as it is read."""
+    path, said = folder / "table.csv", []
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    kinds = {c: kind for c, kind in (("age", "numeric"), ("sex", "categorical")) if f",{c}".encode() in path.read_bytes()}
+    handler, logger = logging.Handler(), logging.getLogger("bundle")
+    handler.emit, level = lambda record: said.append(record.getMessage()), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        read_cohort(path, clinical=kinds, check_files=False)
+    except InputError as fault:
+        said = [str(fault)]
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    text = " ".join(" ".join(said or ["read"]).replace(f"{folder}{os.sep}", "").split())
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
 def page(predictions: pd.DataFrame, corpus: Path) -> str:
     """Each kind and its message, without what differs between machines."""
 
@@ -565,6 +654,10 @@ def page(predictions: pd.DataFrame, corpus: Path) -> str:
     lines += ["", "These tables stop a run before any scan is read:", "", "| table | message |", "|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
         lines += [f"| {name} | {table_message(ids, Path(folder))} |" for name, ids in TABLES.items()]
+        lines += ["", "Cohorts as spreadsheets and other programs leave them:", "", "| table | what happens |", "|---|---|"]
+        lines += [f"| {name} | {csv_message(content, Path(folder))} |" for name, content in CSVS.items()]
+    lines += ["", "Outcomes that are hard to score:", "", "| patients | what happens |", "|---|---|"]
+    lines += [f"| {name} | {score()} |" for name, score in OUTCOMES.items()]
     return "\n".join(lines) + "\n"
 
 

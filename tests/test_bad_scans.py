@@ -73,6 +73,12 @@ def test_memory_stays_bounded(ran):
     assert ran.peak < PEAK_MEMORY
 
 
+def test_tables_after_public_reports_are_read_or_refused_in_words(tmp_path):
+    said = {name: bad_scans.csv_message(content, tmp_path) for name, content in bad_scans.CSVS.items()}
+    assert all("Error" not in text and len(text) < 700 for text in said.values())
+    assert sum(text == "read" for text in said.values()) == 8
+
+
 def test_the_page_is_what_the_code_says(ran):
     """If this fails: `python -m tests.bad_scans`, and read the difference."""
     assert bad_scans.page(ran.predictions, ran.corpus) == bad_scans.PAGE.read_text(encoding="utf-8")

@@ -511,11 +511,31 @@ def test_a_bad_scan_stops_training_unless_skipped(tiny_cohort, tmp_path):
     table.loc[3, "image"] = str(tmp_path / "picture.nii.gz")
     table["split"] = ["val" if i % 4 == 0 else "train" for i in range(16)]
     table.to_csv(tmp_path / "c.csv", index=False)
-    with pytest.raises(InputError, match="p3"):
+    with pytest.raises(InputError, match=r"1 of 16 scans can't be used:\n  patient p3, .*\n.*with --on_fault skip"):
         train(tmp_path / "c.csv", tmp_path / "run", max_epochs=1)
     assert not (tmp_path / "run" / "last.pt").exists()
     train(tmp_path / "c.csv", tmp_path / "run", max_epochs=1, on_fault="skip")
     assert (tmp_path / "run" / "model.pt").exists()
+
+
+def test_tmax_follows_the_cohort_and_an_evaluation_censors_there(tiny_cohort, trained, tmp_path, capsys):
+    table = absolute_table(tiny_cohort)
+    table["patient_id"] = [f"q{i}" for i in range(16)]
+    table.loc[0, "time"], table.loc[1, "time"] = 146.2, 120
+    table.to_csv(tmp_path / "c.csv", index=False)
+    train(tmp_path / "c.csv", tmp_path / "run", max_epochs=1)
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["objective"]["tmax"] == 150
+    assert "tmax, the last month of the model, is 150: the longest follow-up is 146.2 months" in capsys.readouterr().out
+    with pytest.raises(InputError, match="row 3, column time: 120.0 .*less than tmax, which is 110; --tmax sets another"):
+        train(tmp_path / "c.csv", tmp_path / "other", max_epochs=1, tmax=110)
+
+    options = {"ckpt": str(trained), "output_dir": str(tmp_path / "out"), "shifts": 1, "figures": False}
+    run("configs/evaluate.json", cohort=str(tmp_path / "c.csv"), **options)
+    rows = pd.read_csv(tmp_path / "out" / "metrics_per_scan.csv", index_col="patient_id")
+    assert rows.time[["q0", "q1", "q3"]].tolist() == [100, 100, 99] and rows.event[["q0", "q2"]].tolist() == [0, 1]
+    assert rows.message["q0"] == "followed up to month 146.2, counted as censored at 100, the model's last"
+    assert rows.message.notna().sum() == 2
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["survival"]["num_events"] == 7
 
 
 @pytest.mark.parametrize("config, kind", [("train", "train"), ("inference", "infer"), ("evaluate", "infer")])

@@ -177,10 +177,25 @@ def test_many_processes_make_the_same_files_as_one_and_tell_bad_scans(tiny_cohor
     assert len(one) == 16 and one == two
     (tmp_path / "bad.nii.gz").write_bytes(b"no scan")
     records = [*read_cohort(str(tiny_cohort))[:3], {"patient_id": "bad", "image": str(tmp_path / "bad.nii.gz")}]
-    with pytest.raises(InputError, match="bad.nii.gz.*--on_fault skip"):
+    says = r"^1 of 4 scans can't be used:\n  patient bad, image .*bad.nii.gz.*\nThe others are ready: .*--on_fault skip"
+    with pytest.raises(InputError, match=says):
         ScanCache(records, transforms(), str(tmp_path / "three")).fill(jobs=2)
     dataset = ScanCache(records, transforms(), str(tmp_path / "three"), on_fault="skip")
     assert dataset.fill(jobs=2) == 0 and len(dataset.data) == 3  # the good ones were kept
+
+
+def test_bad_scans_of_all_parts_are_told_together_and_a_mistake_in_every_scan_at_once(tiny_cohort, tmp_path, monkeypatch):
+    (tmp_path / "bad.nii.gz").write_bytes(b"no scan")
+    good, bad = read_cohort(str(tiny_cohort))[:2], {"image": str(tmp_path / "bad.nii.gz")}
+    parts = [[good[i], {"patient_id": name, **bad}] for i, name in enumerate(("one", "two"))]
+    datasets = [ScanCache(records, transforms(), str(tmp_path / "cache")) for records in parts]
+    with pytest.raises(InputError, match=r"(?s)2 of 4 scans can't be used:.*patient one, .*patient two, "):
+        fill_caches(*datasets)
+    looked = []
+    monkeypatch.setattr(ScanCache, "_check", lambda self, record: looked.append(1) or ("", False, "patient x: not HU"))
+    with pytest.raises(InputError, match="none of the first 20 scans can be used; the first: patient x: not HU"):
+        ScanCache(good * 100, transforms(), str(tmp_path / "cache"), on_fault="skip").fill()
+    assert len(looked) == 20
 
 
 def test_training_does_no_work_that_preprocessing_has_done_and_ends_in_the_same_bits(

@@ -9,6 +9,7 @@ import pytest
 
 from bundle.data import EventSampler, read_cohort, single_scan, split_cohort
 from bundle.errors import InputError
+from bundle.run import usual_tmax
 
 HEADER = "patient_id,image,time,event"
 
@@ -69,7 +70,7 @@ def test_reads_the_contract(write, tmp_path):
         ("A,a.nii.gz,5,2", "row 3, column event: '2' (expected 1 died or 0 censored)"),
         ("A,a.nii.gz,5,yes", "row 3, column event: 'yes'"),
         ("A,a.nii.gz,5,", "row 3, column event: empty"),
-        ("A,a.nii.gz,60,1", "row 3, column time: 60 (expected less than tmax, which is 60)"),
+        ("A,a.nii.gz,60,1", "row 3, column time: 60 (expected months, less than tmax, which is 60; --tmax sets another)"),
         ("first,a.nii.gz,5,1", "row 3, column patient_id: 'first' is in row 2 too"),
         (",a.nii.gz,5,1", "row 3, column patient_id: empty"),
         ("../A,a.nii.gz,5,1", "row 3, column patient_id: '../A'"),
@@ -120,9 +121,7 @@ def test_faults_of_the_table(write, tmp_path):
     assert "column smoker: named as clinical but missing (expected one of the table's: age)" in fault_of(
         write(HEADER + ",age", "A,a.nii.gz,5,1,60"), clinical={"smoker": "numeric"}
     )
-    assert "column time: not a clinical column" in fault_of(
-        write(HEADER, "A,a.nii.gz,5,1"), clinical={"time": "numeric"}
-    )
+    assert "column time: not a clinical column" in fault_of(write(HEADER, "A,a.nii.gz,5,1"), clinical={"time": "numeric"})
     assert "row 2, column sex: 'f' (expected a number" in fault_of(
         write(HEADER + ",sex", "A,a.nii.gz,5,1,f"), clinical={"sex": "numeric"}
     )
@@ -137,8 +136,96 @@ def test_faults_of_the_table(write, tmp_path):
     assert "No such file" in fault_of(tmp_path / "lost.csv")
     assert "table 5: No such file" in fault_of(5)
     assert "tmax is 'abc' (expected a number of months)" in fault_of(write(HEADER, "A,a.nii.gz,5,1"), tmax="abc")
-    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00\x01")
-    assert "not a CSV in UTF-8" in fault_of(tmp_path / "binary.csv")
+    for data, says in {
+        b"\x00\x01": "it holds characters of code 0",
+        (HEADER + "\n").encode() + b"M\xfcller,a.nii.gz,5,1\n": "row 2 is not in UTF-8",
+        "a,b".encode("utf-16")[:-1]: "row 1 is not in UTF-8",
+        b"PK\x03\x04xl/workbook.xml": "it is an Excel workbook or another zip (expected a CSV in UTF-8",
+        b"\n<!doctype html><title>Please log in": "it is a web page",
+        b"\x1f\x8b\x08": "it is gzip",
+        b"patient_id;image;time;event\nA;a.nii.gz;5,5;1\n": "its columns are separated by semicolons (expected commas)",
+        b"patient_id\timage\n": "separated by tabs",
+        b"Exported 2024\n" + HEADER.encode() + b"\nA,a.nii.gz,5,1\n": "row 1 is 'Exported 2024' alone",
+        HEADER.encode() + b'\nA,a.nii.gz,5,1\n"B,a.nii.gz,5,1\nC,a.nii.gz,5,1\n': "that begins in row 3 is not closed",
+        HEADER.encode() + b'\n"A",a.nii.gz,5,1\n"B"x,a.nii.gz,5,1\n': "row 3",
+        HEADER.encode() + b'\n"A,a.nii.gz,5,1\nB",a.nii.gz,5,1,2\n': 'rows 2 to 3, which a quote (") joins: 5 values',
+    }.items():
+        (tmp_path / "other.csv").write_bytes(data)
+        assert says in fault_of(tmp_path / "other.csv"), data
+
+
+def test_tables_as_spreadsheets_leave_them_are_read(write, tmp_path):
+    plain = read_cohort(write(HEADER, "A,a.nii.gz,5,1", "B,b.nii.gz,6,0"))
+    for lines, encoding in (
+        (["sep=,", HEADER, "A,a.nii.gz,5,1", "B,b.nii.gz,6,0"], "utf-8"),
+        ([HEADER + ",,", "A,a.nii.gz,5,1,,", "B,b.nii.gz,6,0,,", ",,,,,"], "utf-8"),
+        ([HEADER, "A,a.nii.gz,5,1,", "B,b.nii.gz,6,0,,"], "utf-8"),
+        ([HEADER, "A,a.nii.gz,5,TRUE", "B,b.nii.gz,6,False"], "utf-16"),
+        ([HEADER, "A,a.nii.gz,5,Dead", "B,b.nii.gz,6,alive"], "utf-8"),
+        ([HEADER, f'A,"""{tmp_path}/a.nii.gz""",5,1', "B,.\\b.nii.gz,6,0"], "utf-8"),
+    ):
+        assert read_cohort(write(*lines, encoding=encoding)) == plain, lines
+    assert "row 2: 5 values (expected 4" in fault_of(write(HEADER, "A,a.nii.gz,5,1,x"))
+    assert "row 2, column time: '9_9'" in fault_of(write(HEADER, "A,a.nii.gz,9_9,1"))
+    assert read_cohort(write(HEADER + ",split", "A,a.nii.gz,5,1,Train"))[0]["split"] == "train"
+    assert read_cohort(write(HEADER + ",", "A,a.nii.gz,5,1,left"))[0]["patient_id"] == "A"  # a column without a name
+
+
+def test_words_for_missing_are_the_same_in_every_column(write, caplog):
+    words = ["NA", "N/A", "nan", "unknown", "Unknown", "null", "Not Collected", "-", "?", "<NA>"]
+    kinds = {"age": "numeric", "stage": "categorical"}
+    with caplog.at_level(logging.INFO):
+        rows = [f"p{i},a.nii.gz,5,1,{word},{word},{word}" for i, word in enumerate(words)]
+        records = read_cohort(write(HEADER + ",gt_mask,age,stage", *rows), clinical=kinds)
+    assert all(record["covariates"] == {"age": None, "stage": None} for record in records)
+    assert not any("gt_mask" in record for record in records)
+    assert "cells taken as missing: 3 'NA', 3 'N/A'" in caplog.text
+    rest = read_cohort(
+        write(HEADER + ",stage", "A,a.nii.gz,5,1,none", "B,b.nii.gz,5,1,1_0"), clinical={"stage": "categorical"}
+    )
+    assert [record["covariates"]["stage"] for record in rest] == ["none", "1_0"]
+    for row, column in (("NA,a.nii.gz,5,1", "patient_id"), ("A,a.nii.gz,5,unknown", "event")):
+        assert f"row 2, column {column}: '{'NA' if column == 'patient_id' else 'unknown'}'" in fault_of(write(HEADER, row))
+
+
+def test_ids_that_differ_by_zeros_are_two_patients_with_a_warning(write, caplog):
+    rows = [f"{name},{i}.nii.gz,5,1" for i, name in enumerate(("00123", "123", "P0", "0P0", "0", "0.5"))]
+    assert len(read_cohort(write(HEADER, *rows), check_files=False)) == 6
+    assert caplog.messages == ["patients 00123 and 123 differ by zeros alone: they are taken for two"]
+
+
+def test_what_a_spreadsheet_made_of_ids_and_categories_is_refused(write):
+    for name in ("1.23E+11", "1E+15", "#REF!", "#NAME?"):
+        assert f"row 2, column patient_id: '{name}'" in fault_of(write(HEADER, f"{name},a.nii.gz,5,1"))
+    header, kinds = HEADER + ",sex", {"clinical": {"sex": "categorical"}}
+    assert "column sex: '#VALUE!' (expected a category" in fault_of(write(header, "A,a.nii.gz,5,1,#VALUE!"), **kinds)
+    mixed = write(header, "A,a.nii.gz,5,1,Male", "B,b.nii.gz,6,0,male")
+    assert "row 3, column sex: 'male' is 'Male' of row 2 in another case" in fault_of(mixed, **kinds)
+    assert len(read_cohort(mixed, need_clinical=False, **kinds)) == 2  # inference compares with training
+
+
+def test_contradictions_that_may_be_meant_are_warned_of(write, caplog):
+    read_cohort(write(HEADER, "A,a.nii.gz,5,1", "B,a.nii.gz,6,0", "A,b.nii.gz,4,0"))
+    assert caplog.messages == [
+        "patients A and B have one image; a random split may put it in two parts",
+        "patient A: event differs between rows 2 and 4",
+    ]
+
+
+def test_faults_are_told_by_the_line_that_a_row_begins_in(write):
+    path = write(HEADER + ",note", 'A,a.nii.gz,5,1,"over', 'two lines"', 'B,b.nii.gz,0,1,"over', 'two lines"')
+    assert "row 4, column time: '0'" in fault_of(path)
+    assert read_cohort(write("\ufeff" + HEADER.replace("image", "image\u200b"), "A,a.nii.gz,5,1", encoding="utf-8-sig"))
+
+
+def test_months_that_are_days_are_refused(write):
+    assert "row 2, column time: 900 (expected months, less than 360)" in fault_of(write(HEADER, "A,a.nii.gz,900,1"))
+    assert read_cohort(write(HEADER, "A,a.nii.gz,900,1"), tmax=1000)[0]["time"] == 900
+
+
+@pytest.mark.parametrize("longest, tmax", [("99.9", 100), ("100", 110), ("146.2", 150), ("900", 100), ("NA", 100)])
+def test_the_usual_tmax_is_the_next_ten_months_after_the_longest_follow_up(write, longest, tmax):
+    assert usual_tmax(str(write(HEADER, "A,a.nii.gz,5,1", f"B,b.nii.gz,{longest},0"))) == tmax and usual_tmax(None) == 100
 
 
 def test_a_scan_at_fault_can_be_skipped_or_marked_but_the_table_cannot(write, caplog):
@@ -146,7 +233,7 @@ def test_a_scan_at_fault_can_be_skipped_or_marked_but_the_table_cannot(write, ca
     with caplog.at_level(logging.WARNING):
         kept = read_cohort(write(*lines), on_fault="skip")
     assert [record["patient_id"] for record in kept] == ["A"]
-    assert len(caplog.records) == 2 and "patient B" in caplog.text and "row 4, column gt_mask" in caplog.text
+    assert len(caplog.records) == 3 and "patient B" in caplog.text and "row 4, column gt_mask" in caplog.text
 
     marked = read_cohort(write(*lines), on_fault="row", need_outcome=False)
     assert ["fault" in record for record in marked] == [False, True, True]
@@ -155,15 +242,18 @@ def test_a_scan_at_fault_can_be_skipped_or_marked_but_the_table_cannot(write, ca
     for on_fault in ("skip", "row"):
         assert "row 2, column time" in fault_of(write(HEADER, "A,a.nii.gz,0,1"), on_fault=on_fault)
     assert "no scans remain" in fault_of(write(HEADER, "A,lost.nii.gz,5,1"), on_fault="skip")
+    assert fault_of(write(*lines)).endswith("\nThe same command with --on_fault skip goes on without these scans.")
+    assert "2 of 3 scans are left out" in caplog.text
     assert "on_fault is 'ignore'" in fault_of(write(HEADER), on_fault="ignore")
     assert len(read_cohort(write(HEADER, "A,lost.nii.gz,5,1"), check_files=False)) == 1
 
 
-def test_inference_needs_no_outcome_but_not_half_of_one(write):
-    assert read_cohort(write("patient_id,image", "A,a.nii.gz"), need_outcome=False)[0].keys() == {"patient_id", "image"}
-    assert "time" not in read_cohort(write(HEADER, "A,a.nii.gz,,"), need_outcome=False)[0]
-    assert "row 2, column event: empty" in fault_of(write(HEADER, "A,a.nii.gz,5,"), need_outcome=False)
-    assert "only one is there" in fault_of(write("patient_id,image,time", "A,a.nii.gz,5"), need_outcome=False)
+def test_inference_passes_over_outcomes(write):
+    asked = {"need_outcome": False}
+    assert read_cohort(write("patient_id,image", "A,a.nii.gz"), **asked)[0].keys() == {"patient_id", "image"}
+    for rest in ("0,", ",", "NA,2", "5,1"):
+        assert read_cohort(write(HEADER, f"A,a.nii.gz,{rest}"), **asked)[0].keys() == {"patient_id", "image"}
+    assert "time" not in read_cohort(write("patient_id,image,time", "A,a.nii.gz,-1"), **asked)[0]
 
 
 @pytest.mark.parametrize(

@@ -476,7 +476,7 @@ def test_a_failed_fold_does_not_end_the_others(cohort, tmp_path, monkeypatch, ca
         (["--", "--cohort", "3"], "--cohort can't be overridden"),
         (["--", "max_epochs", "3"], "max_epochs is no override"),
         (["--", "--max_epochs"], "--max_epochs is no override"),
-        (["--", "--tmax", "50"], "column time: 99 .expected less than tmax, which is 50"),
+        (["--", "--tmax", "50"], "column time: 99 .expected months, less than tmax, which is 50"),
     ],
 )
 def test_bad_input_stops_before_anything_runs(cohort, tmp_path, monkeypatch, args, says):

@@ -186,7 +186,7 @@ def test_every_fault_is_told_at_once(lung1):
     table.write_text(good.replace(",155,1", ",-5,maybe").replace("LUNG1-003", "LUNG1-009"))
     message = refusal(arguments(lung1))
     assert "has 3 faults" in message
-    assert "row 3, column Survival.time: '-5' (expected days as a number > 0)" in message
+    assert "row 3, column Survival.time: '-5' (expected days as a number > 0, less than 30 years)" in message
     assert "row 3, column deadstatus.event: 'maybe' (expected 1 died or 0 censored)" in message
     assert "row 4: patient LUNG1-009: no scan in" in message
     assert not (lung1 / "out" / "cohort.csv").exists()
@@ -207,6 +207,7 @@ def test_scans_at_fault_can_be_left_out(lung1, caplog, capsys):
     sorted(ct_folder.iterdir())[4].unlink()
     message = refusal(arguments(lung1))
     assert "row 3: patient LUNG1-002: CT, 'thorax'" in message and "1 slice missing" in message
+    assert message.endswith("The same command with --on_fault skip goes on without these scans.")
     main(arguments(lung1, on_fault="skip"))
     assert (
         "left out: row 3: patient LUNG1-002" in caplog.text
@@ -325,6 +326,21 @@ def test_flat(tmp_path):
 
     write_scan(tmp_path / "scans" / "a.nii", np.zeros((4, 4, 4)))
     assert "row 2: patient a: 2 files could be image" in refusal(arguments(tmp_path, "flat", "scans", **names))
+
+
+def test_folders_in_another_case_are_found_and_lost_zeros_are_guessed_at(tmp_path):
+    scans, table = tmp_path / "scans", tmp_path / "table.csv"
+    write_slices(scans / "lung1-001", ct("any"))
+    write_scan(scans / "00123.nii.gz", np.full((4, 4, 4), -900))
+    table.write_text("patient_id,time,event\nLUNG1-001,5,yes\n123,900,1\n")
+    message = refusal(arguments(tmp_path, "flat", "scans"))
+    assert "row 2, column event: 'yes'" in message and "row 3, column time: '900' (expected months" in message
+    assert "row 3: patient 123: no scan in" in message and "00123.nii.gz is there: a spreadsheet may have taken" in message
+    table.write_text("patient_id,time,event\nLUNG1-001,5,True\n00123,90,0\n")
+    main(arguments(tmp_path, "flat", "scans"))
+    assert read_cohort(tmp_path / "out" / "cohort.csv")[0]["image"] == str(scans / "lung1-001")
+    (scans / "Lung1-001").mkdir()
+    assert "2 folders differ in case alone: Lung1-001, lung1-001" in refusal(arguments(tmp_path, "flat", "scans"))
 
 
 @pytest.mark.parametrize(

@@ -68,27 +68,23 @@ def predictions(location: np.ndarray, time: np.ndarray, event: np.ndarray) -> tu
 
 
 def real_cohort(path) -> tuple[torch.Tensor, ...]:
-    """risk, time in months, event and pmf of a real table, predicted from the age alone, with its ties.
-
-    A death at the last time has weight 0 here and is refused by scikit-survival; such deaths are left out.
-    """
+    """risk, time in months, event and pmf of a real table, predicted from the age alone, with its ties."""
     time, unit, event, died, age = TABLES[path.name]
     table = pd.read_csv(path)
     time, event, age = table[time].to_numpy() * unit, table[event].to_numpy() == died, table[age].to_numpy(float)
-    keep = (time < time.max()) | ~event
-    return predictions(110 - age[keep], time[keep], event[keep])
+    return predictions(110 - age, time, event)
 
 
 def structured(time: torch.Tensor, event: torch.Tensor) -> np.ndarray:
-    return Surv.from_arrays(event.numpy() == 1, time.numpy())
+    """As scikit-survival takes them, with deaths a moment earlier: then its P(C > T) is P(C >= T), also at the last time."""
+    return Surv.from_arrays(event.numpy() == 1, time.numpy() - 1e-7 * event.numpy())
 
 
 def assert_equal_to_scikit_survival(risk, time, event, pmf):
     here = structured(time, event)
     expected = sksurv.concordance_index_censored(event.numpy() == 1, time.numpy(), risk.numpy())[0]
     assert c_index(risk, time, event) == pytest.approx(expected, abs=1e-6)
-    # Truncated at the last time, because scikit-survival has no weight for a death there.
-    expected = sksurv.concordance_index_ipcw(here, here, risk.numpy(), tau=float(time.max()))[0]
+    expected = sksurv.concordance_index_ipcw(here, here, risk.numpy())[0]
     assert c_index_ipcw(risk, time, event) == pytest.approx(expected, abs=1e-6)
     months = np.arange(np.ceil(time.min().item()), np.ceil(time.max().item()))
     survival = 1 - pmf.cumsum(1).numpy()[:, months.astype(int) - 1]
@@ -132,7 +128,8 @@ def test_equal_to_scikit_survival_with_the_training_cohorts_censoring():
         training = tuple(values[training[0] <= cut] for values in training)
         end = float(training[0].max())
         training[1][training[0] == end] = 1  # so that the weights beyond the end would not be 0 anyway
-        there, here = structured(*training), structured(time, event)
+        there = Surv.from_arrays(training[1].numpy() == 1, training[0].numpy())
+        here = structured(time, event)
         expected = sksurv.concordance_index_ipcw(there, here, risk.numpy(), tau=end)[0]
         assert c_index_ipcw(risk, time, event, training) == pytest.approx(expected, abs=1e-6)
         # scikit-survival refuses test times beyond the training follow-up: give them the largest it takes.
@@ -144,6 +141,21 @@ def test_equal_to_scikit_survival_with_the_training_cohorts_censoring():
         expected = sksurv.cumulative_dynamic_auc(there, inside, risk.numpy(), [36])[0][0]
         assert cumulative_auc(risk, time, event, 36, training) == pytest.approx(expected, abs=1e-6)
     assert cumulative_auc(risk, time, event, 70, training) is None
+
+
+def test_deaths_tied_with_censorings_weigh_by_the_censoring_before_them():
+    """Months 1 2 2 3 3: one of two is censored at 2, and the death at 3 is tied with the last censoring."""
+    time, event = torch.tensor([1.0, 2, 2, 3, 3]), torch.tensor([1.0, 1, 0, 1, 0])
+    risk = torch.tensor([1.0, 4, 5, 2, 3])
+    # P(C >= 1) = P(C >= 2) = 1. Of the three at risk of censoring at 2 one is censored: P(C >= 3) = 2 / 3.
+    pairs = {0: ([0, 0, 0, 0], 1), 1: ([0, 1, 1], 1), 3: ([0], 9 / 4)}  # of each death: those who outlive it, weight
+    won, all_pairs = (sum(w * f(p) for p, w in pairs.values()) for f in (sum, len))
+    assert c_index_ipcw(risk, time, event) == pytest.approx(won / all_pairs)
+    # Death at 1 (weight 1) and at 2 (weight 1) against the two who live longer, with risks 2 and 3.
+    assert cumulative_auc(risk, time, event, 2.0) == pytest.approx(2 / 4)
+    assert cumulative_auc(-risk, time, event, 2.0) == pytest.approx(2 / 4)
+    late, dead = torch.tensor([30.0, 30, 20]), torch.tensor([0.0, 1, 1])
+    assert c_index_ipcw(-late, late, dead) == pytest.approx(2.5 / 3)  # the death at the last month counts, too
 
 
 def test_c_index_equals_lifelines_and_a_loop_over_pairs():
@@ -189,7 +201,7 @@ def test_all_ties_have_a_value_or_none():
     risk, time, pmf = torch.zeros(6), torch.full((6,), 30.0), torch.full((6, TMAX), 1 / TMAX)
     died = torch.tensor([1.0, 1, 1, 0, 0, 0])
     assert c_index(risk, time, died) == 0.5  # deaths against the censored, who live on
-    assert c_index_ipcw(risk, time, died) is None  # nobody was followed longer, so no pair has a weight
+    assert c_index_ipcw(risk, time, died) == 0.5  # the censored were followed up to the deaths
     assert cumulative_auc(risk, time, died, 30) is None and integrated_brier(pmf, time, died) is None
     assert d_calibration(pmf, time, died) < 1
     assert mae_events(time + 2, time, died) == mae_censored(time - 2, time, died) == 2

@@ -4,7 +4,7 @@
 
 from .cache import ScanCache, fill_caches
 from .clinical import clinical_names, encode_clinical, fit_clinical
-from .cohort import patient_of, read_cohort, single_scan
+from .cohort import longest_follow_up, patient_of, read_cohort, single_scan
 from .sampler import EventSampler
 from .splits import cross_validation_parts, split_cohort, stratified_folds
 from .stream import ScanStream
@@ -18,6 +18,7 @@ __all__ = [
     "encode_clinical",
     "fill_caches",
     "fit_clinical",
+    "longest_follow_up",
     "patient_of",
     "read_cohort",
     "single_scan",

@@ -26,6 +26,7 @@ CODE = ("transforms/*.py", "reading/*.py", "grids.py")  # that makes what is cac
 _CACHED = ("image", "lung", "lung_mask_source")
 _KEPT = ("patient_id", "time", "event", "clinical")  # of the record, and never in a file
 _LEVELS = 65535  # of a cached image, which lies in [0, 1]
+_ALL_BAD = 20  # scans at fault, and no other yet, end the work
 
 logger = logging.getLogger(__name__)
 
@@ -97,20 +98,29 @@ class ScanCache(PersistentDataset):
         Raises:
             InputError: the faults of all bad scans, unless they are skipped; no scan is left.
         """
+        made, faults = self.make(jobs, progress)
+        tell_faults(faults, len(self.data) + len(faults), self.on_fault)
+        return made
+
+    def make(self, jobs: int, progress: Callable[[Iterable], Iterable]) -> tuple[int, list[str]]:
+        """:meth:`fill`, but the faults of bad scans, which are left out, are told and not raised."""
         remove_leftovers(self.cache_dir)
         loader = DataLoader(Dataset(self.data, self._check), batch_size=None, num_workers=jobs)
-        checked = list(progress(loader))
-        good = [{**record, "cache_key": key} for record, (key, _, _) in zip(self.data, checked) if key]
-        faults = [fault for _, _, fault in checked if fault]
-        if faults and self.on_fault != "skip":
-            raise InputError("; ".join(faults) + " (--on_fault skip trains without such scans).")
-        for fault in faults:
-            logger.warning(f"left out: {fault}")
+        good, faults, made = [], [], 0
+        for record, (key, new, fault) in zip(self.data, progress(loader)):
+            made += new
+            if key:
+                good.append({**record, "cache_key": key})
+                continue
+            logger.warning(fault)  # at once, for who watches
+            faults.append(fault)
+            if len(faults) == _ALL_BAD and not good:  # before hours are spent on a mistake that is in every scan
+                raise InputError(f"none of the first {_ALL_BAD} scans can be used; the first: {fault}")
         if not good:
             none = f"none of the {len(faults)} scans of a part of the cohort can be used"
-            raise InputError(f"{none}: train and val need some each.")
+            raise InputError(f"{none}: train and val need some each; the first: {faults[0]}")
         self.data = good
-        return sum(new for _, new, _ in checked)
+        return made, faults
 
     def _check(self, record: dict) -> tuple[str, bool, str]:
         """Key of a record, whether it was not in the cache, and what is wrong with it."""
@@ -123,12 +133,29 @@ class ScanCache(PersistentDataset):
         return key, new, ""
 
 
+def tell_faults(faults: Sequence[str], count: int, on_fault: str) -> None:
+    """Raise an :class:`InputError` that lists what is wrong with some of `count` scans; log it if they are skipped."""
+    if not faults:
+        return
+    some = f"{len(faults)} of {count} scans can't be used"
+    if on_fault == "skip":
+        logger.warning(f"{some} and are left out.")
+        return
+    listed = "".join(f"\n  {fault}" for fault in faults)
+    raise InputError(f"{some}:{listed}\nThe others are ready: the same command with --on_fault skip goes on with them.")
+
+
 def fill_caches(*datasets: ScanCache, jobs: int = 0) -> None:
-    """:meth:`ScanCache.fill` with a progress bar; of the processes of a training the others wait for the first."""
+    """:meth:`ScanCache.fill` of all parts of a cohort with a progress bar; the faults of all are told together.
+
+    Of the processes of a training the others wait for the first.
+    """
     first = idist.get_rank() == 0
     if not first:
         idist.barrier()
+    count, faults = sum(len(dataset.data) for dataset in datasets), []
     for dataset in datasets:
-        dataset.fill(jobs, partial(tqdm, desc="preprocessing", unit="scan", disable=not first))
+        faults += dataset.make(jobs, partial(tqdm, desc="preprocessing", unit="scan", disable=not first))[1]
+    tell_faults(faults, count, datasets[0].on_fault)
     if first:
         idist.barrier()

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read a cohort CSV and check it whole, before anything runs."""
 
+import contextlib
 import hashlib
 import logging
-import math
 import os
 import re
 import unicodedata
@@ -14,7 +14,20 @@ from pathlib import Path
 
 from bundle.errors import InputError
 from bundle.reading.scan_file import IMAGE_SUFFIXES, scan_stem
-from bundle.reading.tables import MASK_COLUMNS, VALID_ID, Row, finite, positive, raise_faults, read_table, valid_id
+from bundle.reading.tables import (
+    MASK_COLUMNS,
+    MOST_MONTHS,
+    SPREADSHEET,
+    VALID_ID,
+    Row,
+    died,
+    finite,
+    log_missing,
+    positive,
+    raise_faults,
+    read_table,
+    valid_id,
+)
 
 SPLITS = ("train", "val", "test")
 _CONTRACT = ("patient_id", "image", "time", "event", *MASK_COLUMNS, "split", "fold", "site")
@@ -50,10 +63,10 @@ def read_cohort(
             censored); optional `lung_mask`, `gt_mask`, `confounder_mask`, `split` (train, val or test), `fold`
             (integer) and `site` (hospital or scanner). Any other column is clinical. Paths are absolute or relative to
             the CSV.
-        need_outcome: whether `time`, `event` and at least one death must be there.
+        need_outcome: whether `time`, `event` and at least one death must be there; if not, both are passed over.
         clinical: clinical columns to take and the kind of each, "numeric" or "categorical".
         need_clinical: whether these columns must be there. If not, all values of one that isn't are missing.
-        tmax: last month of the model, if every time must be below it.
+        tmax: last month of the model, if every time must be below it; else the limit is :data:`MOST_MONTHS`.
         check_files: whether images and masks must exist and have a suffix that can be read.
         on_fault: of a scan whose files are at fault: "fail" (raise), "skip" (leave it out with a warning) or "row" (keep
             it, with the sentence in `record["fault"]`). Faults of the table always raise.
@@ -69,6 +82,7 @@ def read_cohort(
     clinical = {} if clinical is None else clinical
     _check_options(clinical, tmax, on_fault)
     header, rows = read_table(path)
+    log_missing(path, rows)
     faults = _header_faults(header, need_outcome, clinical, need_clinical)
     if not rows:
         faults.append("row 2: the table has no rows (expected one row a scan)")
@@ -76,13 +90,26 @@ def read_cohort(
     scans = [(row, _record(row, folder, need_outcome, clinical, tmax)) for row in rows if row.cells]
     _compare_ids_and_images(scans)
     _compare_scans_of_patients(scans)
+    if need_clinical:
+        _compare_categories(scans)
     faults += [fault for row in rows for fault in row.faults]
     records = [record for _, record in scans]
     if need_outcome and not faults and not any(record["event"] for record in records):
         faults.append("column event: no row has event 1 (expected at least one death)")
     scan_faults = _check_files(scans) if check_files else []
-    raise_faults(path, faults + (scan_faults if on_fault == "fail" else []))
+    skippable = need_outcome and not faults and not all("fault" in record for record in records)
+    advice = "\nThe same command with --on_fault skip goes on without these scans." if skippable else ""
+    raise_faults(path, faults + (scan_faults if on_fault == "fail" else []), advice)
     return _without_faults(records, path, need_outcome) if on_fault == "skip" else records
+
+
+def longest_follow_up(path: str | os.PathLike) -> float:
+    """The last time of a cohort CSV that can be one, months; 0 for none: :func:`read_cohort` tells of faults."""
+    longest = 0.0
+    for row in read_table(path)[1]:
+        with contextlib.suppress(ValueError):
+            longest = max(longest, time if (time := positive(row.cells.get("time", ""))) < MOST_MONTHS else 0)
+    return longest
 
 
 def single_scan(image: str | os.PathLike) -> list[dict]:
@@ -111,8 +138,6 @@ def _header_faults(header: Sequence[str], need_outcome: bool, clinical: Mapping[
     faults = [f"{where} {name!r}: there are {n} (expected 1)" for name, n in Counter(header).items() if n > 1]
     needed = ["patient_id", "image"] + (["time", "event"] if need_outcome else [])
     faults += [f"{where} {name}: missing (found: {', '.join(header)})" for name in needed if name not in header]
-    if not need_outcome and ("time" in header) != ("event" in header):
-        faults.append(f"{where} time, event: only one is there (expected both or neither)")
     for name in clinical:
         if name in _CONTRACT:
             faults.append(f"{where} {name}: not a clinical column (expected another one than {', '.join(_CONTRACT)})")
@@ -129,33 +154,44 @@ def _record(row: Row, folder: Path, need_outcome: bool, clinical: Mapping[str, s
     if "patient_id" in cells:
         record["patient_id"] = row.parse("patient_id", valid_id, VALID_ID)
     if cells.get("image") == "":
-        row.fault("image", "empty (expected a file or a DICOM folder)")
+        row.fault("image", f"{row.words.get('image', 'empty')} (expected a file or a DICOM folder)")
     for column in ("image", *MASK_COLUMNS):
         if cells.get(column):
-            record[column] = os.path.abspath(folder / os.path.expanduser(cells[column]))
-    if {"time", "event"} <= cells.keys() and (need_outcome or cells["time"] or cells["event"]):
+            record[column] = _absolute(cells[column], folder)
+    if need_outcome and {"time", "event"} <= cells.keys():
         record["time"] = row.parse("time", positive, "months as a number > 0")
-        record["event"] = row.parse("event", lambda text: (0, 1).index(float(text)), "1 died or 0 censored")
-        if tmax is not None and record["time"] is not None and record["time"] >= tmax:
-            row.fault("time", f"{cells['time']} (expected less than tmax, which is {tmax:g})")
+        record["event"] = row.parse("event", died, "1 died or 0 censored")
+        if record["time"] is not None and record["time"] >= (tmax or MOST_MONTHS):
+            limit = f"{MOST_MONTHS}" if tmax is None else f"tmax, which is {tmax:g}; --tmax sets another"
+            row.fault("time", f"{cells['time']} (expected months, less than {limit})")
     if "split" in cells:
-        record["split"] = row.parse("split", lambda text: SPLITS[SPLITS.index(text)], "train, val or test")
+        record["split"] = row.parse("split", lambda text: SPLITS[SPLITS.index(text.lower())], "train, val or test")
     if "fold" in cells:
         record["fold"] = row.parse("fold", _integer, "an integer")
     if cells.get("site"):
         record["site"] = cells["site"]
     if clinical:
-        expected = "a number, or nothing if missing, in a numeric column"
+        convert = {
+            "numeric": (finite, "a number, or nothing if missing, in a numeric column"),
+            "categorical": (_category, "a category, or nothing if missing"),
+        }
         record["covariates"] = {
-            column: row.parse(column, _number if kind == "numeric" else _category, expected) if cells.get(column) else None
-            for column, kind in clinical.items()
+            column: row.parse(column, *convert[kind]) if cells.get(column) else None for column, kind in clinical.items()
         }
     return record
+
+
+def _absolute(path: str, folder: Path) -> str:
+    """A path as Windows may have written it, in quotes or with backslashes, or as it is."""
+    path = path.strip('"')
+    found = os.path.abspath(folder / os.path.expanduser(path))
+    return found if os.path.exists(found) or "\\" not in path else _absolute(path.replace("\\", "/"), folder)
 
 
 def _compare_ids_and_images(scans: Sequence[Scan]) -> None:
     """Note ids that differ by spelling alone, and images of several patients in different parts."""
     by_spelling: dict[str, Row] = {}
+    by_number: dict[str, str] = {}
     by_image: dict[str, Scan] = {}
     for row, record in scans:
         patient = row.cells.get("patient_id", "")
@@ -164,9 +200,13 @@ def _compare_ids_and_images(scans: Sequence[Scan]) -> None:
         if patient != (known := first.cells.get("patient_id", "")):
             alike = f"{patient!r} is {known!r} of row {first.line} in another case or Unicode form"
             row.fault("patient_id", f"{alike} (expected one spelling)")
+        same = by_number.setdefault(patient.lstrip("0"), patient)
+        if patient != same and patient.isdecimal():
+            _log.warning("patients %s and %s differ by zeros alone: they are taken for two", same, patient)
         if "image" in record:
             other = by_image.setdefault(record["image"], (row, record))
-            if patient != other[0].cells.get("patient_id", ""):
+            if patient != (owner := other[0].cells.get("patient_id", "")):
+                _log.warning("patients %s and %s have one image; a random split may put it in two parts", owner, patient)
                 _compare_parts((row, record), other, "image", "an image in one part")
 
 
@@ -182,12 +222,25 @@ def _compare_scans_of_patients(scans: Sequence[Scan]) -> None:
                 twice = f"{patient!r} is in row {same[0]} too, with the same image"
                 row.fault("patient_id", f"{twice} (expected one row a scan)")
             _compare_parts((row, record), group[0], "patient", "all scans of a patient in one")
+            if record.get("event") != group[0][1].get("event"):
+                _log.warning("patient %s: event differs between rows %d and %d", patient, group[0][0].line, row.line)
             name = f"{patient}_{number}"
             if name in scans_of:
                 taken = f"scan {number} of {patient!r} is to be named {name!r}, which is another patient"
                 row.fault("patient_id", f"{taken} (expected names that differ)")
             record |= {"patient_id": name, "patient": patient}
             group[0][1]["patient"] = patient
+
+
+def _compare_categories(scans: Sequence[Scan]) -> None:
+    """Note categories that differ by case alone: Male and male would be two."""
+    first: dict[tuple[str, str], tuple[str, int]] = {}
+    for row, record in scans:
+        for column, value in record.get("covariates", {}).items():
+            if isinstance(value, str):
+                known, line = first.setdefault((column, value.casefold()), (value, row.line))
+                if value != known:
+                    row.fault(column, f"{value!r} is {known!r} of row {line} in another case (expected one spelling)")
 
 
 def _compare_parts(scan: Scan, other: Scan, same: str, expected: str) -> None:
@@ -217,6 +270,8 @@ def _without_faults(records: Sequence[dict], path: str | os.PathLike, need_outco
             _log.warning("patient %s is left out: %s", record["patient_id"], record["fault"])
         else:
             good.append(record)
+    if len(good) < len(records):
+        _log.warning("%d of %d scans are left out", len(records) - len(good), len(records))
     if not good or (need_outcome and not any(record["event"] for record in good)):
         raise InputError(f"{path}: no {'deaths' if good else 'scans'} remain once scans at fault are left out")
     return good
@@ -236,19 +291,16 @@ def _file_fault(path: str, folder: bool) -> str | None:
 
 
 def _integer(text: str) -> int:
-    if not (value := float(text)).is_integer():
+    if not (value := finite(text)).is_integer():
         raise ValueError(text)
     return int(value)
 
 
-def _number(text: str) -> float | None:
-    return None if math.isnan(float(text)) else finite(text)
-
-
-def _category(text: str) -> str | None:
+def _category(text: str) -> str:
     """Numbers in one spelling: some programs write 1 as 1.0."""
+    if SPREADSHEET.fullmatch(text):
+        raise ValueError(text)
     try:
-        value = float(text)
+        return f"{finite(text):.15g}"
     except ValueError:
         return text
-    return None if math.isnan(value) else f"{value:.15g}"

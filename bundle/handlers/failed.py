@@ -24,6 +24,13 @@ def failed_scans(stream: ScanStream) -> list[dict]:
     return [rows[patient_id] for patient_id in sorted(rows)]
 
 
+def noted_scans(stream: ScanStream) -> dict[str, str]:
+    """What is to be said of a scan before it is read, by `patient_id`, of all processes. Every process must call this."""
+    own = {record["patient_id"]: record["note"] for record in stream.data if "note" in record}
+    shares = idist.all_gather(own) if idist.get_world_size() > 1 else [own]
+    return {patient_id: note for share in shares for patient_id, note in share.items()}
+
+
 def _row(record: dict, fault: str) -> dict:
     for path in (record.get(key) for key in ("image", *MASK_COLUMNS)):
         fault = fault.replace(path, os.path.basename(path)) if path else fault

@@ -14,7 +14,7 @@ import pandas as pd
 
 from bundle.data.stream import ScanStream
 from bundle.files import write_text
-from bundle.handlers.failed import failed_scans
+from bundle.handlers.failed import failed_scans, noted_scans
 from bundle.metrics.scan_metric import ScanMetric
 from bundle.report import metric_groups
 
@@ -54,19 +54,20 @@ class MetricsWriter:
             InputError: the folder or a file can't be written; a file that was there before is then as it was.
         """
         failed = None if self.stream is None else failed_scans(self.stream)
+        notes = {} if self.stream is None else noted_scans(self.stream)
         for metric in self.metrics.values():
             metric.get_buffer()  # gathers, which every process must take part in
         if idist.get_rank() == 0:
-            self._write_files(failed)
+            self._write_files(failed, notes)
         idist.barrier()  # a process that ends with an error, because a scan failed, ends the others
 
-    def _write_files(self, failed: list[dict] | None) -> None:
+    def _write_files(self, failed: list[dict] | None, notes: Mapping[str, str]) -> None:
         summary: dict[str, Any] = {name: metric.aggregate() for name, metric in self.metrics.items()}
         table = merge_tables([metric.table() for metric in self.metrics.values()])
         if failed is not None:
             named = [{"patient_id": row["patient_id"], "message": row["message"]} for row in failed]
             summary["failed"] = {"num_scans": len(failed), "scans": named}
-            table = table.assign(status="ok", message="")
+            table = table.assign(status="ok", message=table["patient_id"].map(notes).fillna(""))
             table = pd.concat([table, pd.DataFrame(failed)]) if failed else table
         table = table.reindex(columns=[*FIRST_COLUMNS, *table.columns.drop(FIRST_COLUMNS, errors="ignore")])
         texts = {"metrics.json": json.dumps(summary, indent=2, allow_nan=False) + "\n"}

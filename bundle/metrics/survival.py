@@ -8,7 +8,9 @@ the distribution; the point prediction whose error is measured is its median. A 
 tell: the docstrings say when.
 
 Metrics that weight by the probability of not being censored (IPCW) estimate it by Kaplan-Meier on `training`, a pair
-(time, event), or on the scored patients themselves if that is None. They use only what lies within its follow-up.
+(time, event), or on the scored patients themselves if that is None. They use only what lies within its follow-up. A death
+at T is seen if C >= T, so that is the probability its weight is of: with times in whole months, P(C > T), which
+scikit-survival takes, is too small where somebody is censored at T, and 0 at the last time.
 
 Functions compute in the precision they are given; :class:`SurvivalMetric` gives them double.
 """
@@ -39,10 +41,15 @@ def _number(value: Tensor) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _censoring_weight(at: Tensor, time: Tensor, event: Tensor, training: Outcome | None) -> Tensor:
-    """1 / P(not censored by `at`), and 0 where that probability is 0."""
+def _alive_weight(at: Tensor, time: Tensor, event: Tensor, training: Outcome | None) -> Tensor:
+    """1 / P(C > at), of who is seen alive at `at`, and 0 where that probability is 0."""
     free = torch.from_numpy(kaplan_meier_censoring(*(training or (time, event))).evaluate(at)).to(time)
     return torch.where(free > 0, 1 / free, 0)
+
+
+def _death_weight(time: Tensor, event: Tensor, training: Outcome | None) -> Tensor:
+    """1 / P(C >= time), of who is seen to die at `time`, and 0 where that probability is 0."""
+    return _alive_weight(time.double().nextafter(torch.zeros(())), time, event, training)
 
 
 def _follow_up(time: Tensor, training: Outcome | None) -> float:
@@ -76,14 +83,14 @@ def c_index(risk: Tensor, time: Tensor, event: Tensor) -> float | None:
 
 
 def c_index_ipcw(risk: Tensor, time: Tensor, event: Tensor, training: Outcome | None = None) -> float | None:
-    """Uno's concordance: :func:`c_index` with pairs weighted by 1 / P(not censored by the first death)^2.
+    """Uno's concordance: :func:`c_index` with pairs weighted by 1 / P(not censored before the first death)^2.
 
     Deaths at or after the last time of `training` don't count as first deaths. Computed by torchsurv; Uno et al.,
     Statistics in Medicine 2011. None without comparable pairs of non-zero weight.
     """
     if not (event == 1).any():
         return None
-    weight = _censoring_weight(time.double(), time.double(), event, training)
+    weight = _death_weight(time.double(), event, training)
     return _concordance(risk, time, event, weight, training[0].max() if training else None)
 
 
@@ -98,7 +105,7 @@ def integrated_brier(pmf: Tensor, time: Tensor, event: Tensor, training: Outcome
     if end - start < 2 or not (event == 1).any():
         return None
     grid = torch.arange(start, end)
-    at_time, at_grid = (_censoring_weight(at, time, event, training) for at in (time, grid))
+    at_time, at_grid = _death_weight(time, event, training), _alive_weight(grid, time, event, training)
     brier = BrierScore()
     brier(survival_curve(pmf)[:, grid - 1], event == 1, time, grid.to(time), at_time, at_grid)
     return _number(brier.integral())
@@ -109,14 +116,14 @@ def cumulative_auc(
 ) -> float | None:
     """Cumulative/dynamic AUC: does risk tell those dead by the horizon (months) from those alive after it?
 
-    0.5 is chance. The dead are weighted by 1 / P(not censored by their death), equal risks count half. Computed by
+    0.5 is chance. The dead are weighted by 1 / P(not censored before their death), equal risks count half. Computed by
     torchsurv; Uno et al., JASA 2007. None with no death by the horizon, no one followed beyond it, or a horizon beyond
     the follow-up of `training`.
     """
     died = event == 1
     if not (died & (time <= horizon)).any() or horizon >= _follow_up(time, training):
         return None
-    at, weight = time.new_tensor([horizon]), _censoring_weight(time, time, event, training)
+    at, weight = time.new_tensor([horizon]), _death_weight(time, event, training)
     # torchsurv asks for weights at the horizon, but this kind of AUC doesn't use them.
     auc = Auc()(risk, died, time, new_time=at, weight=weight, weight_new_time=torch.ones_like(at), instate=False)
     return _number(auc.squeeze())
@@ -166,9 +173,7 @@ def mae_censored(predicted: Tensor, time: Tensor, event: Tensor) -> float | None
     return _number((time - predicted)[event != 1].clamp_min(0).mean())
 
 
-def mae_pseudo_observation(
-    predicted: Tensor, time: Tensor, event: Tensor, training: Outcome | None = None
-) -> float | None:
+def mae_pseudo_observation(predicted: Tensor, time: Tensor, event: Tensor, training: Outcome | None = None) -> float | None:
     """Weighted mean |predicted - time| of all patients, months, with pseudo-observations for the censored (MAE-PO).
 
     The pseudo-observation of a patient is what they add to the mean lifetime of the N patients they are among:

@@ -23,13 +23,23 @@ from bundle.reading.contours import read_region, referenced_series, region_names
 from bundle.reading.dicom import choose_series, list_series
 from bundle.reading.scan_file import scan_stem
 from bundle.reading.series import Series
-from bundle.reading.tables import MASK_COLUMNS, MISSING, VALID_ID, Row, finite, positive, read_table, valid_id
+from bundle.reading.tables import (
+    MASK_COLUMNS,
+    MOST_MONTHS,
+    VALID_ID,
+    Row,
+    died,
+    finite,
+    log_missing,
+    positive,
+    read_table,
+    valid_id,
+)
 
 _log = logging.getLogger(__name__)
 
 UNITS = {"days": 12 / 365.25, "weeks": 7 * 12 / 365.25, "months": 1.0, "years": 12.0}  # in months
 _REGIONS = ("RTSTRUCT", "SEG")  # in this order, as SEG are often made from RTSTRUCT
-_EVENT = {"dead": 1, "deceased": 1, "died": 1, "alive": 0, "censored": 0, "true": 1, "false": 0}
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,7 @@ def read_clinical(path: str | os.PathLike, layout: Layout) -> tuple[dict[int, di
         other columns under tidy names, empty where missing; faults, each ``row N, column X: what (expected ...)``.
     """
     header, table = read_table(path)
+    log_missing(path, table)
     with_outcome = layout.outcome or layout.time in header or layout.event in header
     names, faults = _new_names(header, layout, with_outcome)
     if faults:
@@ -103,24 +114,26 @@ def _new_names(header: Sequence[str], layout: Layout, with_outcome: bool) -> tup
 
 def _cohort_row(row: Row, layout: Layout, names: Mapping[str, str], with_outcome: bool) -> dict[str, str]:
     """A row as the cohort has it; what is wrong in it is noted in the row."""
-    row.cells = {c: "" if text.lower() in MISSING else text for c, text in row.cells.items()}
     found = {"patient_id": row.parse(layout.patient, valid_id, VALID_ID)}
     if with_outcome:
-        months = UNITS[layout.unit]
-        expected = f"{layout.unit} as a number > 0"
-        found["time"] = row.parse(layout.time, lambda text: f"{positive(text) * months:.6g}", expected)
-        found["event"] = row.parse(
-            layout.event, lambda text: str((0, 1).index(float(_EVENT.get(text.lower(), text)))), "1 died or 0 censored"
-        )
+        expected = f"{layout.unit} as a number > 0, less than {MOST_MONTHS // 12} years"
+        found["time"] = row.parse(layout.time, lambda text: _months(text, UNITS[layout.unit]), expected)
+        found["event"] = row.parse(layout.event, lambda text: str(died(text)), "1 died or 0 censored")
     return found | {names[c]: text for c, text in row.cells.items() if c in names}
+
+
+def _months(text: str, unit: float) -> str:
+    if (months := positive(text) * unit) >= MOST_MONTHS:
+        raise ValueError(text)
+    return f"{months:.6g}"
 
 
 def scan_row(patient: str, images: Path, masks: Path, region: str | None) -> dict[str, str]:
     """The files of one patient: `image`, and masks where there are any.
 
-    A folder named after the patient holds DICOM: the chest CT among its series, or the one that the region was drawn
-    on. Else a file of that name is the scan, and `<patient>_lung`, `_gt`, `_confounder` are masks, there or in folders
-    within.
+    A folder named after the patient, in any case, holds DICOM: the chest CT among its series, or the one that the region
+    was drawn on. Else a file of that name is the scan, and `<patient>_lung`, `_gt`, `_confounder` are masks, there or in
+    folders within.
 
     Args:
         images: folder of the data set.
@@ -130,8 +143,8 @@ def scan_row(patient: str, images: Path, masks: Path, region: str | None) -> dic
     Raises:
         InputError: nothing or too much is found; no chest CT; the region doesn't fit the CT.
     """
-    folder = images / patient
-    if not folder.is_dir():
+    folder = _folder(patient, images)
+    if folder is None:
         return _files(patient, images)
     stacks = list_series(folder)
     with _malformed(patient, region):
@@ -172,6 +185,17 @@ def tidy(name: str) -> str:
     return re.sub(r"[^0-9a-z]+", "_", name.lower()).strip("_")
 
 
+def _folder(patient: str, images: Path) -> Path | None:
+    """The folder named after a patient, in another case only where none has the very name."""
+    if (images / patient).is_dir():
+        return images / patient
+    found = [p for p in images.iterdir() if p.name.casefold() == patient.casefold() and p.is_dir()]
+    if len(found) > 1:
+        listed = ", ".join(sorted(p.name for p in found))
+        raise InputError(f"patient {patient}: {len(found)} folders differ in case alone: {listed} (expected one)")
+    return found[0] if found else None
+
+
 def _files(patient: str, images: Path) -> dict[str, str]:
     found: dict[str, list[str]] = {}
     wanted = {patient.lower(): "image"}
@@ -186,7 +210,10 @@ def _files(patient: str, images: Path) -> dict[str, str]:
             listed = ", ".join(sorted(paths))
             raise InputError(f"patient {patient}: {len(paths)} files could be {column}: {listed} (expected one)")
     if "image" not in found:
-        raise InputError(f"patient {patient}: no scan in {images} (expected a folder or a file of that name)")
+        bare = patient.lstrip("0")
+        alike = sorted(p.name for p in images.iterdir() if (scan_stem(p.name) or p.name).lstrip("0") == bare)
+        hint = f"; {alike[0]} is there: a spreadsheet may have taken the zeros from the table" if alike else ""
+        raise InputError(f"patient {patient}: no scan in {images} (expected a folder or a file of that name{hint})")
     return {column: paths[0] for column, paths in found.items()}
 
 

@@ -9,7 +9,7 @@ from bundle.run.codebooks import CodebookStage
 from bundle.run.engine import ScanEnsembleEvaluator, ScanEvaluator, cores, evaluate, prepare_batch
 from bundle.run.parallel import predict, run_parallel
 from bundle.run.results import PredictionWriter
-from bundle.run.scans import cohort_identity, outcomes, scans_to_evaluate, scans_to_infer, training_cohort
+from bundle.run.scans import cohort_identity, outcomes, scans_to_evaluate, scans_to_infer, training_cohort, usual_tmax
 from bundle.run.settings import margin_voxels, preprocessing_settings, read_settings, share_of_window, training_settings
 from bundle.run.start import begin, folder_of, make_folder, require
 from bundle.run.trained import Ensemble, TrainedModel

@@ -9,12 +9,23 @@ import os
 
 import torch
 
-from bundle.data import encode_clinical, patient_of, read_cohort, single_scan, split_cohort
+from bundle.data import encode_clinical, longest_follow_up, patient_of, read_cohort, single_scan, split_cohort
 from bundle.data.clinical import clinical_kinds
 from bundle.data.cohort import patient_digest
 from bundle.errors import InputError
 
+USUAL_TMAX = 100  # months
+
 logger = logging.getLogger(__name__)
+
+
+def usual_tmax(cohort: str | None) -> int:
+    """Last month of the model: 100 or, where a patient was followed longer, the next ten months after that."""
+    longest = 0.0 if cohort is None else longest_follow_up(cohort)
+    tmax = max(USUAL_TMAX, 10 * int(longest // 10) + 10)
+    if tmax > USUAL_TMAX:
+        logger.info(f"tmax, the last month of the model, is {tmax}: the longest follow-up is {longest:g} months.")
+    return tmax
 
 
 def training_cohort(
@@ -25,7 +36,12 @@ def training_cohort(
         return {"train": [], "val": [], "test": []}
     records = read_cohort(cohort, clinical=clinical, tmax=tmax, on_fault=on_fault)
     parts = split_cohort(records, fold=fold, seed=seed)
-    logger.info("cohort: " + ", ".join(f"{len(rows)} {part}" for part, rows in parts.items()) + " scans.")
+    months = sorted(record["time"] for record in records)
+    sizes = ", ".join(f"{len(rows)} {part}" for part, rows in parts.items())
+    followed = f"followed for {months[0]:g} to {months[-1]:g} months"
+    logger.info(f"cohort: {sizes} scans; {sum(r['event'] for r in records)} of patients who died; {followed}.")
+    if months[-1] < 12:
+        logger.warning("nobody was followed for a year: are these times in years? Months are expected.")
     return parts
 
 
@@ -47,6 +63,8 @@ def outcomes(records: list[dict]) -> torch.Tensor:
 def scans_to_evaluate(cohort: str | None, settings: dict | None, split: str | None, on_fault: str) -> list[dict]:
     """The scans of a cohort to evaluate: those of `split`, without any that the weights were trained on.
 
+    Who was followed beyond the model's last month counts as censored there, and `note` says so.
+
     Args:
         cohort: CSV file; None gives an empty list.
         settings: of the weights; None (maps of another tool) leaves no scan out.
@@ -60,7 +78,7 @@ def scans_to_evaluate(cohort: str | None, settings: dict | None, split: str | No
         return []
     settings = settings or {"clinical": {}, "objective": {"tmax": None}, "trained_on": []}
     kinds, tmax = clinical_kinds(settings["clinical"]), settings["objective"]["tmax"]
-    records = read_cohort(cohort, clinical=kinds, need_clinical=False, tmax=tmax, on_fault=on_fault)
+    records = read_cohort(cohort, clinical=kinds, need_clinical=False, on_fault=on_fault)
     splits = {r.get("split") for r in records}
     if split is None and "test" in splits:
         split = "test"
@@ -74,7 +92,18 @@ def scans_to_evaluate(cohort: str | None, settings: dict | None, split: str | No
         logger.info(f"evaluating {len(unseen)} of {len(records)} scans; the weights were trained on the others.")
     if not unseen:
         raise InputError(f"the weights were trained on every one of the {len(records)} scans to evaluate in {cohort}.")
-    return encode_clinical(unseen, settings["clinical"])
+    return encode_clinical(_censored_at(tmax, unseen), settings["clinical"])
+
+
+def _censored_at(tmax: int | None, records: list[dict]) -> list[dict]:
+    """The records with who was followed beyond `tmax` months censored there."""
+    if not (beyond := sum(r["time"] > tmax for r in records) if tmax else 0):
+        return records
+    logger.info(f"{beyond} of {len(records)} scans count as censored at month {tmax}, the model's last.")
+    note = f"followed up to month {{:g}}, counted as censored at {tmax}, the model's last"
+    return [
+        r | {"time": float(tmax), "event": 0, "note": note.format(r["time"])} if r["time"] > tmax else r for r in records
+    ]
 
 
 def scans_to_infer(image: str | None, cohort: str | None, encoding: dict, series: str | None = None) -> list[dict]:
