@@ -18,7 +18,7 @@ import torch
 from scipy import ndimage, optimize
 
 from bundle.errors import InputError
-from bundle.maps import EnsembleToHeatd, Familiarityd
+from bundle.maps import Familiarityd
 from bundle.maps.familiarity import fit_familiarity, look
 from bundle.maps.scan_space import in_cells
 from bundle.metrics import verdict as verdicts
@@ -83,7 +83,9 @@ def reference(image: np.ndarray, lung: np.ndarray, index: np.ndarray) -> np.ndar
         found += [np.log(at(blur(abs(bands[k] - bands[k + 1]) * lung, t) / share[t]) + 0.01) for t in (1.7, 3.0)]
     for s in (1.0, 1.8):
         first = [blur(filled, s, np.eye(3, dtype=int)[i]) for i in range(3)]
-        hessian = [[s**2 * blur(filled, s, np.eye(3, dtype=int)[i] + np.eye(3, dtype=int)[j]) for i in range(3)] for j in range(3)]
+        hessian = [
+            [s**2 * blur(filled, s, np.eye(3, dtype=int)[i] + np.eye(3, dtype=int)[j]) for i in range(3)] for j in range(3)
+        ]
         hessian = np.moveaxis(np.array(hessian), (0, 1), (-2, -1))
         found += list(5 * np.linalg.eigvalsh(at(hessian)).T)
         for energy in (np.sqrt((hessian**2).sum((-1, -2))), abs(np.trace(hessian, axis1=-2, axis2=-1))):
@@ -105,7 +107,7 @@ def test_descriptors_are_those_of_scipy():
 
 
 def test_a_map_is_the_same_for_another_calibration_of_the_scanner():
-    net, (image, lung) = network(), scan()
+    net, (image, lung) = network(), scan(shape=(30, 28, 32), margin=9)
     plain, moved, stretched = net(torch.stack([image, image + 0.1, 1.2 * image])[:, None], lung.expand(3, 1, *lung.shape))
     for other, least in ((moved, 0.999), (stretched, 0.9)):
         assert np.corrcoef(plain[1].flatten(), other[1].flatten())[0, 1] > least
@@ -119,7 +121,9 @@ def test_a_map_is_a_location_and_a_weight_for_the_lung_alone_in_torchscript_too(
     clinical = torch.randn(2, clinical_dim) if clinical_dim else None
     found, script = net(image, lung, clinical), torch.jit.script(net)
     torch.testing.assert_close(script(image, lung, clinical), found)
-    torch.testing.assert_close(script(image[:1], None, clinical[:1] if clinical_dim else None)[0], net.map_of(image[0, 0], torch.ones_like(image[0, 0])) if not clinical_dim else net(image, None, clinical)[0])
+    whole = net(image, torch.ones_like(image), clinical)
+    torch.testing.assert_close(script(image, None, clinical), whole)
+    torch.testing.assert_close(net(image, None, clinical), whole)
     torch.testing.assert_close(net(image[1:], lung[1:], clinical[1:] if clinical_dim else None)[0], found[1])
     torch.testing.assert_close(found[:, 1].sum((1, 2, 3)), torch.ones(2))
     assert (found[:, 1][lung[:, 0] > 0] > 0).all() and (found.movedim(1, -1)[lung[:, 0] == 0] == 0).all()
@@ -218,7 +222,7 @@ def test_the_verdict_says_no_to_noise_yes_to_a_signal_and_unsure_of_few(monkeypa
     risk, outcome = drawn(60, 0, slope=1.0)
     found = verdict(risk, *outcome.T, by="out of fold")
     expected = lifelines.utils.concordance_index(outcome[:, 0], -risk, outcome[:, 1])
-    assert found["learnt"] == "yes" and found["p_value"] == 0.001 and found["patients"] == 60
+    assert found["learnt"] == "yes" and found["p_value"] < 0.005 and found["patients"] == 60
     assert found["c_index"] == pytest.approx(expected) and "learnt something (C-index" in in_words(found)
     few = outcome.clone()
     few[few[:, 1].nonzero()[4:, 0], 1] = 0
@@ -276,7 +280,9 @@ def test_a_strange_scan_gets_a_note():
     for data, strange in ((image, False), (image.round(), True)):
         out = Familiarityd([None, model])({"image": data[None], "lung": lung[None], "notes": "thick slices"})
         assert (out["familiarity"] == 0 and out["strangeness"] > 0) or not strange
-        assert out["notes"].startswith("thick slices") and ("unlike the training scans" in out["notes"]) == (out["familiarity"] < 0.02)
+        assert out["notes"].startswith("thick slices") and ("unlike the training scans" in out["notes"]) == (
+            out["familiarity"] < 0.02
+        )
     assert "the cohort's own" in out["notes"] and Familiarityd([None])({"image": 1}) == {"image": 1}
 
 
@@ -341,7 +347,9 @@ def test_a_fit_is_read_again_unless_damaged_missing_or_of_something_else(tmp_pat
 def test_what_a_recipe_needs(tmp_path):
     with pytest.raises(InputError, match="recipe must be one of auto, codebook, network"):
         stage(tmp_path, recipe="forest")
-    with pytest.raises(InputError, match='the recipe "codebook" needs an objective of months or hazards, not logistic_hazard'):
+    with pytest.raises(
+        InputError, match='the recipe "codebook" needs an objective of months or hazards, not logistic_hazard'
+    ):
         stage(tmp_path, objective=LogisticHazard())
     for recipe, objective in (("auto", LogisticHazard()), ("network", None)):
         plain = stage(tmp_path, recipe, objective, count=3)
@@ -460,7 +468,14 @@ def test_auto_keeps_what_the_validation_supports_and_both_join_in_an_ensemble(
     np.testing.assert_allclose(joint, sum(curves) / 2, atol=2e-4)
     table = pd.read_csv(three)
     table.assign(patient_id=[f"new{i}" for i in range(3)]).to_csv(three, index=False)
-    run(["configs/evaluate.json", *ensemble], ckpt=both, cohort=str(three), output_dir=str(tmp_path / "e"), shifts=1, figures=False)
+    run(
+        ["configs/evaluate.json", *ensemble],
+        ckpt=both,
+        cohort=str(three),
+        output_dir=str(tmp_path / "e"),
+        shifts=1,
+        figures=False,
+    )
     assert len(pd.read_csv(tmp_path / "e" / "metrics_per_scan.csv")) == 3
 
 
