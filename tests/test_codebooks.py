@@ -210,7 +210,7 @@ def test_covariates_of_noise_do_not_tell_the_outcome(monkeypatch):
         folds = torch.arange(40) % 4
         fit_months(net, risk.sigmoid(), outcome, CenTime(), clinical)
         months = net.months(risk.sigmoid()) + unseen_months(net, risk.sigmoid(), outcome, CenTime(), clinical, folds)
-        sure.append(verdict(-months, *outcome.T, by="out of fold")["learnt"])
+        sure.append(verdict(-months, *outcome.T, by="out of fold")["verdict"])
     assert sure.count("no") >= 2 and (unseen_months(net, risk, outcome, CenTime(), clinical[:, :0], folds) == 0).all()
 
 
@@ -218,17 +218,17 @@ def test_the_verdict_says_no_to_noise_yes_to_a_signal_and_unsure_of_few(monkeypa
     monkeypatch.setattr(verdicts, "PERMUTATIONS", 999)
     noise = [drawn(60, seed) for seed in range(20)]
     said = [verdict(risk, *outcome.T, by="validation") for risk, outcome in noise]
-    assert [one["learnt"] for one in said].count("no") >= 19
+    assert [one["verdict"] for one in said].count("no") >= 19
     risk, outcome = drawn(60, 0, slope=1.0)
     found = verdict(risk, *outcome.T, by="out of fold")
     expected = lifelines.utils.concordance_index(outcome[:, 0], -risk, outcome[:, 1])
-    assert found["learnt"] == "yes" and found["p_value"] < 0.005 and found["patients"] == 60
+    assert found["verdict"] == "yes" and found["p_value"] < 0.005 and found["patients"] == 60
     assert found["c_index"] == pytest.approx(expected) and "learnt something (C-index" in in_words(found)
     few = outcome.clone()
     few[few[:, 1].nonzero()[4:, 0], 1] = 0
-    assert verdict(risk, *few.T, by="validation")["learnt"] == "unsure"
+    assert verdict(risk, *few.T, by="validation")["verdict"] == "unsure"
     alike = verdict(torch.ones(60), *outcome.T, by="validation")
-    assert alike["learnt"] == "no" and alike["p_value"] == 1
+    assert alike["verdict"] == "no" and alike["p_value"] == 1
 
 
 def test_a_shuffle_that_ties_counts_as_reached():
@@ -422,7 +422,7 @@ def test_a_codebook_run_leaves_all_that_a_run_leaves(codebook, tiny_cohort, tmp_
 def test_the_verdict_and_familiarity_are_on_the_face_of_what_inference_leaves(codebook, three, tmp_path, monkeypatch):
     folder = shutil.copytree(codebook.parent, tmp_path / "no", ignore=shutil.ignore_patterns("cache", "tensorboard"))
     found = settings_of(codebook)
-    found["learnt"] |= {"learnt": "no", "p_value": 0.4}
+    found["learnt"] |= {"verdict": "no", "p_value": 0.4}
     found["outcomes"]["last_death"] = 1.0
     (folder / "settings.json").write_text(json.dumps(found))
     drawn_with, draw = [], pictures.heat_figure
