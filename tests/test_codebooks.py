@@ -202,7 +202,7 @@ def test_months_tell_patients_apart_where_few_died(objective):
 
 def test_covariates_of_noise_do_not_tell_the_outcome(monkeypatch):
     """Months of covariates that had seen the patient's outcome made nearly every verdict of noise a yes or unsure."""
-    monkeypatch.setattr(verdicts, "PERMUTATIONS", 999)
+    monkeypatch.setattr(verdicts, "PERMUTATIONS", 990)
     sure = []
     for seed in range(3):
         risk, outcome = drawn(40, seed)
@@ -215,7 +215,7 @@ def test_covariates_of_noise_do_not_tell_the_outcome(monkeypatch):
 
 
 def test_the_verdict_says_no_to_noise_yes_to_a_signal_and_unsure_of_few(monkeypatch):
-    monkeypatch.setattr(verdicts, "PERMUTATIONS", 999)
+    monkeypatch.setattr(verdicts, "PERMUTATIONS", 990)
     noise = [drawn(60, seed) for seed in range(20)]
     said = [verdict(risk, *outcome.T, by="validation") for risk, outcome in noise]
     assert [one["verdict"] for one in said].count("no") >= 19
