@@ -37,7 +37,7 @@ class GridShiftInferer(Inferer):
     4. **Severity** moves all locations of a scan by the same months. Its numbers are the medians of those of 8 of the
        origins, spread evenly: the same 8 in its fit and in use.
 
-    A network with a cell for every voxel (``stride`` 1) is run once, and its map stays as it is.
+    A network with a cell for every voxel (``stride`` 1) and no severity is run once, and its map stays as it is.
 
     The patient's location is the median of the grids', and so are extra channels: some grids cut up a lesion of a patch
     or two and don't see it. The result is a survival map like any other, with cells of ``stride / shifts`` voxels.
@@ -76,10 +76,10 @@ class GridShiftInferer(Inferer):
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """The combined survival map of scans (B, 1, D, H, W); a `lung` among the keyword arguments moves with them."""
-        if getattr(network, "stride", self.stride) == 1:
+        severity = self.severity.get(network) if isinstance(self.severity, Mapping) else self.severity
+        if getattr(network, "stride", self.stride) == 1 and severity is None:
             with torch.no_grad():
                 return network(inputs, *args, **kwargs)
-        severity = self.severity.get(network) if isinstance(self.severity, Mapping) else self.severity
         if severity is None:
             return self.combine(self.maps(inputs, network, *args, **kwargs), inputs, kwargs.get("lung"))
         survival_map, numbers = self.read(inputs, network, *args, **kwargs)

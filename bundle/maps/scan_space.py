@@ -106,6 +106,13 @@ class MapToHeatd(Transform):
         return out
 
 
+def in_cells(survival_map: torch.Tensor, cell: int) -> torch.Tensor:
+    """Location and weight of voxels (2, D, H, W) in cells of `cell` voxels a side: the mean location, the sum of weights."""
+    location, weight = (F.avg_pool3d(x[None], cell, ceil_mode=True, divisor_override=1) for x in survival_map)
+    inside = F.avg_pool3d((survival_map[None, 1] > 0).to(weight), cell, ceil_mode=True, divisor_override=1)
+    return torch.cat([location / inside.clamp_min(1), weight])
+
+
 class EnsembleToHeatd(Transform):
     """As :class:`MapToHeatd` for the maps ``pred_0``, ``pred_1``, ... of several networks, one an objective.
 
@@ -124,7 +131,9 @@ class EnsembleToHeatd(Transform):
         out["pmf"] = torch.stack([one["pmf"] for one in read]).mean(0)
         heat = torch.stack([one["heat"].as_tensor() for one in read]).mean(0)
         out["heat"] = MetaTensor(heat, affine=data["image"].affine)
+        size = data["image"].shape[1:]
         maps = [torch.as_tensor(data[member.map_key])[[0, -1]] for member in self.members]
+        maps = [in_cells(m, member.cell) if m.shape[1:] == size else m for m, member in zip(maps, self.members)]
         d, h, w = (min(sizes) for sizes in zip(*(m.shape[1:] for m in maps)))  # some reach beyond the image's end
         out["pred"] = torch.stack([m[:, :d, :h, :w] for m in maps]).mean(0)
         return out

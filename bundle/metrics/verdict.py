@@ -50,7 +50,7 @@ def verdict(risk: Tensor, time: Tensor, event: Tensor, by: str, seed: int = 0) -
     p = (1 + reached) / (1 + PERMUTATIONS)
     deaths = int(event.sum())
     learnt = "yes" if p < YES else "no" if p > NO else "unsure"
-    if deaths < LEAST_DEATHS and learnt == "yes":
+    if deaths < LEAST_DEATHS:
         learnt = "unsure"
     return {
         "verdict": learnt, "by": by, "patients": len(risk), "deaths": deaths,

@@ -99,7 +99,7 @@ class CodebookNet(nn.Module):
         return months.clamp(self.low, self.high)
 
     def forward(self, image: Tensor, lung: Tensor | None = None, clinical: Tensor | None = None) -> Tensor:
-        """The survival map of each scan, (B, 2, D, H, W); arguments as of :class:`SurvivalMapNet`."""
+        """The survival map of each scan, (B, 2, D, H, W); arguments and errors as of :class:`SurvivalMapNet`."""
         image, lung = to_grid(image, lung, 1)
         if self.clinical_dim > 0 and (clinical is None or clinical.shape[1] != self.clinical_dim):
             raise ValueError(f"clinical must be a vector of length {self.clinical_dim} a scan.")
@@ -116,6 +116,8 @@ class CodebookNet(nn.Module):
     def map_of(self, image: Tensor, lung: Tensor) -> Tensor:
         """The map of one scan, (2, D, H, W), from image and lung (D, H, W)."""
         tokens = tokens_at(lung)
+        if len(tokens) == 0:
+            raise ValueError("a scan of the batch has no lung voxel.")
         described = describe(image, lung, tokens)
         level, spread = level_and_spread(described)
         evidence = self.evidence(self.words_of(self.standardised(described, level, spread)))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bundle.data import ScanCache
+from bundle.data import ScanCache, patient_of
 from bundle.data.fingerprint import code_digest
 from bundle.data.splits import draw_folds
 from bundle.errors import InputError
@@ -113,8 +113,8 @@ def fit_hazards(shares: Tensor, outcome: Tensor, adjust: Tensor | None = None, p
     """
     x = (shares + 1e-4) ** 0.25
     x = x - x.mean(0)
-    spread = x.std(0)
-    spread = (spread.square() + spread.median(1, keepdim=True).values.square()).sqrt()
+    spread = x.std(0).nan_to_num(0)
+    spread = (spread.square() + spread.median(1, keepdim=True).values.square()).sqrt().clamp_min(1e-6)
     slope = ridge_cox((x / spread).flatten(1), outcome, penalty, adjust).view(shares.shape[1:])
     return slope / slope.abs().max().clamp_min(1e-12)
 
@@ -129,14 +129,17 @@ def fit_months(network: CodebookNet, risk: Tensor, outcome: Tensor, objective: O
     """Fit months and covariates to risks (N,) of scans whose outcomes the risk has not seen; returns the variance.
 
     offset - slope * risk^power has the highest likelihood under the objective, with the objective's variance, if it has
-    one, in months squared. The slope is not negative. Covariates (N, K) have a prior of 20 months each.
+    one, in months squared. It falls with the risk, and stays within the network's range: where few died the likelihood
+    would push it beyond, where all are alike. Covariates (N, K) have a prior of 20 months each.
     """
     trial, risk, outcome, clinical = copy.copy(objective), risk.double(), outcome.double(), clinical.double()
     top = risk.max().clamp_min(1e-6)
     varies = hasattr(objective, "variance")
+    span = network.high - network.low
 
     def unknown(u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return 30 * u[0], u[1].exp(), 4 ** torch.tanh(u[2]), 20 * u[4:]
+        above = span * u[0].sigmoid()  # of the offset, over the lowest month
+        return network.low + above, above * u[1].sigmoid(), 4 ** torch.tanh(u[2]), 20 * u[4:]
 
     def loss(u: Tensor) -> Tensor:
         offset, slope, power, covariates = unknown(u)
@@ -148,7 +151,7 @@ def fit_months(network: CodebookNet, risk: Tensor, outcome: Tensor, objective: O
             return prior - classical_log_likelihood(trial.log_pmf(as_maps(location)), *outcome.unbind(1)).mean()
         return prior - trial.likelihood(location, *outcome.unbind(1)) / len(risk)
 
-    start = torch.tensor([2.0, 3.0, 0.0, 5.0] + [0.0] * clinical.shape[1], dtype=torch.float64)
+    start = torch.tensor([0.0, -1.0, 0.0, 5.0] + [0.0] * clinical.shape[1], dtype=torch.float64)
     u = minimise(loss, start)
     offset, slope, power, covariates = unknown(u)
     with torch.no_grad():
@@ -177,14 +180,29 @@ def out_of_fold(
     return risk
 
 
+def unseen_months(
+    network: CodebookNet, risk: Tensor, outcome: Tensor, objective: Objective, clinical: Tensor, folds: Tensor
+) -> Tensor:
+    """Months that covariates (N, K) add for each scan, (N,), by a :func:`fit_months` without the scan's fold."""
+    found, trial = torch.zeros(len(risk)), copy.deepcopy(network).requires_grad_(False)
+    for fold in folds.unique() if clinical.shape[1] > 0 else []:
+        inside = folds != fold
+        fit_months(trial, risk[inside], outcome[inside], objective, clinical[inside])
+        found[~inside] = clinical[~inside] @ trial.clinical_months
+    return found
+
+
 def site_folds(records: Sequence[dict], seed: int) -> list[int]:
     """Folds by the column ``site`` where the cohort has two sites or more: its scanner must not help to tell the outcome.
 
-    Else ten folds of patients, or fewer where fewer died.
+    Else ten folds of patients, or fewer where fewer died; of ten patients or fewer each is a fold.
     """
     sites = sorted({str(record.get("site", "")) for record in records})
     if len(sites) > 1:
         return [sites.index(str(record.get("site", ""))) % FOLDS for record in records]
+    patients = sorted({patient_of(record) for record in records})
+    if len(patients) <= FOLDS:
+        return [patients.index(patient_of(record)) for record in records]
     deaths = sum(record["event"] for record in records)
     return draw_folds(records, int(min(FOLDS, max(2, deaths))), seed)
 
@@ -230,6 +248,7 @@ class CodebookStage:
         if recipe == "codebook" and not self.readable:
             raise InputError(f'the recipe "codebook" needs an objective of months or hazards, not {objective.name}.')
         self.objective = copy.deepcopy(objective).cpu().requires_grad_(False)
+        self.asked = [objective.name, self.objective.arguments]
         self.familiarity: Familiarity | None = None
         self.location: Tensor | None = None  # out of fold, of each training scan
 
@@ -263,16 +282,20 @@ class CodebookStage:
 
     def identity(self) -> list:
         """What the fit depends on, to compare."""
-        scans = [[self.train.key(r).decode(), r["time"], r["event"], str(r.get("clinical"))] for r in self.train.data]
-        code = code_digest("networks/*.py", "run/codebooks.py", "survival/*.py")
-        return [scans, self.network.arguments, self.recipe, self.objective.name, self.seed, code]
+        told = ("patient_id", "time", "event", "clinical", "site")
+        scans = [[self.train.key(r).decode(), *(str(r.get(name)) for name in told)] for r in self.train.data]
+        code = code_digest("networks/*.py", "run/codebooks.py", "survival/*.py", "maps/familiarity.py", "data/splits.py")
+        return [scans, self.network.arguments, self.recipe, self.asked, self.seed, code]
 
     def fit(self) -> None:
         records = self.train.data
         scans = [Tokens.cached(self.train, i) for i in tqdm(range(len(records)), desc="describing", unit="scan")]
         folds = torch.tensor(site_folds(records, self.seed))
         self.familiarity = fit_familiarity(torch.stack([look(scan.described) for scan in scans]), folds.tolist())
-        if self.recipe != "network" and self.readable:
+        several = len(folds.unique()) > 1
+        if self.recipe == "codebook" and not several:
+            raise InputError('the recipe "codebook" needs two patients or more to train on, to leave each out once.')
+        if self.recipe != "network" and self.readable and several:
             fit_books(self.network, scans, self.seed)
             words = [words_of(self.network, scan) for scan in tqdm(scans, desc="codebooks", unit="scan")]
             clinical = clinical_of(records)
@@ -282,7 +305,8 @@ class CodebookStage:
             variance = fit_months(self.network, risk, outcome, self.objective, clinical)
             if variance is not None:
                 self.objective.variance = variance
-            self.location = self.located(risk, clinical)
+            added = unseen_months(self.network, risk, outcome, self.objective, clinical, folds)
+            self.location = self.network.months(risk).detach() + added
             if hasattr(self.objective, "fit_baseline"):
                 self.objective.fit_baseline(self.location, outcome)
         state = {"identity": self.identity(), "familiarity": list(vars(self.familiarity).values()), "network": None}

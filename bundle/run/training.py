@@ -27,6 +27,7 @@ from bundle.run.scans import outcomes
 from bundle.survival import Objective, Severity, fit_severity, objective_from, patient_numbers, seen_until, severity_from
 from bundle.survival.calibration import cohort_pmf, last_death
 from bundle.survival.objectives import classical_log_likelihood
+from bundle.survival.readout import mean_months
 
 logger = logging.getLogger(__name__)
 
@@ -116,14 +117,14 @@ class Finish:
         found, outcome = None, outcomes(self.val.data)
         if self.codebooks.recipe != "codebook":
             found = self.fitted(objective)
-            location, log_likelihood = self.validated(found)
+            risk, log_likelihood = self.validated(found)
         network: nn.Module = self.network
         if self.codebooks.fitted and (found is None or not self.network_wins(log_likelihood)):
             network, readout = self.codebooks.network, self.codebooks.objective
             found = {"objective": {"name": readout.name, **readout.arguments}, "severity": None}
-            location, outcome = self.codebooks.location, outcomes(self.dataset.data)
+            risk, outcome = -self.codebooks.location, outcomes(self.dataset.data)
         by = "validation" if network is self.network else "out of fold"
-        learnt = verdict(-location, *outcome.unbind(1), by=by)
+        learnt = verdict(risk, *outcome.unbind(1), by=by)
         logger.log(logging.INFO if learnt["verdict"] == "yes" else logging.WARNING, f"verdict: {in_words(learnt)}.")
         write_verdict(self.codebooks.path.with_name("history.csv"), learnt["verdict"])
         trained_on = outcomes(self.dataset.data)
@@ -160,18 +161,17 @@ class Finish:
         return {"objective": {**objective, "variance": variance}, "severity": severity and dataclasses.asdict(severity)}
 
     def validated(self, found: dict) -> tuple[Tensor, Tensor]:
-        """Location and log-likelihood of each validation scan, (N,), by the network as `found`.
+        """Risk (minus the mean months) and log-likelihood of each validation scan, (N,), by the network as `found`.
 
         Where the scans ask for a larger variance than the training scans did, `found` gets it.
         """
         objective, severity = objective_from(found["objective"]), severity_from(found["severity"])
         maps = [row[0] for row in self.maps(self.val, severity=severity)]
-        location = torch.cat([patient_numbers(m)[0] for m in maps])
         outcome = outcomes(self.val.data)
         if severity is not None and len(maps) >= LEAST_SCANS:
             objective.variance = found["objective"]["variance"] = least_variance(objective, maps, outcome)
         one = [log_likelihood_of(objective, m, o[None]) for m, o in zip(maps, outcome, strict=True)]
-        return location, torch.cat(one)
+        return -torch.cat([mean_months(objective.pmf(m)) for m in maps]).detach(), torch.cat(one)
 
     def read(self, severe: bool) -> tuple[Tensor, ...]:
         """Location, extra numbers, outcome and, if severe, the numbers that tell severity, of each training scan."""

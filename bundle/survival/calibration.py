@@ -17,6 +17,7 @@ def cohort_pmf(outcome: Tensor, tmax: int) -> list[float]:
 
     Example::
 
+        >>> import torch
         >>> cohort_pmf(torch.tensor([[1.0, 1.0], [3.0, 1.0]]), tmax=4)
         [0.5, 0.0, 0.5, 0.0]
     """
