@@ -69,14 +69,15 @@ def reference(image: np.ndarray, lung: np.ndarray, index: np.ndarray) -> np.ndar
     def at(x):
         return x[tuple(index.T)]
 
-    image = image * lung
+    usual = image[lung > 0].mean()
+    image = (image - usual) * lung
     share = {s: np.maximum(blur(lung, s), 0.02) for s in (1.0, 1.7, 2.0, 3.0, 5.0)}
     mean = {s: blur(image, s) / share[s] for s in (1.0, 1.7, 3.0, 5.0)}
     filled = np.where(lung > 0, image, np.where(share[1.7] > 0.021, mean[1.7], mean[5.0]))
-    found = [at(image)]
+    found = [at(image) + usual]
     for s in (1.0, 1.7, 3.0, 5.0):
         variance = blur(image**2, s) / share[s] - mean[s] ** 2
-        found += [at(mean[s]), np.log(np.sqrt(np.maximum(at(variance), 1e-6)) + 0.02)]
+        found += [at(mean[s]) + usual, np.log(np.sqrt(np.maximum(at(variance), 1e-6)) + 0.02)]
     bands = [filled, *(0 for _ in range(3))]
     for k, s in enumerate((0.7, 1.5, 3.0)):
         bands[k + 1] = blur(filled, s)
@@ -109,10 +110,10 @@ def test_descriptors_are_those_of_scipy():
 def test_a_map_is_the_same_for_another_calibration_of_the_scanner():
     net, (image, lung) = network(), scan(shape=(30, 28, 32), margin=9)
     plain, moved, stretched = net(torch.stack([image, image + 0.1, 1.2 * image])[:, None], lung.expand(3, 1, *lung.shape))
-    for other, least in ((moved, 0.95), (stretched, 0.9)):
+    for other, least in ((moved, 0.999), (stretched, 0.95)):
         assert np.corrcoef(plain[1].flatten(), other[1].flatten())[0, 1] > least
     patient = [float((one[0] * one[1]).sum()) for one in (plain, moved)]
-    assert patient[1] == pytest.approx(patient[0], abs=2)
+    assert patient[1] == pytest.approx(patient[0], abs=0.5)
 
 
 @pytest.mark.parametrize("clinical_dim", [0, 2])
@@ -144,7 +145,7 @@ def test_a_patients_location_is_what_the_fit_took_it_for():
         found = net(image[None, None], lung[None, None])[0]
         tokens = Tokens.of(image[None], lung[None])
         risk = risk_of(net, words_of(net, tokens), tokens.index)
-        assert float((found[0] * found[1]).sum()) == pytest.approx(float(net.months(risk)), abs=0.5)
+        assert float((found[0] * found[1]).sum()) == pytest.approx(float(net.months(risk)), abs=1)  # tokens are kept in half precision
 
 
 def test_arguments_out_of_range_are_one_sentence():

@@ -93,15 +93,17 @@ def describe(image: Tensor, lung: Tensor, index: Tensor) -> Tensor:
 
     Source of normalised convolution: Knutsson and Westin, CVPR 1993.
     """
-    image, lung = torch.where(lung > 0, image, 0.0), lung.to(image.dtype)
+    lung = lung.to(image.dtype)
+    usual = (image * lung).sum() / lung.sum()  # what lies beyond the volume is taken for it, too
+    image = (image - usual) * lung
     scales = [1.0, 1.7, 3.0, 5.0]
     shares = [blur(lung, s).clamp_min(0.02) for s in scales]
     means = [blur(image, scales[k]) / shares[k] for k in range(4)]
     filled = torch.where(lung > 0, image, torch.where(shares[1] > 0.021, means[1], means[3]))
-    found = [at(image, index)]
+    found = [at(image, index) + usual]
     for k in range(4):
         variance = blur(image.square(), scales[k]) / shares[k] - means[k].square()
-        found.append(at(means[k], index))
+        found.append(at(means[k], index) + usual)
         found.append((at(variance, index).clamp_min(1e-6).sqrt() + 0.02).log())
     level = filled
     for s in [0.7, 1.5, 3.0]:
