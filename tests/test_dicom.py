@@ -14,7 +14,15 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom.encaps import encapsulate, generate_frames
-from pydicom.uid import JPEGLSLossless, RLELossless, generate_uid
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEGLSLossless,
+    RLELossless,
+    generate_uid,
+)
 from scipy import ndimage
 
 from bundle.errors import InputError
@@ -24,7 +32,8 @@ from bundle.reading.slices import without_name
 from bundle.run.scans import scans_to_infer
 from bundle.transforms import LoadCTd
 
-from .dicom_files import ct_slices, set_pixels, write_series, write_slices
+from . import bad_scans
+from .dicom_files import ct_slices, enhanced, set_pixels, write_series, write_slices
 
 SPACING, ORIGIN = (2.0, 2.0, 10.0), (-12.0, -10.0, 100.0)
 
@@ -105,8 +114,7 @@ def test_the_chest_ct_is_chosen_among_all_that_is_there(hospital, caplog):
         assert line.endswith(f"left: {why}"), line
     (line,) = (r.message for r in caplog.records if series["soft"] in r.message)
     assert (
-        "CT, 'deep/er/soft', kernel B31f, 24 slices, 10 mm thick, axial, 12 x 10" in line
-        and "taken (axial, 240 mm" in line
+        "CT, 'deep/er/soft', kernel B31f, 24 slices, 10 mm thick, axial, 12 x 10" in line and "taken (axial, 240 mm" in line
     )
     assert "Secret" not in caplog.text
 
@@ -248,7 +256,7 @@ def test_two_thicknesses_in_one_series_are_two_volumes(tmp_path):
     assert sorted(len(s.slices) for s in list_series(tmp_path)) == [24, 48]
     array, _, notes = read_dicom(tmp_path, "here")
     np.testing.assert_array_equal(array, chest(48))
-    assert not notes
+    assert notes == ["24 slices of this series left out (another slice thickness)"]
 
 
 def test_two_acquisitions_at_the_same_places_are_two_volumes(tmp_path):
@@ -320,11 +328,13 @@ def test_a_cut_file_is_refused(tmp_path, spoil, cut, says):
     assert says in refusal(tmp_path)
 
 
-def test_files_without_a_preamble(tmp_path):
+@pytest.mark.parametrize("suffix", [".dcm", ""])
+def test_files_without_a_preamble(tmp_path, suffix):
     add(tmp_path, "old")
-    for path in (tmp_path / "old").iterdir():
+    for path in list((tmp_path / "old").iterdir()):
         content = path.read_bytes()
         path.write_bytes(content[content.index(b"\x08\x00\x08\x00CS") :])  # from ImageType on
+        path.rename(path.with_suffix(suffix))
     (tmp_path / "text.dcm").write_text("no DICOM at all, whatever its name says " * 20)
     np.testing.assert_array_equal(read_dicom(tmp_path, "here")[0], chest())
 
@@ -353,24 +363,62 @@ def gdcm_frame(ds: pydicom.Dataset, kind, tmp_path) -> tuple[bytes, str]:
     return next(generate_frames(made.PixelData, number_of_frames=1)), made.file_meta.TransferSyntaxUID
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "JPEG2000", "JPEG-LS", "RLE"])
-def test_compressed_pixels_are_the_same(tmp_path, kind):
-    values = chest(6, shape=(40, 36))
+PLAIN = {
+    "implicit": ImplicitVRLittleEndian,
+    "explicit": ExplicitVRLittleEndian,
+    "big endian": ExplicitVRBigEndian,
+    "deflated": DeflatedExplicitVRLittleEndian,
+}
+KINDS = [*PLAIN, "JPEG", "JPEG2000", "JPEG-LS", "RLE", "enhanced", "enhanced RLE", "zip"]
 
-    def compress(slices):
-        for ds in slices:
-            if kind in ("JPEG-LS", "RLE"):
-                ds.compress(JPEGLSLossless if kind == "JPEG-LS" else RLELossless, generate_instance_uid=False)
-                continue
-            frame, syntax = gdcm_frame(ds, getattr(itk.GDCMImageIOEnums, f"Compression_{kind}"), tmp_path)
+
+def write_as(kind: str, folder: Path, slices: list[pydicom.Dataset], scratch: Path) -> str:
+    """Slices as a transfer syntax, an enhanced object or a ZIP archive; the path to read."""
+    if kind == "zip":
+        return shutil.make_archive(str(folder), "zip", write_slices(scratch / "unzipped", slices))
+    if kind.startswith("enhanced"):
+        slices = [enhanced(slices[1::2] + slices[::2])]  # frames in no order
+    for ds in slices:
+        if kind in PLAIN:
+            ds.file_meta.TransferSyntaxUID = PLAIN[kind]
+            if kind == "big endian":
+                ds.PixelData = np.frombuffer(ds.PixelData, np.uint16).byteswap().tobytes()
+        elif kind in ("JPEG", "JPEG2000"):
+            frame, syntax = gdcm_frame(ds, getattr(itk.GDCMImageIOEnums, f"Compression_{kind}"), scratch)
             ds.PixelData = encapsulate([frame])
             ds["PixelData"].is_undefined_length = True
             ds.file_meta.TransferSyntaxUID = syntax
+        elif kind != "enhanced":
+            ds.compress(JPEGLSLossless if kind == "JPEG-LS" else RLELossless, generate_instance_uid=False)
+    return write_slices(folder, slices)
 
-    add(tmp_path, "compressed", values, spoil=compress)
-    file = pydicom.dcmread(next((tmp_path / "compressed").iterdir()))
-    assert file.file_meta.TransferSyntaxUID.is_compressed
-    np.testing.assert_array_equal(read_dicom(tmp_path / "compressed", "here")[0], values)
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_way_to_store_a_series_reads_the_same(tmp_path, kind):
+    values = chest(6, shape=(40, 36))
+    path = write_as(kind, tmp_path / "series", ct_slices(values, SPACING, ORIGIN), tmp_path)
+    image = LoadCTd()({"patient_id": "P7", "image": path})["image"]
+    np.testing.assert_array_equal(image[0].numpy(), values)
+    expected = np.diag([-2.0, -2, 10, 1])
+    expected[:3, 3] = np.array(ORIGIN) * [-1, -1, 1]
+    np.testing.assert_array_equal(image.affine, expected)
+
+
+@pytest.mark.slow
+def test_every_way_to_store_a_series_gives_the_same_months(tmp_path):
+    """To the last digit, and those of the NIfTI."""
+    hu, _ = bad_scans.chest()
+    hu = hu.astype(np.int16).clip(-1024)
+    nib.Nifti1Image(hu, np.diag([-6.6, -6.6, 5, 1])).to_filename(tmp_path / "scan.nii.gz")
+    rows = ["patient_id,image", "nifti,scan.nii.gz"]
+    for kind in KINDS:
+        slices = ct_slices(hu, (6.6, 6.6, 5.0), (0, 0, 0))
+        rows.append(f"{kind.replace(' ', '_')},{write_as(kind, tmp_path / kind.replace(' ', '_'), slices, tmp_path)}")
+    (tmp_path / "cohort.csv").write_text("\n".join(rows))
+    predictions, code, log, _ = bad_scans.infer(tmp_path / "cohort.csv", tmp_path / "output")
+    assert code == 0, log
+    for column in predictions.columns.drop(["patient_id", "message"]):
+        assert predictions[column].nunique() == 1, predictions[["patient_id", column]]
 
 
 # --- gantry tilt ---------------------------------------------------------------------------------------------------
