@@ -129,7 +129,8 @@ def _read(path: str, where: str, series: str | None = None) -> MetaTensor:
     array, affine, notes = read_dicom(path, where, series) if dicom else _read_file(path, where)
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
-    affine = np.asarray(affine, dtype=float)
+    # As NIfTI keeps it: 1e-7 mm, by which formats differ, turns voxels of a threshold and with them the months.
+    affine = np.asarray(affine, dtype=np.float32).astype(float)
     if fault := _volume_fault(array) or _affine_fault(affine, array.shape):
         raise InputError(f"{where}: {fault}")
     affine = torch.as_tensor(affine)
