@@ -4,6 +4,7 @@
 
 import io
 import math
+import operator
 import os
 import re
 import warnings
@@ -11,19 +12,22 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pydicom
+from pydicom.tag import BaseTag, Tag
 
 from bundle.errors import InputError
 
-_TAGS = (
-    "PatientID PatientName SOPInstanceUID SeriesInstanceUID StudyInstanceUID FrameOfReferenceUID Modality SeriesDescription "
-    "ProtocolName BodyPartExamined ConvolutionKernel ImageType SliceThickness AcquisitionNumber TemporalPositionIdentifier "
-    "ImagePositionPatient ImageOrientationPatient PixelSpacing Rows Columns SamplesPerPixel NumberOfFrames BitsAllocated "
-    "PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit RescaleSlope RescaleIntercept LossyImageCompression "
-    "ContrastBolusAgent ContrastBolusAgentSequence"
-).split()
-_FRAME_TAGS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+_TAGS = [
+    Tag(keyword)
+    for keyword in (
+        "PatientID PatientName SOPInstanceUID SeriesInstanceUID StudyInstanceUID FrameOfReferenceUID Modality SeriesDescription "
+        "ProtocolName BodyPartExamined ConvolutionKernel ImageType SliceThickness AcquisitionNumber TemporalPositionIdentifier "
+        "ImagePositionPatient ImageOrientationPatient PixelSpacing Rows Columns SamplesPerPixel NumberOfFrames BitsAllocated "
+        "PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit RescaleSlope RescaleIntercept LossyImageCompression "
+        "ContrastBolusAgent ContrastBolusAgentSequence"
+    ).split()
+]
+_FRAME_TAGS = [Tag("SharedFunctionalGroupsSequence"), Tag("PerFrameFunctionalGroupsSequence")]
 # DICM after the preamble; or, in old files without one, the first element: group 2 or 8, and a VR or a short length.
 _DICOM = re.compile(rb"(?s).{128}DICM|[\x02\x08]\x00..([A-Z]{2}|..\x00\x00)|\x00[\x02\x08]..[A-Z]{2}")
 _TURN = 2e-3  # of a direction cosine, as noise: a corner of the image moves by less than a millimetre
@@ -172,12 +176,12 @@ class _Bounded(io.BufferedReader):
         return zlib.compress(start, 0, -zlib.MAX_WBITS)
 
 
-def _header(path: str, tags: Sequence[str]) -> tuple[pydicom.Dataset, bool]:
+def _header(path: str, tags: list[BaseTag]) -> tuple[pydicom.Dataset, bool]:
     """The tags of a file, and whether the file is as long as its pixels need; ValueError where it is no DICOM."""
     with _Bounded(io.FileIO(path)) as file:
         if not _DICOM.match(file.peek(140)):
             raise ValueError(path)
-        header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(tags), force=True)
+        header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags, force=True)
         return header, _is_whole(header, file)
 
 
@@ -205,8 +209,9 @@ def _padding(header: pydicom.Dataset) -> tuple[float, float] | None:
     ends = [_number(header, keyword) for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
     if ends[0] is None:
         return None
-    signed = np.int16 if _integer(header, "PixelRepresentation", 0) else np.uint16
-    stored = [int(np.uint16(int(end) & 0xFFFF).astype(signed)) for end in ends if end is not None]
+    stored = [int(end) % 2**16 for end in ends if end is not None]
+    if _integer(header, "PixelRepresentation", 0):
+        stored = [end - 2**16 if end >= 2**15 else end for end in stored]
     slope, intercept = _number(header, "RescaleSlope") or 1.0, _number(header, "RescaleIntercept") or 0.0
     return min(stored) * slope + intercept, max(stored) * slope + intercept
 
@@ -249,12 +254,15 @@ def _text(header: pydicom.Dataset, keyword: str) -> str:
     if value is None:
         return ""
     text = "\\".join(map(str, value)) if isinstance(value, pydicom.multival.MultiValue) else str(value)
-    return "".join(c for c in text if c.isprintable()).strip()[:64]
+    text = text if text.isprintable() else "".join(c for c in text if c.isprintable())
+    return text.strip()[:64]
 
 
 def _numbers(header: pydicom.Dataset, keyword: str, count: int) -> tuple[float, ...] | None:
     try:
-        numbers = tuple(map(float, np.atleast_1d(header.get(keyword))))
+        if (value := header.get(keyword)) is None:
+            return None
+        numbers = tuple(map(float, value)) if isinstance(value, Sequence) else (float(value),)
     except Exception:
         return None
     return numbers if len(numbers) == count and all(map(math.isfinite, numbers)) else None
@@ -271,5 +279,6 @@ def _integer(header: pydicom.Dataset, keyword: str, default: int) -> int:
 
 
 def _orthonormal(orientation: Sequence[float]) -> bool:
-    row, column = np.array(orientation[:3]), np.array(orientation[3:])
-    return bool(np.allclose([row @ row, column @ column, row @ column], [1, 1, 0], atol=1e-2))
+    row, column = orientation[:3], orientation[3:]
+    pairs = ((row, row, 1), (column, column, 1), (row, column, 0))
+    return all(abs(sum(map(operator.mul, a, b)) - product) <= 1e-2 for a, b, product in pairs)
