@@ -14,19 +14,22 @@ from dataclasses import dataclass
 
 import pydicom
 from pydicom.tag import BaseTag, Tag
+from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
 
 from bundle.errors import InputError
 
 _TAGS = [
     Tag(keyword)
     for keyword in (
-        "PatientID PatientName SOPInstanceUID SeriesInstanceUID StudyInstanceUID FrameOfReferenceUID Modality SeriesDescription "
-        "ProtocolName BodyPartExamined ConvolutionKernel ImageType SliceThickness AcquisitionNumber TemporalPositionIdentifier "
-        "ImagePositionPatient ImageOrientationPatient PixelSpacing Rows Columns SamplesPerPixel NumberOfFrames BitsAllocated "
-        "PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit RescaleSlope RescaleIntercept LossyImageCompression "
-        "ContrastBolusAgent ContrastBolusAgentSequence"
+        "PatientID PatientName SOPClassUID SOPInstanceUID SeriesInstanceUID StudyInstanceUID FrameOfReferenceUID Modality "
+        "SeriesDescription ProtocolName BodyPartExamined ConvolutionKernel ImageType SliceThickness AcquisitionNumber "
+        "TemporalPositionIdentifier ImagePositionPatient ImageOrientationPatient PixelSpacing Rows Columns SamplesPerPixel "
+        "NumberOfFrames BitsAllocated PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit RescaleSlope "
+        "RescaleIntercept LossyImageCompression ContrastBolusAgent ContrastBolusAgentSequence"
     ).split()
 ]
+_ENHANCED = (EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage)
+_MODALITY = dict.fromkeys((CTImageStorage, *_ENHANCED), "CT")
 _FRAME_TAGS = [Tag("SharedFunctionalGroupsSequence"), Tag("PerFrameFunctionalGroupsSequence")]
 # DICM after the preamble; or, in old files without one, the first element: group 2 or 8, and a VR or a short length.
 _DICOM = re.compile(rb"(?s).{128}DICM|[\x02\x08]\x00..([A-Z]{2}|..\x00\x00)|\x00[\x02\x08]..[A-Z]{2}")
@@ -121,7 +124,8 @@ def read_slices(path: str) -> list[Slice]:
             header, whole = _header(path, _TAGS)
             if not (_text(header, "SeriesInstanceUID") or _text(header, "Modality")):
                 return []  # DICOMDIR and the like
-            frames = _frames(path, header) if _integer(header, "NumberOfFrames", 1) > 1 else [header]
+            many = _integer(header, "NumberOfFrames", 1) > 1 or _text(header, "SOPClassUID") in _ENHANCED
+            frames = _frames(path, header) if many else [header]
         except Exception:  # whatever a damaged file makes of it
             return []
         return [_slice(path, frame, number, whole) for number, frame in enumerate(frames)]
@@ -138,7 +142,7 @@ def _slice(path: str, header: pydicom.Dataset, number: int, whole: bool) -> Slic
         study=_text(header, "StudyInstanceUID"),
         patient=_text(header, "PatientID"),
         name=_text(header, "PatientName"),
-        modality=_text(header, "Modality"),
+        modality=_text(header, "Modality") or _MODALITY.get(_text(header, "SOPClassUID"), ""),
         description=without_name(_text(header, "SeriesDescription"), _text(header, "PatientName")),
         kernel=_text(header, "ConvolutionKernel"),
         body_part=f"{_text(header, 'BodyPartExamined')} {_text(header, 'ProtocolName')}".strip(),

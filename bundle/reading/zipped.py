@@ -31,13 +31,15 @@ def unzip(archives: Iterable[str | os.PathLike], folder: str, where: str) -> Non
     """
     count, room = 0, _MOST_BYTES
     try:
-        for archive in archives:
+        for archive in archives:  # all count together
             with open(archive, "rb") as file, _open(file, where) as zipped:
                 for member in zipped.infolist():
                     if member.is_dir():
                         continue
                     if member.flag_bits & 1:
                         raise InputError(f"{where}: the ZIP archive is encrypted (expected one without a password)")
+                    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # these bound their memory
+                        raise InputError(f"{where}: the ZIP archive is compressed by another method (expected deflate)")
                     count += 1
                     room = _write(zipped, member, os.path.join(folder, f"{count:06}"), room)
                     if room < 0:
@@ -45,8 +47,11 @@ def unzip(archives: Iterable[str | os.PathLike], folder: str, where: str) -> Non
                         raise InputError(f"{where}: the ZIP archive holds more than {most} (expected a patient's scans)")
     except InputError:
         raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError, ValueError) as error:
-        raise InputError(f"{where}: the ZIP archive cannot be read, {error} (expected a whole one of files)") from error
+    except OSError as error:
+        raise InputError(f"{where}: the ZIP archive cannot be unpacked, {error.strerror} (expected a whole one)") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        # What these say may hold the name of a file, and that a patient's.
+        raise InputError(f"{where}: the ZIP archive is truncated or damaged (expected a whole one)") from error
 
 
 def _open(file, where: str) -> zipfile.ZipFile:
@@ -59,8 +64,6 @@ def _open(file, where: str) -> zipfile.ZipFile:
 
 def _write(zipped: zipfile.ZipFile, member: zipfile.ZipInfo, path: str, room: int) -> int:
     """Write one file if it fits; how many bytes may still come, negative if it doesn't."""
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others take memory as they please
-        raise NotImplementedError("compressed by another method than deflate")
     with zipped.open(member) as source, open(path, "xb") as target:
         while room >= 0 and (data := source.read(_CHUNK_BYTES)):
             room -= len(data)
