@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 
 def ct_slices(values: np.ndarray, spacing: Sequence[float], origin: Sequence[float], **tags) -> list[Dataset]:
@@ -49,6 +50,34 @@ def set_pixels(ds: Dataset, hu: np.ndarray, slope: float = 1.0, intercept: float
     ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 16, 15
     ds.RescaleIntercept, ds.RescaleSlope = intercept, slope
     ds.PixelData = np.round((hu.T.astype(float) - intercept) / slope).astype(np.uint16).tobytes()
+
+
+def enhanced(slices: Sequence[Dataset]) -> Dataset:
+    """The same slices as one enhanced CT object, a frame each, in the order given."""
+
+    def group(ds: Dataset, *keywords: str) -> list[Dataset]:
+        item = Dataset()
+        for keyword in keywords:
+            setattr(item, keyword, ds[keyword].value)
+        return [item]
+
+    whole = copy.deepcopy(slices[0])
+    whole.SOPClassUID = whole.file_meta.MediaStorageSOPClassUID = EnhancedCTImageStorage
+    whole.NumberOfFrames, whole.PixelData = len(slices), b"".join(ds.PixelData for ds in slices)
+    whole.SharedFunctionalGroupsSequence, whole.PerFrameFunctionalGroupsSequence = [Dataset()], []
+    shared = whole.SharedFunctionalGroupsSequence[0]
+    shared.PixelMeasuresSequence = group(whole, "PixelSpacing", "SliceThickness")
+    shared.PixelValueTransformationSequence = group(whole, "RescaleSlope", "RescaleIntercept")
+    shared.PlaneOrientationSequence = group(whole, "ImageOrientationPatient")
+    for ds in slices:
+        frame = Dataset()
+        frame.PlanePositionSequence = group(ds, "ImagePositionPatient")
+        whole.PerFrameFunctionalGroupsSequence.append(frame)
+    for group in (shared, frame):
+        for sequence in group:
+            for element in sequence.value[0]:
+                del whole[element.tag]
+    return whole
 
 
 def write_slices(folder: Path, slices: Sequence[Dataset]) -> str:

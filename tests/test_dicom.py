@@ -2,10 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import re
 import shutil
+import tempfile
+import zipfile
 from pathlib import Path
 
 import itk
@@ -14,17 +17,28 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom.encaps import encapsulate, generate_frames
-from pydicom.uid import JPEGLSLossless, RLELossless, generate_uid
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEGLSLossless,
+    RLELossless,
+    generate_uid,
+)
 from scipy import ndimage
 
+from bundle.data.fingerprint import content_digest
 from bundle.errors import InputError
+from bundle.reading import zipped
 from bundle.reading.dicom import choose_series, list_series, read_dicom, straighten
 from bundle.reading.series import Series, sharp_kernel
 from bundle.reading.slices import without_name
 from bundle.run.scans import scans_to_infer
 from bundle.transforms import LoadCTd
 
-from .dicom_files import ct_slices, set_pixels, write_series, write_slices
+from . import bad_scans
+from .dicom_files import ct_slices, enhanced, set_pixels, write_series, write_slices
 
 SPACING, ORIGIN = (2.0, 2.0, 10.0), (-12.0, -10.0, 100.0)
 
@@ -105,8 +119,7 @@ def test_the_chest_ct_is_chosen_among_all_that_is_there(hospital, caplog):
         assert line.endswith(f"left: {why}"), line
     (line,) = (r.message for r in caplog.records if series["soft"] in r.message)
     assert (
-        "CT, 'deep/er/soft', kernel B31f, 24 slices, 10 mm thick, axial, 12 x 10" in line
-        and "taken (axial, 240 mm" in line
+        "CT, 'deep/er/soft', kernel B31f, 24 slices, 10 mm thick, axial, 12 x 10" in line and "taken (axial, 240 mm" in line
     )
     assert "Secret" not in caplog.text
 
@@ -248,7 +261,7 @@ def test_two_thicknesses_in_one_series_are_two_volumes(tmp_path):
     assert sorted(len(s.slices) for s in list_series(tmp_path)) == [24, 48]
     array, _, notes = read_dicom(tmp_path, "here")
     np.testing.assert_array_equal(array, chest(48))
-    assert not notes
+    assert notes == ["24 slices of this series left out (another slice thickness)"]
 
 
 def test_two_acquisitions_at_the_same_places_are_two_volumes(tmp_path):
@@ -320,11 +333,13 @@ def test_a_cut_file_is_refused(tmp_path, spoil, cut, says):
     assert says in refusal(tmp_path)
 
 
-def test_files_without_a_preamble(tmp_path):
+@pytest.mark.parametrize("suffix", [".dcm", ""])
+def test_files_without_a_preamble(tmp_path, suffix):
     add(tmp_path, "old")
-    for path in (tmp_path / "old").iterdir():
+    for path in list((tmp_path / "old").iterdir()):
         content = path.read_bytes()
         path.write_bytes(content[content.index(b"\x08\x00\x08\x00CS") :])  # from ImageType on
+        path.rename(path.with_suffix(suffix))
     (tmp_path / "text.dcm").write_text("no DICOM at all, whatever its name says " * 20)
     np.testing.assert_array_equal(read_dicom(tmp_path, "here")[0], chest())
 
@@ -353,24 +368,319 @@ def gdcm_frame(ds: pydicom.Dataset, kind, tmp_path) -> tuple[bytes, str]:
     return next(generate_frames(made.PixelData, number_of_frames=1)), made.file_meta.TransferSyntaxUID
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "JPEG2000", "JPEG-LS", "RLE"])
-def test_compressed_pixels_are_the_same(tmp_path, kind):
-    values = chest(6, shape=(40, 36))
+PLAIN = {
+    "implicit": ImplicitVRLittleEndian,
+    "explicit": ExplicitVRLittleEndian,
+    "big endian": ExplicitVRBigEndian,
+    "deflated": DeflatedExplicitVRLittleEndian,
+}
+KINDS = [*PLAIN, "JPEG", "JPEG2000", "JPEG-LS", "RLE", "enhanced", "enhanced RLE", "enhanced single frames", "zip"]
 
-    def compress(slices):
-        for ds in slices:
-            if kind in ("JPEG-LS", "RLE"):
-                ds.compress(JPEGLSLossless if kind == "JPEG-LS" else RLELossless, generate_instance_uid=False)
-                continue
-            frame, syntax = gdcm_frame(ds, getattr(itk.GDCMImageIOEnums, f"Compression_{kind}"), tmp_path)
+
+def write_as(kind: str, folder: Path, slices: list[pydicom.Dataset], scratch: Path) -> str:
+    """Slices as a transfer syntax, an enhanced object or a ZIP archive; the path to read."""
+    if kind == "zip":
+        return shutil.make_archive(str(folder), "zip", write_slices(scratch / "unzipped", slices))
+    if kind == "enhanced single frames":
+        slices = [enhanced([ds]) for ds in slices]
+    elif kind.startswith("enhanced"):
+        slices = [enhanced(slices[1::2] + slices[::2])]  # frames in no order
+    for ds in slices:
+        if kind in PLAIN:
+            ds.file_meta.TransferSyntaxUID = PLAIN[kind]
+            if kind == "big endian":
+                ds.PixelData = np.frombuffer(ds.PixelData, np.uint16).byteswap().tobytes()
+        elif kind in ("JPEG", "JPEG2000"):
+            frame, syntax = gdcm_frame(ds, getattr(itk.GDCMImageIOEnums, f"Compression_{kind}"), scratch)
             ds.PixelData = encapsulate([frame])
             ds["PixelData"].is_undefined_length = True
             ds.file_meta.TransferSyntaxUID = syntax
+        elif kind not in ("enhanced", "enhanced single frames"):
+            ds.compress(JPEGLSLossless if kind == "JPEG-LS" else RLELossless, generate_instance_uid=False)
+    return write_slices(folder, slices)
 
-    add(tmp_path, "compressed", values, spoil=compress)
-    file = pydicom.dcmread(next((tmp_path / "compressed").iterdir()))
-    assert file.file_meta.TransferSyntaxUID.is_compressed
-    np.testing.assert_array_equal(read_dicom(tmp_path / "compressed", "here")[0], values)
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_way_to_store_a_series_reads_the_same(tmp_path, kind):
+    values = chest(6, shape=(40, 36))
+    path = write_as(kind, tmp_path / "series", ct_slices(values, SPACING, ORIGIN), tmp_path)
+    image = LoadCTd()({"patient_id": "P7", "image": path})["image"]
+    np.testing.assert_array_equal(image[0].numpy(), values)
+    expected = np.diag([-2.0, -2, 10, 1])
+    expected[:3, 3] = np.array(ORIGIN) * [-1, -1, 1]
+    np.testing.assert_array_equal(image.affine, expected)
+
+
+@pytest.mark.slow
+def test_every_way_to_store_a_series_gives_the_same_months(tmp_path):
+    """To the last digit, and those of the NIfTI."""
+    hu, _ = bad_scans.chest()
+    hu = hu.astype(np.int16).clip(-1024)
+    nib.Nifti1Image(hu, np.diag([-6.6, -6.6, 5, 1])).to_filename(tmp_path / "scan.nii.gz")
+    rows = ["patient_id,image", "nifti,scan.nii.gz"]
+    for kind in KINDS:
+        slices = ct_slices(hu, (6.6, 6.6, 5.0), (0, 0, 0))
+        rows.append(f"{kind.replace(' ', '_')},{write_as(kind, tmp_path / kind.replace(' ', '_'), slices, tmp_path)}")
+    (tmp_path / "cohort.csv").write_text("\n".join(rows))
+    predictions, code, log, _ = bad_scans.infer(tmp_path / "cohort.csv", tmp_path / "output")
+    assert code == 0, log
+    for column in predictions.columns.drop(["patient_id", "message"]):
+        assert predictions[column].nunique() == 1, predictions[["patient_id", column]]
+
+
+# --- headers with noise, and what is left out -----------------------------------------------------------------------
+
+
+def turn(angles):
+    """Orientation noise: slice k is turned by angles(k), radians."""
+
+    def spoil(slices):
+        for k, ds in enumerate(slices):
+            ds.ImageOrientationPatient = [1, angles(k), 0, -angles(k), 1, 0]
+
+    return spoil
+
+
+def each(keyword: str, value):
+    """A tag of its own for each slice."""
+    return lambda slices: [setattr(ds, keyword, value(k)) for k, ds in enumerate(slices)]
+
+
+def other_positions(slices):
+    for k, ds in enumerate(slices):  # 0.625 mm, written to 0.1 mm
+        ds.ImagePositionPatient = [*ORIGIN[:2], round(100 + 0.625 * k, 1)]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "notes"),
+    [
+        (turn(lambda k: 4.999e-4 if k % 2 else 5.001e-4), []),
+        (turn(lambda k: 4.999e-4 if k < 3 else 5.001e-4), []),
+        (turn(lambda k: 1e-6 * np.sin(k)), []),
+        (
+            turn(lambda k: 0 if k % 3 else 8e-4),
+            ["the slices' orientation varies by 0.046 degrees, the median was taken"],
+        ),
+        (each("PixelSpacing", lambda k: [2.0005 + (-1) ** k * 1e-7] * 2), []),
+        (each("ConvolutionKernel", lambda k: ["Br40d", str(2 + k % 2)]), ["the kernel varies within the series"]),
+        (each("ConvolutionKernel", lambda k: "B31f" if k % 2 else ""), ["the kernel varies within the series"]),
+        (other_positions, []),
+        (lambda slices: [delattr(ds, "Modality") for ds in slices], []),
+    ],
+)
+def test_noise_in_headers_does_not_tear_a_series(tmp_path, spoil, notes):
+    add(tmp_path, "noisy", spoil=spoil)
+    array, affine, found = read_dicom(tmp_path, "here")
+    np.testing.assert_array_equal(array, chest())
+    assert found == notes
+    if spoil is other_positions:
+        assert affine[2, 2] == pytest.approx(0.625, abs=0.1 / 23)
+
+
+def screen_save(slices):
+    slices.append(copy.deepcopy(slices[0]))
+    slices[-1].ImageType = ["DERIVED", "SECONDARY", "SCREEN SAVE"]
+    del slices[-1].ImagePositionPatient
+
+
+def derived(slices):
+    slices.append(copy.deepcopy(slices[7]))
+    slices[-1].ImageType = ["DERIVED", "SECONDARY", "AXIAL"]
+    slices[-1].PixelData = bytes(len(slices[-1].PixelData))
+
+
+def two_kernels(slices):
+    for ds in list(slices):
+        ds.ConvolutionKernel = "B31f"
+        slices.append(copy.deepcopy(ds))
+        slices[-1].ConvolutionKernel = "B70f"
+
+
+def turned_end(slices):
+    turn(lambda k: 0 if k < 20 else 0.01)(slices)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "note"),
+    [
+        (screen_save, "1 slice of this series left out (ImagePositionPatient is missing or not valid)"),
+        (derived, "1 slice of this series left out (another ImageType)"),
+        (two_kernels, "24 slices of this series left out (another kernel)"),
+        (turned_end, "4 slices of this series left out (another orientation or pixel size)"),
+    ],
+)
+def test_slices_that_are_left_out_are_counted(tmp_path, spoil, note):
+    add(tmp_path, "mixed", spoil=spoil)
+    array, _, notes = read_dicom(tmp_path, "here")
+    np.testing.assert_array_equal(array, chest()[:, :, : array.shape[2]])
+    assert array.shape[2] == (20 if spoil is turned_end else 24) and notes == [note]
+
+
+def test_slices_without_a_common_series_are_grouped_and_it_is_said(tmp_path):
+    series = tmp_path / "own"
+    add(series, "one", spoil=each("SeriesInstanceUID", lambda k: generate_uid()))
+    array, _, notes = read_dicom(series, "here")
+    np.testing.assert_array_equal(array, chest())
+    assert notes == ["24 SeriesInstanceUIDs, taken as one series by study, orientation and position"]
+    add(tmp_path / "none", "one", spoil=lambda slices: [delattr(ds, "StudyInstanceUID") for ds in slices])
+    for path in (tmp_path / "none" / "one").iterdir():
+        ds = pydicom.dcmread(path)
+        del ds.SeriesInstanceUID
+        ds.save_as(path)
+    assert read_dicom(tmp_path / "none", "here")[2] == [
+        "no SeriesInstanceUID, taken as one series by study, orientation and position"
+    ]
+    # Slices of several studies are none.
+    add(tmp_path / "many", "one", spoil=lambda slices: [setattr(ds, k, generate_uid()) for ds in slices for k in (
+        "SeriesInstanceUID", "StudyInstanceUID")])  # fmt: skip
+    assert "24 series: 1 slice (expected at least 3)" in refusal(tmp_path / "many")
+
+
+def test_which_of_several_series_is_in_the_notes(tmp_path):
+    add(tmp_path, "native")
+    add(tmp_path, "contrast", chest(seed=1))
+    add(tmp_path, "thick", chest(12), (2.0, 2.0, 20.0))
+    notes = read_dicom(tmp_path, "here")[2]
+    assert len(notes) == 2
+    assert notes[0].startswith("3 CT series are there, taken: CT, '") and notes[1].startswith("as good: CT, '")
+    assert "'native'" in " ".join(notes) and "'contrast'" in " ".join(notes) and "thick'" not in " ".join(notes)
+    uid = add(tmp_path, "more", spoil=lambda slices: slices.pop(3), ConvolutionKernel="B31f")
+    passed = read_dicom(tmp_path, "here")[2][2]
+    assert passed.startswith("passed over: CT, 'more'") and uid in passed and "1 slice missing" in passed
+
+
+def test_patients_with_blank_ids(tmp_path):
+    for name in ("one", "two"):
+        add(tmp_path, name, PatientID="")
+    assert "2 studies, and PatientID is blank: that they are of one patient is a guess" in read_dicom(tmp_path, "here")[2]
+    add(tmp_path, "three", PatientID="", PatientName="Other^Secret")
+    assert "several patients" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("tag", ["RescaleSlope", "RescaleIntercept"])
+def test_slices_without_their_rescale_tags_are_refused_with_the_count(tmp_path, tag):
+    add(tmp_path, "some", spoil=lambda slices: [delattr(ds, tag) for ds in slices[5:9]])
+    assert f"{tag} is missing or not valid in 4 of 24 slices (expected in all)" in refusal(tmp_path)
+
+
+def test_frames_with_different_slopes_are_refused(tmp_path):
+    whole = enhanced(ct_slices(chest(), SPACING, ORIGIN))
+    values = whole.SharedFunctionalGroupsSequence[0].PixelValueTransformationSequence[0]
+    del whole.SharedFunctionalGroupsSequence[0].PixelValueTransformationSequence
+    for k, frame in enumerate(whole.PerFrameFunctionalGroupsSequence):
+        frame.PixelValueTransformationSequence = [copy.deepcopy(values)]
+        frame.PixelValueTransformationSequence[0].RescaleSlope = 1 + k % 2
+    write_slices(tmp_path, [whole])
+    assert "RescaleSlope differs between frames" in refusal(tmp_path)
+    del whole.PerFrameFunctionalGroupsSequence
+    write_slices(tmp_path / "b", [whole])
+    assert "a multi-frame object with no place" in refusal(tmp_path / "b")
+
+
+@pytest.mark.parametrize(("value", "tag"), [(-10240, None), (31743, 32767), (-5000, -5000 + 1024)])
+def test_padding_is_air(tmp_path, value, tag):
+    """As the extended CT scale has it, without a word; or where PixelPaddingValue names it."""
+    values = chest()
+    padded = values.astype(int)
+    padded[:2] = value
+
+    def pad(slices):
+        for k, ds in enumerate(slices):
+            ds.PixelRepresentation, ds.RescaleIntercept = 1, -1024
+            pixels = (padded[:, :, k].T + 1024).astype(np.int16)
+            ds.PixelData = pixels.tobytes()
+            if tag is not None:
+                ds.PixelPaddingValue = tag
+
+    folder = tmp_path / "padded"
+    add(folder, "padded", spoil=pad)
+    out = LoadCTd()({"patient_id": "P7", "image": str(folder)})
+    expected = np.where(padded == value, -1024, values)
+    np.testing.assert_array_equal(out["image"][0].numpy(), expected)
+    assert out["notes"] == ("voxels of -10240 HU taken as padding" if tag is None else "")
+
+
+# --- folders of links, archives -------------------------------------------------------------------------------------
+
+
+def test_folders_that_are_links_are_read_once(tmp_path):
+    add(tmp_path / "real", "one")
+    links = tmp_path / "links"
+    links.mkdir()
+    (links / "series").symlink_to(tmp_path / "real")
+    (links / "again").symlink_to(tmp_path / "real")
+    (links / "self").symlink_to(links)
+    array, _, notes = read_dicom(links, "here")
+    np.testing.assert_array_equal(array, chest())
+    assert not notes
+    # What is cached of the folder follows its content, too.
+    before = content_digest(str(links))
+    next((tmp_path / "real" / "one").iterdir()).unlink()
+    assert content_digest(str(links)) != before
+
+
+@pytest.fixture
+def scratch(tmp_path, monkeypatch) -> Path:
+    """Where temporary files go."""
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    return tmp_path / "scratch"
+
+
+def archive(tmp_path, names=lambda path: path.name, **kwargs) -> Path:
+    add(tmp_path / "source", "one")
+    (tmp_path / "study").mkdir()
+    with zipfile.ZipFile(tmp_path / "study" / "export.ZIP", "w", **kwargs) as made:
+        for path in (tmp_path / "source" / "one").iterdir():
+            made.write(path, names(path))
+    return tmp_path / "study" / "export.ZIP"
+
+
+def test_an_archive_of_a_series_is_read_and_nothing_stays(tmp_path, scratch):
+    path = archive(tmp_path, names=lambda path: f"../../{path.name}")
+    for place in (path, path.parent):
+        np.testing.assert_array_equal(read_dicom(place, "here")[0], chest())
+    assert not list(scratch.iterdir()) and not list(tmp_path.glob("*.dcm"))
+    (record,) = scans_to_infer(
+        str(path), None, {}, pydicom.dcmread(next((tmp_path / "source/one").iterdir())).SeriesInstanceUID
+    )
+    assert record["patient_id"] == "export" and LoadCTd()(record)["image"].shape == (1, 12, 10, 24)
+
+
+def test_archives_that_a_stranger_made(tmp_path, scratch, monkeypatch):
+    path = archive(tmp_path, compression=zipfile.ZIP_DEFLATED)
+    content = path.read_bytes()
+    monkeypatch.setattr(zipped, "_MOST_BYTES", 10_000)
+    assert "the ZIP archive holds more than" in refusal(path)
+    monkeypatch.setattr(zipped, "_MOST_BYTES", 2**32)
+    monkeypatch.setattr(zipped, "_MOST_LISTED", 100)
+    assert "lists too many files" in refusal(path)
+    monkeypatch.undo()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    path.write_bytes(content[:-200])
+    assert "the ZIP archive is truncated or damaged" in refusal(path)
+    path.write_bytes(content[:300] + bytes(20) + content[320:])
+    assert "the ZIP archive is truncated or damaged" in refusal(path)
+    flagged = bytearray(content)
+    flagged[content.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(flagged)
+    assert "encrypted" in refusal(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as other:
+        other.writestr("a.dcm", "x")
+    assert "compressed by another method (expected deflate)" in refusal(path)
+    assert not list(scratch.iterdir())
+
+
+def test_a_deflated_file_that_inflates_beyond_its_pixels_is_refused(tmp_path):
+    add(tmp_path, "bomb", spoil=lambda slices: [
+        setattr(ds.file_meta, "TransferSyntaxUID", DeflatedExplicitVRLittleEndian) for ds in slices
+    ])  # fmt: skip
+    path = next((tmp_path / "bomb").iterdir())
+    ds = pydicom.dcmread(path)
+    ds.PixelData = bytes(2**25)
+    ds.save_as(path)
+    assert path.stat().st_size < 2**17
+    assert "1 of 24 files truncated, or longer than said" in refusal(tmp_path)
 
 
 # --- gantry tilt ---------------------------------------------------------------------------------------------------

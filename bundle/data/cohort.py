@@ -28,6 +28,7 @@ from bundle.reading.tables import (
     read_table,
     valid_id,
 )
+from bundle.reading.zipped import is_archive
 
 SPLITS = ("train", "val", "test")
 _CONTRACT = ("patient_id", "image", "time", "event", *MASK_COLUMNS, "split", "fold", "site")
@@ -118,7 +119,7 @@ def single_scan(image: str | os.PathLike) -> list[dict]:
     if fault := _file_fault(path, folder=True):
         raise InputError(f"image: {fault}")
     name = os.path.basename(path)
-    stem = name if os.path.isdir(path) else scan_stem(name)
+    stem = name if os.path.isdir(path) else scan_stem(name) or Path(name).stem
     patient = re.sub(r"[^A-Za-z0-9_-]+", "_", stem).strip("_")
     return [{"patient_id": patient or "scan", "image": path}]
 
@@ -285,7 +286,7 @@ def _file_fault(path: str, folder: bool) -> str | None:
     if not os.path.exists(path):
         what = "is a symbolic link that leads nowhere" if os.path.islink(path) else "does not exist"
         return f"{path} {what} (expected {expected})"
-    if not scan_stem(path):
+    if not scan_stem(path) and not (folder and is_archive(path)):
         return f"{path} has the suffix '{Path(path).suffix}' (expected {expected})"
     return None
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from bundle.files import file_sha256
+from bundle.reading.slices import files_in
 
 # Keys of a record that no transform reads: they may change without the scan being preprocessed again.
 _NOT_READ = {"patient_id", "time", "event", "clinical", "patient", "gt_mask", "confounder_mask", "split", "fold"}
@@ -32,7 +33,7 @@ def content_digest(path: str) -> str:
     process last read it is not read again.
     """
     p = Path(path)
-    files = [file for file in (p.rglob("*") if p.is_dir() else _parts(p)) if file.is_file()]
+    files = [file for file in (map(Path, files_in(p)) if p.is_dir() else _parts(p)) if file.is_file()]
     digests = sorted(_file_digest(file, _STAMP(file.stat())) for file in files)
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 

@@ -8,8 +8,10 @@ ITK (GDCM) decodes JPEG, JPEG-LS, JPEG 2000 and RLE, and applies each slice's ow
 import itertools
 import logging
 import os
+import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import itk
 import nibabel as nib
@@ -21,41 +23,71 @@ from monai.transforms import SpatialResample
 from bundle.errors import InputError
 from bundle.reading.scan_file import size_fault
 from bundle.reading.series import Series, plural
-from bundle.reading.slices import Slice, read_slice
+from bundle.reading.slices import Slice, files_in, read_slices, several_patients
+from bundle.reading.zipped import is_archive, unzip
 
 _AIR_HU = -1024.0
+_CT_HU = (-4000.0, 3071.0)  # padding that the header names is no HU where it lies beyond
 _log = logging.getLogger(__name__)
 
 
 def list_series(folder: str | os.PathLike) -> list[Series]:
-    """Every stack of slices in a folder and the folders in it, from the headers alone, without following links."""
-    stacks: dict[tuple, list[Slice]] = defaultdict(list)
-    others = 0
-    for root, folders, names in os.walk(folder):
-        folders.sort()
-        for name in sorted(names):
-            if found := read_slice(os.path.join(root, name)):
-                stacks[found.stack].append(found)
-            else:
-                others += 1
+    """Every stack of slices in a folder and the folders in it, links to folders included, from the headers alone."""
+    slices, others = [], 0
+    for path in files_in(folder):
+        found = read_slices(path)
+        slices += found
+        others += not found
     if others:
         _log.info("%s: %s not DICOM images", folder, f"{plural(others, 'file')} {'are' if others > 1 else 'is'}")
-    return [part for slices in stacks.values() for part in _volumes(Series(tuple(slices)))]
+    stacks = [volume for stack in _alike(slices, lambda s: s.series or s.study) for volume in _volumes(stack)]
+    # Some exports give each slice a series of its own: they are one where together they make a whole volume.
+    alone = [s.head for s in stacks if len(s.slices) == 1 and s.head.series and s.head.study]
+    for stack in _alike(alone, lambda s: s.study):
+        if not stack.unfit and not (stack := stack.with_slices(stack.slices)).fault and not stack.repeated:
+            together = {s.path for s in stack.slices}
+            stacks = [s for s in stacks if s.head.path not in together] + [stack]
+    return stacks
+
+
+def _alike(slices: Iterable[Slice], series: Callable[[Slice], str]) -> list[Series]:
+    """Slices that may be neighbours in one volume, by what they have in common."""
+    groups: dict[tuple, list[list[Slice]]] = defaultdict(list)
+    for s in slices:
+        size = (s.rows, s.columns, s.colours, s.frames > 1)
+        stacks = groups[series(s), s.modality, *size, "LOCALIZER" in s.image_type, s.position is None]
+        near = next((stack for stack in stacks if stack[0].near(s)), None)
+        if near is None:
+            stacks.append([s])
+        else:
+            near.append(s)
+    found = []
+    for stack in (stack for stacks in groups.values() for stack in stacks):
+        # Of several values the first names the kernel; where a slice doesn't say, it is the one of the others.
+        kernels = {s.kernel.split("\\")[0].upper(): None for s in stack if s.kernel} or {"": None}
+        usual = next(iter(kernels)) if len(kernels) == 1 else ""
+        parts: dict[str, list[Slice]] = defaultdict(list)
+        for s in stack:
+            parts[s.kernel.split("\\")[0].upper() or usual].append(s)
+        found += [Series(tuple(part)) for part in parts.values()]
+    return found
 
 
 def _volumes(stack: Series) -> list[Series]:
-    """A stack in order; its volumes, if thickness, acquisition or phase tells several apart."""
+    """A stack in order; its volumes, if a tag tells several apart that are at the same places."""
     if stack.unfit:
         return [stack]
     stack = stack.with_slices(stack.slices)
     if not stack.fault and not stack.repeated:
         return [stack]
-    for key in ("thickness", "acquisition", "phase"):
+    for key in ("kernel", "image_type", "thickness", "acquisition", "phase"):
         members: dict[object, list[Slice]] = defaultdict(list)
         for s in stack.slices:
             members[getattr(s, key)].append(s)
         parts = [stack.with_slices(slices) for slices in members.values()]
-        if len(parts) > 1 and all(len(p.slices) > 2 and not p.fault and not p.repeated for p in parts):
+        whole = [p for p in parts if len(p.slices) > 2 and not p.fault and not p.repeated]
+        covers = any(len(p.places) == len(stack.places) for p in whole)
+        if len(parts) > 1 and (covers or (len(whole) == len(parts) and key not in ("kernel", "image_type"))):
             return parts
     return [stack]
 
@@ -87,7 +119,7 @@ def choose_series(stacks: Sequence[Series], where: str, uid: str | None = None) 
         reasons = Counter(s.unfit for s in stacks).most_common(8)
         listed = "; ".join(f"{plural(n, 'series')}: {reason}" for reason, n in reasons)
         raise InputError(f"{where}: no CT volume among the DICOM files, {listed} (expected slices of a chest CT)")
-    if uid is None and len({s.patient for stack in fit for s in stack.slices} - {""}) > 1:
+    if uid is None and several_patients(s for stack in fit for s in stack.slices):
         raise InputError(f"{where}: the folder holds scans of several patients (expected one; or name one with --series)")
 
     level = list(fit[0].merits.values())[:2]
@@ -109,42 +141,116 @@ def _worse(stack: Series, best: Series) -> str:
     return next((f"{mine}, not {its}" for (mine, a), (its, b) in pairs if a < b), "as good")
 
 
-def read_dicom(folder: str | os.PathLike, where: str, uid: str | None = None) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """The chest CT of a folder, as :func:`choose_series` chooses it.
+def _choice_notes(best: Series, stacks: Sequence[Series], named: bool) -> list[str]:
+    """What was left out, guessed or chosen among as a series was taken, for the report."""
+    notes = []
+    parts = [s for s in stacks if s is not best and s.uid == best.uid and "LOCALIZER" not in s.head.image_type]
+    for part in parts:
+        notes.append(f"{plural(len(part.slices), 'slice')} of this series left out ({_difference(part, best)})")
+    if (count := len({s.series for s in best.slices})) > 1:
+        notes.append(f"{count} SeriesInstanceUIDs, taken as one series by study, orientation and position")
+    elif not best.uid:
+        notes.append("no SeriesInstanceUID, taken as one series by study, orientation and position")
+    others = [s for s in stacks if s.uid != best.uid and not s.unfit]
+    if others and not named:
+        notes.append(f"{len(others) + 1} CT series are there, taken: {best}")
+        good = [s for s in others if not s.fault and list(s.merits.items())[:-1] == list(best.merits.items())[:-1]]
+        if good:
+            more = f" and {len(good) - 2} more" if len(good) > 2 else ""
+            notes.append(f"as good: {'; '.join(map(str, good[:2]))}{more}")
+        first = max(others, key=lambda s: list(s.merits.values()))
+        if first.fault and list(first.merits.values()) > list(best.merits.values()):
+            notes.append(f"passed over: {first}: {first.fault}")
+        shown = [s for stack in (best, *others) for s in stack.slices]
+        if not all(s.patient for s in shown) and (studies := len({s.study for s in shown})) > 1:
+            notes.append(f"{studies} studies, and PatientID is blank: that they are of one patient is a guess")
+    return notes
+
+
+def _difference(part: Series, best: Series) -> str:
+    """What tells slices from the others of their series."""
+    a, b = part.head, best.head
+    if a.colours != 1:
+        return "colour pictures"
+    if a.position is None:
+        return "ImagePositionPatient is missing or not valid"
+    if (a.rows, a.columns) != (b.rows, b.columns):
+        return f"{a.columns} x {a.rows} pixels"
+    if not b.near(a):
+        return "another orientation or pixel size"
+    names = {"kernel": "kernel", "image_type": "ImageType", "thickness": "slice thickness"}
+    names |= {"acquisition": "acquisition", "phase": "phase", "modality": "modality"}
+    return next((f"another {name}" for key, name in names.items() if getattr(a, key) != getattr(b, key)), "another volume")
+
+
+@contextmanager
+def _all_series(path: str | os.PathLike, where: str) -> Iterator[list[Series]]:
+    """The stacks of a folder, or of a ZIP archive, or of the archives in a folder without other DICOM images."""
+    archives = [path]
+    if os.path.isdir(path):
+        if stacks := list_series(path):
+            yield stacks
+            return
+        archives = [file for file in files_in(path) if is_archive(file)]
+    with tempfile.TemporaryDirectory(prefix="survival_map_") as folder:
+        if archives:
+            unzip(archives, folder, where)
+        yield list_series(folder)
+
+
+def read_dicom(path: str | os.PathLike, where: str, uid: str | None = None) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """The chest CT of a folder or a ZIP archive, as :func:`choose_series` chooses it.
 
     Returns:
         (D, H, W) float32 in HU, indexed by column, row and position; its affine to RAS mm; notes for the report.
 
     Raises:
-        InputError: as :func:`choose_series`; a file is damaged; slices at one position that differ.
+        InputError: as :func:`choose_series`; a file is damaged; slices at one position that differ; a ZIP archive that is
+            too large, damaged or encrypted.
     """
-    series = choose_series(list_series(folder), where, uid)
-    if fault := size_fault(series.shape):
-        raise InputError(f"{where}: {fault}")
-    notes = []
-    if series.repeated:
-        _check_repeated(series, where)
-        notes.append(f"{plural(series.repeated, 'slice')} repeated another and left out")
-    if len({s.uid for s in series.slices}) < len(series.places):
-        notes.append("several slices share one SOPInstanceUID; their positions were used")
-    if len({s.thickness for s in series.slices}) > 1:
-        notes.append("slice thickness varies within the series")
-    array = _pixels([place[0].path for place in series.places], where)
+    with _all_series(path, where) as stacks:
+        series = choose_series(stacks, where, uid)
+        held = (series.head.columns, series.head.rows, series.head.frames)
+        if fault := size_fault(series.shape) or size_fault(held):
+            raise InputError(f"{where}: {fault}")
+        notes = _choice_notes(series, stacks, named=uid is not None)
+        if series.repeated:
+            _check_repeated(series, where)
+        array = _pixels([place[0] for place in series.places], where)
     if array.shape != series.shape:
         raise InputError(f"{where}: pixels are {array.shape}, headers say {series.shape} (expected the same)")
+    for low, high in {s.padding for s in series.slices} - {None}:
+        if high < _CT_HU[0] or low > _CT_HU[1]:
+            array[(array >= low) & (array <= high)] = _AIR_HU
     affine = series.affine
     if series.tilted:
-        notes.append(f"gantry tilt of {series.tilt:.1f} degrees straightened by resampling")
         image = straighten(array, affine)
         array, affine = image[0].numpy(), image.affine.numpy()
-    if series.head.contrast:
-        notes.append("contrast agent given")
-    return array, affine, notes
+    return array, affine, notes + _series_notes(series)
+
+
+def _series_notes(series: Series) -> list[str]:
+    """What a reader should know of the slices that were taken."""
+    head, slices = series.head, series.slices
+    turn = np.abs(np.subtract([s.orientation for s in slices], head.orientation)).max()
+    files = {(s.uid, s.frame) for s in slices}
+    notes = {
+        f"{plural(series.repeated, 'slice')} repeated another and left out": series.repeated,
+        "several slices share one SOPInstanceUID; their positions were used": len(files) < len(series.places),
+        "slice thickness varies within the series": len({s.thickness for s in slices}) > 1,
+        "the kernel varies within the series": len({s.kernel for s in slices}) > 1,
+        f"the slices' orientation varies by {np.degrees(turn):.2g} degrees, the median was taken": turn > 1e-4,
+        "no rescale slope or intercept in the headers: values were taken as HU": head.intercept is None,
+        "compressed with loss": any(s.lossy for s in slices),
+        f"gantry tilt of {series.tilt:.1f} degrees straightened by resampling": series.tilted,
+        "contrast agent given": head.contrast,
+    }
+    return [note for note, wanted in notes.items() if wanted]
 
 
 def _check_repeated(series: Series, where: str) -> None:
     for place in series.places:
-        first, *copies = (_pixels([s.path], where) for s in place)
+        first, *copies = (_pixels([s], where) for s in place)
         if not all(np.array_equal(first, copy) for copy in copies):
             at = float(np.array(place[0].position) @ series.normal)
             raise InputError(
@@ -178,10 +284,24 @@ def straighten(array: np.ndarray, affine: np.ndarray, mode: str = "bilinear", ou
     return resample(image, dst_affine=torch.as_tensor(straight), spatial_size=size.tolist()) + outside
 
 
-def _pixels(paths: list[str], where: str) -> np.ndarray:
+def _pixels(slices: Sequence[Slice], where: str) -> np.ndarray:
     """(columns, rows, slices) float32 in HU."""
+    if slices[0].frames == 1:
+        return _decode([s.path for s in slices], where)
+    frames: list[np.ndarray] = [np.empty(0)] * len(slices)
+    for path in {s.path for s in slices}:
+        volume = _decode([path], where).T  # the slowest axis first, as it lies in memory
+        for k, s in enumerate(slices):
+            if s.path == path and s.frame < len(volume):
+                frames[k] = volume[s.frame]
+    if any(frame.size == 0 for frame in frames):
+        raise InputError(f"{where}: a multi-frame object holds fewer frames than its header says (expected a whole file)")
+    return np.stack(frames).T
+
+
+def _decode(paths: list[str], where: str) -> np.ndarray:
     try:
-        image = itk.imread(paths, pixel_type=itk.F)
+        image = itk.imread(paths if len(paths) > 1 else paths[0], pixel_type=itk.F)
         array = np.asarray(ITKReader().get_data(image)[0], dtype=np.float32)
     except Exception as error:  # ITK has many kinds
         broken = [k for k, path in enumerate(paths, 1) if len(paths) > 1 and not _readable(path)]

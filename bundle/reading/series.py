@@ -11,11 +11,12 @@ from functools import cached_property
 import numpy as np
 from nibabel.affines import from_matvec
 
-from bundle.reading.slices import Slice
+from bundle.reading.slices import Slice, several_patients
 
 LARGEST_TILT = 31.0  # degrees; the gantry of a scanner tilts by up to 30
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _OFF_STEP = 0.1  # of the slice spacing: what a position may be off
+_ROUNDED_MM = 0.1  # what a gap between slices may be off in any case: some scanners write positions to 0.1 mm
 _TILT_DEGREES = 0.5  # less moves the ends of a chest by 2 mm
 _LARGEST_PIXELS = 4096  # a side; more than any CT has, and few enough to allocate
 _LUNGS_MM = 200.0  # a shorter stack doesn't hold the lungs of an adult
@@ -31,7 +32,7 @@ def plural(number: int, what: str) -> str:
 
 @dataclass(frozen=True)
 class Series:
-    """Slices of one DICOM series that share orientation, pixel size and kernel.
+    """Slices of one DICOM series that share orientation, pixel size and kernel, but for noise in the headers.
 
     A series that mixes these is several `Series` with one `uid`. Positions and vectors are in mm, LPS, as in DICOM;
     :attr:`affine` alone is RAS.
@@ -50,9 +51,22 @@ class Series:
         return self.head.series
 
     @cached_property
+    def rows_and_columns(self) -> tuple[np.ndarray, np.ndarray]:
+        """Unit vectors along a row and along a column: the median of the slices', at right angles."""
+        row, column = np.median([s.orientation for s in self.slices], 0).reshape(2, 3)
+        row = row / np.linalg.norm(row)
+        column = column - (column @ row) * row
+        return row, column / np.linalg.norm(column)
+
+    @cached_property
+    def spacing(self) -> np.ndarray:
+        """Between rows and between columns, mm: the median of the slices'."""
+        return np.median([s.spacing for s in self.slices], 0)
+
+    @cached_property
     def normal(self) -> np.ndarray:
         """Unit vector across the slices."""
-        return np.cross(self.head.orientation[:3], self.head.orientation[3:])
+        return np.cross(*self.rows_and_columns)
 
     @cached_property
     def plane(self) -> str:
@@ -63,7 +77,7 @@ class Series:
 
     def with_slices(self, slices: Iterable[Slice]) -> "Series":
         """A stack of these slices, in order along this one's normal."""
-        return Series(tuple(sorted(slices, key=lambda s: (float(np.dot(s.position, self.normal)), s.path))))
+        return Series(tuple(sorted(slices, key=lambda s: (float(np.dot(s.position, self.normal)), s.path, s.frame))))
 
     @cached_property
     def places(self) -> tuple[tuple[Slice, ...], ...]:
@@ -104,10 +118,10 @@ class Series:
     @cached_property
     def affine(self) -> np.ndarray:
         """From indices (column, row, position) to RAS mm; sheared if the gantry was tilted."""
-        orientation, spacing = self.head.orientation, self.head.spacing
-        row, column = np.array(orientation[:3]) * spacing[1], np.array(orientation[3:]) * spacing[0]
+        row, column = self.rows_and_columns
         step = self.step if self.tilted else self.normal * np.linalg.norm(self.step)
-        return _LPS_TO_RAS @ from_matvec(np.stack([row, column, step], 1), self.places[0][0].position)
+        axes = np.stack([row * self.spacing[1], column * self.spacing[0], step], 1)
+        return _LPS_TO_RAS @ from_matvec(axes, self.places[0][0].position)
 
     @cached_property
     def unfit(self) -> str | None:
@@ -121,11 +135,11 @@ class Series:
             (head.modality != "CT", f"modality {head.modality or 'missing'}, not CT"),
             ("LOCALIZER" in head.image_type, "a localiser"),
             (head.colours != 1, "colour pictures"),
-            (head.frames > 1, "a multi-frame object (expected one file a slice)"),
+            (head.frames > 1 and lost, f"a multi-frame object with no place for {lost} of {plural(count, 'frame')}"),
             (head.orientation is None, "ImageOrientationPatient is missing or not valid"),
             (head.spacing is None, "PixelSpacing is missing or not valid"),
             (not sized, size),
-            (cut, f"{cut} of {plural(count, 'file')} truncated (expected whole ones)"),
+            (cut, f"{cut} of {plural(count, 'file')} truncated, or longer than said (expected whole ones)"),
             (lost, f"ImagePositionPatient is missing or not valid in {lost} of {count} slices"),
             (count < 3, f"{plural(count, 'slice')} (expected at least 3)"),
         )
@@ -134,8 +148,14 @@ class Series:
     @cached_property
     def fault(self) -> str | None:
         """What keeps the slices of a fit stack from being one whole volume; None if nothing does."""
-        if len({s.patient for s in self.slices} - {""}) > 1:
+        if several_patients(self.slices):
             return "its slices are of different patients (expected one)"
+        for tag, values in (("RescaleSlope", "slope"), ("RescaleIntercept", "intercept")):
+            found = [getattr(s, values) for s in self.slices]
+            if 0 < (lacking := found.count(None)) < len(found):
+                return f"{tag} is missing or not valid in {lacking} of {len(found)} slices (expected in all)"
+            if self.head.frames > 1 and len(set(found)) > 1:
+                return f"{tag} differs between frames (expected one for all)"
         if len(self.places) < 3:
             return f"its {len(self.slices)} slices are at {plural(len(self.places), 'position')} (expected at least 3)"
         if self.tilt > LARGEST_TILT:
@@ -157,7 +177,7 @@ class Series:
             where = ", ".join(f"{along[k]:.1f} and {along[k + 1]:.1f} mm" for k in wide[:3])
             more = f" and {len(wide) - 3} more places" if len(wide) > 3 else ""
             return f"{lost} missing between {where}{more} along the scan (expected one every {usual:g} mm)"
-        if np.abs(gaps - usual).max() > _OFF_STEP * usual:
+        if np.abs(gaps - usual).max() > max(_OFF_STEP * usual, 1.01 * _ROUNDED_MM):
             k = int(np.abs(gaps - usual).argmax())
             return (
                 f"slices are {gaps.min():g} to {gaps.max():g} mm apart, the oddest between {along[k]:.1f} and "
@@ -165,7 +185,7 @@ class Series:
             )
         line = positions[0] + np.arange(len(positions))[:, None] * self.step
         off = float(np.linalg.norm(positions - line, axis=1).max())
-        if off > max(_OFF_STEP * usual, 0.5 * min(self.head.spacing)):
+        if off > max(_OFF_STEP * usual, 0.5 * min(self.spacing)):
             return f"slices are up to {off:.1f} mm off a straight line (expected evenly spaced ones along one)"
         return None
 

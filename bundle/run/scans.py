@@ -13,6 +13,7 @@ from bundle.data import encode_clinical, longest_follow_up, patient_of, read_coh
 from bundle.data.clinical import clinical_kinds
 from bundle.data.cohort import patient_digest
 from bundle.errors import InputError
+from bundle.reading.zipped import is_archive
 
 USUAL_TMAX = 100  # months
 
@@ -120,7 +121,7 @@ def scans_to_infer(image: str | None, cohort: str | None, encoding: dict, series
     """
     if image is not None and cohort is not None:
         raise InputError("give --image or --cohort, not both.")
-    if series is not None and not (image is not None and os.path.isdir(image)):
+    if series is not None and not (image is not None and (os.path.isdir(image) or is_archive(image))):
         raise InputError("--series names one of the DICOM series of a folder: give the folder as --image.")
     records = []
     if image is not None:

@@ -18,6 +18,7 @@ from bundle.errors import InputError
 from bundle.reading.dicom import read_dicom
 from bundle.reading.scan_file import check_scan_file, read_nifti
 from bundle.reading.series import LARGEST_TILT
+from bundle.reading.zipped import is_archive
 
 _AIR_HU = -1024  # padding outside the field of view (-2048, -3024) becomes air
 SPACING_MM = (0.1, 20.0)
@@ -27,7 +28,7 @@ _SAMPLE = 1_000_000  # voxels that the histogram checks look at
 
 
 class LoadCTd(MapTransform):
-    """Read scans (NIfTI, NRRD, MHA, DICOM folder) and their masks, and check them.
+    """Read scans (NIfTI, NRRD, MHA, DICOM folder or its ZIP) and their masks, and check them.
 
     An image becomes a MetaTensor (1, D, H, W) in HU, at least -1024, with its affine in RAS, as int16 where the file has
     16 bits (a chest CT then takes half the memory and time until it is resampled), else as float32; a mask becomes 0/1
@@ -62,6 +63,8 @@ class LoadCTd(MapTransform):
                 out["notes"] = image.meta.pop("notes")
                 if fault := check_hu(image):
                     raise InputError(f"{where}: {fault}")
+                if (low := float(image.min())) < _HU_RANGE[0]:
+                    out["notes"] = "; ".join(filter(None, [out["notes"], f"voxels of {low:g} HU taken as padding"]))
                 out[key] = image.clamp_min(_AIR_HU)
             else:
                 out[key] = image.float()
@@ -85,7 +88,7 @@ def check_hu(image: Tensor) -> str | None:
     """What shows that an image (finite values of any shape) is not a CT in Hounsfield units; None if nothing does.
 
     A chest CT has air near -1000 HU (at least one voxel in a thousand from -1500 to -700 HU), stays within
-    -4000..32000, and has hardly anything but constant padding below -1500.
+    -4000..32000, and has hardly anything but constant padding below -1500. Padding alone may lie below -4000.
 
     Example::
 
@@ -96,6 +99,7 @@ def check_hu(image: Tensor) -> str | None:
     low, high = float(values.min()), float(values.max())
     if low == high:
         return f"every voxel is {low:g} (expected HU of a patient)"
+    lowest = low if low >= _HU_RANGE[0] else float(values[values > low].min())  # the extended CT scale pads with -10240
     values = values[:: max(1, values.numel() // _SAMPLE)].float()
 
     def share(start: float, end: float) -> float:
@@ -107,7 +111,7 @@ def check_hu(image: Tensor) -> str | None:
     # Lung is at 150-350 if 1024 was added and at 650-850 if the sign was turned; bodies have little else there.
     checks = (
         (low > -300 and high - low <= 256, " and look like an 8-bit picture or scaled intensities"),
-        (low < _HU_RANGE[0] or high > _HU_RANGE[1], f", beyond {_HU_RANGE[0]:g}..{_HU_RANGE[1]:g}"),
+        (lowest < _HU_RANGE[0] or high > _HU_RANGE[1], f", beyond {_HU_RANGE[0]:g}..{_HU_RANGE[1]:g}"),
         (off_padding > 0.02 * len(values), ", much of it below -1500: slope or intercept look wrong or applied twice"),
         (no_air and bright and share(650, 850) > share(150, 350), " and look inverted: air is bright"),
         (no_air and bright and share(-100, 324) >= 1e-3, " and look like HU + 1024: the rescale intercept was not applied"),
@@ -121,10 +125,12 @@ def _read(path: str, where: str, series: str | None = None) -> MetaTensor:
     """One volume as (1, D, H, W) with its affine in RAS, and notes on it in its metadata."""
     if not os.path.exists(path):
         raise InputError(f"{where}: does not exist (expected a scan)")
-    array, affine, notes = read_dicom(path, where, series) if os.path.isdir(path) else _read_file(path, where)
+    dicom = os.path.isdir(path) or is_archive(path)
+    array, affine, notes = read_dicom(path, where, series) if dicom else _read_file(path, where)
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
-    affine = np.asarray(affine, dtype=float)
+    # As NIfTI keeps it: 1e-7 mm, by which formats differ, turns voxels of a threshold and with them the months.
+    affine = np.asarray(affine, dtype=np.float32).astype(float)
     if fault := _volume_fault(array) or _affine_fault(affine, array.shape):
         raise InputError(f"{where}: {fault}")
     affine = torch.as_tensor(affine)
