@@ -141,6 +141,13 @@ def d_calibration(pmf: Tensor, time: Tensor, event: Tensor, bins: int = 10) -> f
     """
     if not len(time):
         return None
+    expected = len(time) / bins
+    count = calibration_counts(pmf, time, event, bins)
+    return float(chi2.sf(float((count - expected).square().sum()) / expected, bins - 1))
+
+
+def calibration_counts(pmf: Tensor, time: Tensor, event: Tensor, bins: int) -> Tensor:
+    """Patients in each of the `bins` of :func:`d_calibration`, (bins,), in double."""
     pmf, time = pmf.double(), time.double()
     # Whole months up to time + 1/2, and the part of the next one.
     within = (time.unsqueeze(1) + 0.5 - torch.arange(1, pmf.shape[1] + 1)).clamp(0, 1)
@@ -150,9 +157,7 @@ def d_calibration(pmf: Tensor, time: Tensor, event: Tensor, bins: int = 10) -> f
     # Share of 0..s in each bin; for s = 0 all of it is in the first.
     alive = alive.clamp_min(1e-12)
     spread = (alive - lower).clamp(0, 1 / bins) / alive
-    count = torch.where(event.unsqueeze(1) == 1, death, spread).sum(0)
-    expected = len(time) / bins
-    return float(chi2.sf(float((count - expected).square().sum()) / expected, bins - 1))
+    return torch.where(event.unsqueeze(1) == 1, death, spread).sum(0)
 
 
 def mae_events(predicted: Tensor, time: Tensor, event: Tensor) -> float | None:
