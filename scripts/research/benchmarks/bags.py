@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from sklearn.decomposition import PCA
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
@@ -139,8 +140,10 @@ def read(ckpt: Path, tiles: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
     model = TrainedModel(str(ckpt))
     image = volumes(np.stack([laid(bag) for bag in tiles]))
     survival_map = model.network.eval()(image, torch.ones_like(image))
-    location, weight = survival_map[:, 0].flatten(1), survival_map[:, -1].flatten(1)
-    return -(location * weight).sum(1), location, weight
+    location, weight = survival_map[:, :1], survival_map[:, -1:]
+    # Cells may be finer than tiles: a tile has the mean of their months and the sum of their weights.
+    tiled = [F.adaptive_avg_pool3d(values, (*GRID, 1)).flatten(1) for values in (location, weight)]
+    return -(location * weight).flatten(1).sum(1), tiled[0], tiled[1] * (weight[0].numel() / TILES)
 
 
 def measured_map(
