@@ -119,7 +119,10 @@ def training_on_many_gpus() -> dict:
             "deterministic_transforms": [{"_target_": "LoadImaged", "keys": ["image", "label"]}],
             "random_transforms": [{"_target_": "RandFlipd", "keys": ["image"], "prob": 0.5}],
             "dataset": {"_target_": "CacheDataset", "data": "$[{'image': i} for i in @images[:-9]]"},
-            "preprocessing": {"_target_": "Compose", "transforms": "$@train#deterministic_transforms + @train#random_transforms"},
+            "preprocessing": {
+                "_target_": "Compose",
+                "transforms": "$@train#deterministic_transforms + @train#random_transforms",
+            },
             "handlers": [
                 {
                     "_target_": "StatsHandler",
@@ -159,7 +162,7 @@ def detection() -> dict:
         "patch": [192, 192, 80],
         "backbone": "$monai.networks.nets.resnet.resnet50(spatial_dims=3, n_input_channels=1, conv1_t_size=[7, 7, 7])",
         "feature_extractor": (
-            "$monai.apps.detection.networks.retinanet_network.resnet_fpn_feature_extractor(@backbone, 3, False, [1, 2], None)"
+            "$monai.apps.detection.networks.retinanet_network.resnet_fpn_feature_extractor(@backbone, 3, False, [1], None)"
         ),
         "anchors": {
             "_target_": "monai.apps.detection.utils.anchor_utils.AnchorGeneratorWithAnchorShape",
@@ -214,7 +217,7 @@ def generation() -> dict:
         "device": DEVICE,
         "optimizer": {"_target_": "torch.optim.Adam", "params": "$@net.parameters()", "lr": 1e-5},
         "lr_scheduler": {"_target_": "torch.optim.lr_scheduler.MultiStepLR", "optimizer": "@optimizer", "milestones": [100]},
-        "terminate": "$@trainer.add_event_handler(ignite.engine.Events.ITERATION_COMPLETED, ignite.handlers.TerminateOnNan())",
+        "terminate": "$@trainer.add_event_handler(ignite.engine.Events.EPOCH_STARTED, ignite.handlers.TerminateOnNan())",
         "trainer": {"_target_": "AdversarialTrainer", "g_network": "@net"},
         "initialize": ["$import ignite"],
     }
@@ -238,7 +241,7 @@ def pathology() -> dict:
         "grid_shape": "$[int(@region_size / 256)] * 2",
         "network_def": {"_target_": "TorchVisionFCModel", "model_name": "resnet18", "num_classes": "@num_classes"},
         "patience": "$lambda current, prev: prev < 0 or current < prev",
-        "text": "$f'slides of {@region_size} pixels'",
+        "text": '$f"slides of {@region_size} pixels"',
     }
     return {"train.json": train, "metadata.json": metadata([224, 224])}
 

@@ -9,13 +9,13 @@ takes a list of what is known to be harmless, and reports all else.
 import ast
 import configparser
 import gzip
-import hashlib
 import io
 import json
 import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,29 +23,34 @@ import yaml
 
 import bundle
 from bundle.errors import InputError
+from bundle.run.config import flat
 from bundle.sharing.expressions import Configs, short
 from bundle.sharing.manifest import MANIFEST, SIGNATURE, manifest_faults, signature_faults
-from bundle.sharing.source import FolderSource, Finding, ZipSource, name_faults, open_source
+from bundle.sharing.source import Finding, FolderSource, ZipSource, name_faults, open_source
 from bundle.sharing.weights import array_faults, arrays_faults, weights_faults
 
 HOME = Path(bundle.__file__).resolve().parents[1]  # of this copy, with which a bundle's Python files are compared
 MAX_TEXT = 16 << 20  # bytes
+MAX_LEAVES = 200_000  # values of a config
+MAX_DEPTH = 100
 MAX_VOLUME = 2 << 30  # bytes of a compressed scan, unpacked
 CONFIGS = (".json", ".yaml", ".yml")
-TEXTS = (".md", ".txt", ".csv", ".toml", ".cff", ".sig", ".rst")
+TEXTS = (".md", ".txt", ".csv", ".cff", ".sig", ".rst")
 PLAIN_NAMES = ("LICENSE", "NOTICE", "CITATION", "LICENSE-CC-BY-4.0")
 LOGGING = (".conf", ".ini", ".cfg")
 WEIGHTS = (".pt", ".pth", ".ts", ".ckpt", ".bin", ".pkl", ".pickle", ".th", ".p", ".joblib")
 DATA = (".npy", ".csv", ".nii.gz", ".nii")
 IMAGES = {".png": b"\x89PNG", ".jpg": b"\xff\xd8\xff", ".jpeg": b"\xff\xd8\xff", ".gif": b"GIF8"}
-CODE = (".py", ".html", ".sh")  # harmless only if it is what this copy has, too
+CODE = (".py", ".html", ".sh", ".toml")  # harmless only if it is what this copy has, too
 LOG_CLASSES = ("StreamHandler", "NullHandler", "FileHandler", "logging.StreamHandler", "logging.Formatter", "Formatter")
 LOG_ARGS = {ast.Expression, ast.Tuple, ast.List, ast.Dict, ast.Constant, ast.Load}
 SCHEMAS = "https://github.com/Project-MONAI/"  # verify_metadata downloads the schema that the metadata name
 SHAPE_NODES = (ast.Expression, ast.BinOp, ast.Constant, ast.Name, ast.Load, ast.Add, ast.Sub, ast.Mult, ast.Pow)
 SHAPE_NODES += (ast.FloorDiv, ast.Div)
 DOWNLOADS = ("path", "url", "hash_val", "hash_type")
-_REQUIREMENT = re.compile(r"[A-Za-z0-9][\w.\-]*(\[[\w,\- ]+\])?\s*([=<>!~]=?=?[\w.*+,<>=!~ ]+)?(#.*)?|-r requirements[\w\-]*\.txt")
+_REQUIREMENT = re.compile(
+    r"[A-Za-z0-9][\w.\-]*(\[[\w,\- ]+\])?\s*([=<>!~]=?=?[\w.*+,<>=!~ ]+)?(#.*)?|-r requirements[\w\-]*\.txt"
+)
 
 
 @dataclass
@@ -104,11 +109,8 @@ def audit_source(source: ZipSource | FolderSource, name: str, key: Path | None =
             _audit_file(each, source.read(each), report, configs)
         except InputError as e:
             report.add(each, "", str(e))
-    try:
-        for finding in Configs({name: _without_record(name, content) for name, content in configs.items()}).findings():
-            report.add(*finding)
-    except RecursionError:
-        report.add("configs", "", "a config is nested too deep to be looked at")
+    for finding in Configs({name: _without_record(name, content) for name, content in configs.items()}).findings():
+        report.add(*finding)
     for file, content in configs.items():
         _audit_content(file, content, names, report)
     report.read.append(f"{len(configs)} configs and tables (json, yaml), {len(names)} files in all")
@@ -165,9 +167,9 @@ def _audit_file(name: str, data: bytes, report: Audit, configs: dict[str, Any]) 
 
 
 def _code_faults(name: str, data: bytes) -> Iterator[str]:
-    """Python, templates and shell scripts: they must be those of this copy, byte for byte."""
+    """Python, templates, scripts, and what pip runs: they must be those of this copy, byte for byte."""
     own = HOME / name
-    if not own.is_file() or PurePosixPath(name).parts[0] not in ("bundle", "scripts"):
+    if not own.is_file():
         yield "code of the bundle's own, which a run may import"
     elif own.read_bytes() != data:
         yield "code that differs from this copy's"
@@ -233,9 +235,13 @@ def _unique(pairs: list[tuple[Any, Any]]) -> dict:
 def _parse(name: str, suffix: str, text: str, configs: dict[str, Any]) -> Iterator[str]:
     try:
         if suffix == ".json":
-            configs[name] = json.loads(text, object_pairs_hook=_unique)
+            content = json.loads(text, object_pairs_hook=_unique)
         else:
-            configs[name] = yaml.load(text, _UniqueLoader)
+            content = yaml.load(text, _UniqueLoader)
+        keys = [key for key, _ in islice(flat(content), MAX_LEAVES + 1)]  # aliases of YAML can make many of few
+        if len(keys) > MAX_LEAVES or any(key.count("#") > MAX_DEPTH for key in keys):
+            raise ValueError(f"it has more than {MAX_LEAVES} values, or is more than {MAX_DEPTH} deep")
+        configs[name] = content
     except (ValueError, TypeError, yaml.YAMLError, RecursionError, MemoryError) as e:
         yield f"it can't be read: {short(e)}"
 
@@ -275,15 +281,17 @@ def _argument_faults(value: str) -> Iterator[str]:
 def _audit_content(name: str, content: Any, names: list[str], report: Audit) -> None:
     """What MONAI does with files of a certain name."""
     file = PurePosixPath(name).name
-    if file.startswith("large_files"):
+    if file.startswith("large_files") or isinstance(content, dict) and "large_files" in content:
         for key, what in download_faults(content, names):
             report.add(name, key, what)
         report.notes.append(f"what {name} downloads was not looked at: audit again once it is there")
-    if isinstance(content, dict) and "network_data_format" in content:
-        for key, what in shape_faults(content["network_data_format"], "network_data_format"):
-            report.add(name, key, what)
-        if not str(content.get("schema", SCHEMAS)).startswith(SCHEMAS):
-            report.add(name, "schema", f"{short(content['schema'])} is downloaded by verify_metadata (expected {SCHEMAS}...)")
+    for key, what in shape_faults(content):
+        report.add(name, key, what)
+    if isinstance(content, dict) and "schema" in content and "network_data_format" in content:
+        if not str(content["schema"]).startswith(SCHEMAS):
+            report.add(
+                name, "schema", f"{short(content['schema'])} is downloaded by verify_metadata (expected {SCHEMAS}...)"
+            )
     if file == "settings.json" and isinstance(content, dict) and "weights_sha256" in content:
         report.read.append(f"{name}: weights with SHA-256 {short(content['weights_sha256'])[:12]}...")
 
@@ -308,17 +316,17 @@ def download_faults(content: Any, names: list[str]) -> Iterator[tuple[str, str]]
             yield key, f"{', '.join(unknown)} would be handed to the download"
 
 
-def shape_faults(content: Any, key: str) -> Iterator[tuple[str, str]]:
+def shape_faults(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """Key and fault of the shapes in metadata, whose texts MONAI evaluates: ``"32 * n"``, ``"2**p"``."""
-    if not isinstance(content, dict):
-        return
-    for name, value in content.items():
-        place = f"{key}#{name}"
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for name, value in items:
+        place = f"{key}#{name}" if key else str(name)
         if name != "spatial_shape":
             yield from shape_faults(value, place)
             continue
         for each in value if isinstance(value, list) else [value]:
-            if not isinstance(each, int) and each != "*" and not _is_shape(each):
+            plain = isinstance(each, (int, float)) or each is None or each == "*" or str(each)[:1] in ("$", "@", "%")
+            if not plain and not _is_shape(each):
                 yield place, f"{short(each)} is evaluated (expected numbers, n and p)"
 
 

@@ -7,7 +7,7 @@ evaluated: what isn't known to be harmless is a finding.
 """
 
 import ast
-from itertools import islice
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +16,6 @@ from monai.bundle import ConfigParser, ReferenceResolver
 from bundle.run.config import flat
 from bundle.sharing.names import BUILTINS, MONAI_GLOBALS, READ_MODES, RISKY_KEYS, ROOTS, component, known, parameters
 
-MAX_LEAVES = 200_000
 MAX_EXPRESSION = 10_000  # characters
 REFERENCES = "__local_refs"  # what MONAI calls the things that an expression refers to by @
 WITH_ADDRESSES = ("configs/metadata.json", "large_files.yml", "large_files.yaml", "large_files.json")  # checked elsewhere
@@ -28,8 +27,9 @@ BAD_ATTRIBUTES = set(
     "system popen Popen exec spawn call check_call check_output load_library exec_module load_module hub jit package mro "
     "write_text write_bytes tofile dump dumps save savetxt savez memmap unlink rmdir rename chmod touch "
     "symlink_to hardlink_to truncate load loads open extract extractall urlopen urlretrieve download request "
-    "from_pretrained register_class run_cmd".split()
+    "from_file from_pretrained register_class run_cmd query".split()
 )
+HARMLESS_TO = ("to_dict", "to_list", "to_numpy", "to_tensor")  # of pandas, all others that start so write files
 BAD_STARTS = ("_", "f_", "gi_", "cr_", "ag_", "tb_", "co_", "func_")
 NODES = (
     *(ast.Expression, ast.Expr, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Starred, ast.Slice, ast.IfExp),
@@ -53,7 +53,7 @@ class Configs:
         self.imports: set[str] = set()  # ids of what an import statement, or a list of them, stands at
         self.configs = configs
         for file, content in configs.items():
-            self.leaves[file] = list(islice(flat(content), MAX_LEAVES + 1))
+            self.leaves[file] = list(flat(content))
             for key, value in self.leaves[file]:
                 self.values.setdefault(_id(key), []).append(value)
                 if isinstance(value, str) and (found := import_of(value)):
@@ -66,9 +66,6 @@ class Configs:
     def findings(self) -> Iterator[tuple[str, str, str]]:
         """File, key and fault."""
         for file, leaves in self.leaves.items():
-            if len(leaves) > MAX_LEAVES:
-                yield file, "", f"it has more than {MAX_LEAVES} values"
-                continue
             for key, value in leaves:
                 for what in self.value_faults(_id(key), value):
                     yield file, key, what
@@ -141,6 +138,8 @@ class Expression:
         elif isinstance(node, ast.Constant):
             if isinstance(node.value, str) and "__" in node.value:
                 yield f"a text with a double underscore, {short(node.value)}"
+            if address(node.value):
+                yield f"{short(node.value)} is an address in the network"
         elif isinstance(node, ast.arg):
             if node.arg in BUILTINS or node.arg in self.configs.aliases or node.arg.startswith("_") and node.arg.strip("_"):
                 yield f"it gives {node.arg} another meaning"
@@ -185,7 +184,8 @@ class Expression:
         if names:
             return
         if isinstance(node, ast.Attribute):
-            if node.attr in BAD_ATTRIBUTES or node.attr.startswith(BAD_STARTS):
+            writes = node.attr.startswith("to_") and node.attr not in HARMLESS_TO
+            if node.attr in BAD_ATTRIBUTES or node.attr.startswith(BAD_STARTS) or writes:
                 yield f"it takes .{node.attr} of a value"
             yield from self.faults(node.value)
         elif isinstance(node.ctx, ast.Store):
@@ -239,6 +239,8 @@ def special_call(node: ast.Call, names: list[str], bound: set[str]) -> list[str]
     if isinstance(node.func, ast.Name) and node.func.id == "setattr" and "setattr" not in bound:
         cudnn = len(node.args) == 3 and ast.unparse(node.args[0]) == "torch.backends.cudnn"
         return [] if cudnn and isinstance(plain[2], bool) else ["it calls setattr"]
+    if isinstance(node.func, ast.Attribute) and node.func.attr == "eval" and not names and node.args + node.keywords:
+        return ["it evaluates a text by .eval"]
     if isinstance(node.func, ast.Attribute) and node.func.attr == "replace" and not names and len(node.args) < 2:
         return ["it renames a file by .replace"]
     if names in (["os.environ.get"], ["os.getenv"]):
@@ -270,7 +272,7 @@ def _may_import(found: tuple[ast.stmt | None, str, str]) -> bool:
 
 
 def _unsafe_loads(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Components that load a pickle unless an argument says not to, and don't have it."""
+    """Components that load a pickle unless an argument says not to, or that are handed on without their arguments."""
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for name, value in items:
         yield from _unsafe_loads(value, f"{key}#{name}" if key else str(name))
@@ -278,11 +280,15 @@ def _unsafe_loads(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
         found = component(target)
         if found and found.home == "torch.serialization.load" and content.get("weights_only") is not True:
             yield key, "torch.load without weights_only true unpickles whatever the file holds"
+        open_ended = RISKY_KEYS.keys() & set(parameters(found.value if found else None)) - content.keys()
+        if found and content.get("_mode_") == "callable" and open_ended and not found.home.startswith("bundle."):
+            yield key, f"{target} is handed on, so that its {', '.join(sorted(open_ended))} can't be seen"
 
 
 def address(value: Any) -> bool:
     """Whether a value is an address in the network."""
-    return isinstance(value, str) and value.lower().lstrip("$'\" ").startswith(("http:", "https:", "ftp:", "s3:", "\\\\"))
+    found = re.match(r"\s*(\w[\w+.\-]*)://|\s*\\\\\w", value) if isinstance(value, str) else None
+    return found is not None and found[1] not in ("env", "file", "sqlite")
 
 
 def _is_class(configs: Configs, value: Any) -> bool:

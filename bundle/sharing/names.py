@@ -38,16 +38,32 @@ NAMES = {
     *(f"logging.{name}" for name in "DEBUG INFO WARNING ERROR CRITICAL getLogger info warning".split()),
     *(f"itertools.{name}" for name in "chain product repeat count islice zip_longest".split()),
     *(f"torch.{name}" for name in "device Tensor Size Generator random.manual_seed eye cat stack".split()),
-    *(f"torch.{name}" for name in "FloatTensor LongTensor as_tensor from_numpy is_tensor set_float32_matmul_precision".split()),
+    *(
+        f"torch.{name}"
+        for name in "FloatTensor LongTensor as_tensor from_numpy is_tensor set_float32_matmul_precision".split()
+    ),
     *(f"torch.{name}" for name in "ones zeros full rand randn randint arange linspace tensor where nan_to_num".split()),
     *(f"torch.{name}" for name in "abs sum mean max min argmax softmax sigmoid exp log sqrt clamp round floor ceil".split()),
     *(f"torch.{name}" for name in "flatten permute squeeze unsqueeze float32 inf nan pi".split()),
     *(f"torch.cuda.{name}" for name in "is_available device_count set_device current_device empty_cache".split()),
-    *(f"numpy.{name}" for name in "array asarray zeros ones full arange linspace pi inf nan e newaxis concatenate stack".split()),
-    *(f"numpy.{name}" for name in "abs sum mean std max min argmax exp log log2 sqrt clip round floor ceil where prod".split()),
+    *(
+        f"numpy.{name}"
+        for name in "array asarray zeros ones full arange linspace pi inf nan e newaxis concatenate stack".split()
+    ),
+    *(
+        f"numpy.{name}"
+        for name in "abs sum mean std max min argmax exp log log2 sqrt clip round floor ceil where prod".split()
+    ),
     *(f"numpy.{name}" for name in "unique sort transpose squeeze expand_dims moveaxis random.seed random.rand".split()),
     *("glob.glob", "json.load", "json.loads", "json.dumps", "copy.copy", "copy.deepcopy", "functools.partial"),
-    *("datetime.datetime", "datetime.date", "datetime.timedelta", "pathlib.Path", "pandas.read_csv", "collections.OrderedDict"),
+    *(
+        "datetime.datetime",
+        "datetime.date",
+        "datetime.timedelta",
+        "pathlib.Path",
+        "pandas.read_csv",
+        "collections.OrderedDict",
+    ),
     *("pathlib.Path.cwd", "datetime.datetime.now", "datetime.date.today"),
     *("torch.autograd.grad_mode.no_grad", "torch.autograd.grad_mode.inference_mode"),
     *("torch.serialization.load", "monai.config.print_config", "monai.auto3dseg.utils.datafold_read"),
@@ -69,8 +85,13 @@ NOT = (
     *(f"bundle.{name}." for name in "files reading phantoms report errors sharing fast_gzip".split()),
     *("monai.data.utils.pickle_", "monai.data.torchscript_utils.", "monai.networks.trt_compiler."),
     *("monai.networks.utils.convert_to", "monai.networks.utils.save_state", "monai.losses.perceptual."),
-    *("ignite.distributed.launcher.", "ignite.distributed.utils.spawn", *(f"ignite.handlers.{name}" for name in "mlflow clearml neptune polyaxon visdom wandb".split())),
-    *("torch.utils.data.datapipes.", "torch.backends._", "monai.networks.nets.senet._"),
+    *(
+        "ignite.distributed.launcher.",
+        "ignite.distributed.utils.spawn",
+        *(f"ignite.handlers.{name}" for name in "mlflow clearml neptune polyaxon visdom wandb".split()),
+    ),
+    *("torch.utils.data.datapipes.", "torch.backends._", "monai.networks.nets.flexible_unet.FlexUNetEncoderRegister"),
+    "monai.networks.layers.gmm.",  # compiles code with its arguments on the command line
 )
 # An argument or key that makes code run, and what is harmless there.
 READERS = set("itkreader nibabelreader numpyreader pilreader pydicomreader nrrdreader wsireader".split())

@@ -26,7 +26,9 @@ _PLAIN = r"collections\.(OrderedDict|Counter)|torch\.bfloat16|_codecs\.encode|bu
 STATE_DICT = re.compile("|".join([_STORAGE, _REBUILD, _OTHER, _PLAIN]))
 TORCHSCRIPT = re.compile(r"__torch__\.[\w.]+|torch\.jit\._pickle\.\w+|" + STATE_DICT.pattern)
 _CODE = re.compile(r"code/.*\.py")
-_TORCH_FILES = re.compile(r"data\.pkl|byteorder|version|\.format_version|\.storage_alignment|\.data/(serialization_id|version)|data/\d+")
+_TORCH_FILES = re.compile(
+    r"data\.pkl|byteorder|version|\.format_version|\.storage_alignment|\.data/(serialization_id|version)|data/\d+"
+)
 _SCRIPT_FILES = re.compile(_TORCH_FILES.pattern + r"|code/.*\.(py|debug_pkl)|constants\.pkl|constants/\d+|extra/[\w./]+")
 # What TorchScript has that reads or writes files, or runs what isn't in the archive.
 BAD_TORCH = set("from_file save load load_library".split())
@@ -149,7 +151,11 @@ def _zip_faults(name: str, data: bytes, read: list[str]) -> Iterator[str]:
             yield from (f"{short}: {what}" for what in pickle_faults(content, TORCHSCRIPT if script else STATE_DICT))
     code = sum(1 for short in inside if _CODE.fullmatch(short))
     tensors = sum(1 for short in inside if re.fullmatch(r"data/\d+|constants/\d+", short))
-    kind = f"TorchScript, {code} files of code, operators {', '.join(sorted(operators)) or 'none'}" if script else "a state dict"
+    kind = (
+        f"TorchScript, {code} files of code, operators {', '.join(sorted(operators)) or 'none'}"
+        if script
+        else "a state dict"
+    )
     read.append(f"{name}: {kind}, {tensors} tensors")
 
 
