@@ -96,6 +96,16 @@ def audit(path: str | Path, key: str | Path | None = None) -> Audit:
     return audit_source(open_source(path), path.name or str(path), None if key is None else Path(key))
 
 
+def verify(path: str | Path, key: str | Path) -> Audit:
+    """Check a bundle's hashes and its signature, and nothing else; arguments and errors as of :func:`audit`."""
+    source = open_source(Path(path))
+    report = Audit(Path(path).name, list(source.findings))
+    _audit_whole(source, source.names(), Path(key), report)
+    if MANIFEST not in source.names():
+        report.add(MANIFEST, "", "it is missing")
+    return report
+
+
 def audit_source(source: ZipSource | FolderSource, name: str, key: Path | None = None) -> Audit:
     """Look at the files of a bundle; see :func:`audit`."""
     report = Audit(name, list(source.findings))
