@@ -88,6 +88,8 @@ def scans_to_evaluate(cohort: str | None, settings: dict | None, split: str | No
             raise InputError(f'{cohort} has no scan with split "{split}".')
         records = [r for r in records if r.get("split") == split]
     seen = set(settings["trained_on"])
+    if settings.get("trained_on_left_out"):
+        logger.warning("whom the weights were trained on was left out of the bundle: be sure that none is evaluated here.")
     unseen = [r for r in records if patient_digest(patient_of(r)) not in seen]
     if len(unseen) < len(records):
         logger.info(f"evaluating {len(unseen)} of {len(records)} scans; the weights were trained on the others.")

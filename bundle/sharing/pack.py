@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import monai
+import numpy as np
 import pandas as pd
 import torch
 from monai.data import save_net_with_metadata
@@ -94,6 +96,9 @@ def bundle_files(ckpt_dir: Path, data: str, data_license: str, public_ids: bool)
     files = {name: path.read_bytes() for name, path in shipped.items()}
     metadata = json.loads(files["configs/metadata.json"])
     metadata["data_source"] = data or "not described by the packer"
+    here = {"monai_version": monai.__version__, "pytorch_version": torch.__version__, "numpy_version": np.__version__}
+    metadata |= {name: str(version).split("+")[0] for name, version in here.items()}
+    metadata["network_data_format"]["outputs"]["pred"]["num_channels"] = 2 + settings["network"].get("extra", 0)
     files["configs/metadata.json"] = _json(metadata)
     files["models/model.pt"] = weights.read_bytes()
     files["models/settings.json"] = _json(shared)
@@ -123,7 +128,8 @@ def _metrics(ckpt_dir: Path) -> dict | None:
 def torchscript(weights: Path, metadata: dict) -> bytes:
     """The network as TorchScript, with the metadata that `monai.bundle.load` reads.
 
-    torch also writes where each line of Python came from, with the paths of this machine: that is left out.
+    torch also writes where each line of Python came from, with the paths of this machine, and a number for the file:
+    these are left out.
 
     Raises:
         InputError: the network can't be TorchScript.
@@ -135,8 +141,16 @@ def torchscript(weights: Path, metadata: dict) -> bytes:
     except (RuntimeError, torch.jit.frontend.NotSupportedError) as e:
         raise InputError(f"the network can't become TorchScript: {str(e).splitlines()[0]}") from e
     with zipfile.ZipFile(buffer) as archive:
-        names = [name for name in archive.namelist() if not name.endswith(".debug_pkl")]
-        return zip_of({name: archive.read(name) for name in names}, base="")
+        names = [name for name in archive.namelist() if not name.endswith((".debug_pkl", ".data/serialization_id"))]
+        files = {name: archive.read(name) for name in names}
+    return zip_of({n: _in_order(data) if n.endswith(".py") else data for n, data in files.items()}, base="")
+
+
+def _in_order(code: bytes) -> bytes:
+    """Code of TorchScript with the constants of a class by name: torch writes them as a set has them."""
+    return re.sub(
+        rb"(?:^  \w+ : Final\[.*\n)+", lambda m: b"".join(sorted(m[0].splitlines(keepends=True))), code, flags=re.M
+    )
 
 
 def zip_of(files: Mapping[str, bytes], base: str = f"{NAME}/") -> bytes:
