@@ -20,7 +20,8 @@ import torch
 from monai.bundle import ConfigParser
 
 from bundle.errors import InputError
-from bundle.run import TrainedModel
+from bundle.metrics.verdict import in_words
+from bundle.run import TrainedModel, scans_to_evaluate
 from bundle.sharing.audit import audit, audit_source, verify
 from bundle.sharing.install import install
 from bundle.sharing.manifest import sign
@@ -151,7 +152,15 @@ def test_what_is_packed_audits_clean_and_is_whole(packed, run_folder):
     assert digests == {n: hashlib.sha256(d).hexdigest() for n, d in files.items() if n != "manifest.json"}
     assert files["models/model.pt"] == (run_folder / "model.pt").read_bytes()
     assert b"0.700 | 0.600 to 0.800 | 16" in files["docs/README.md"] and b"Bright blocks" in files["docs/README.md"]
-    assert json.loads(files["models/settings.json"])["trained_on"] == []
+    settings = json.loads(files["models/settings.json"])
+    assert settings["trained_on"] == [] and settings["trained_on_left_out"] == 14
+    assert in_words(settings["learnt"])[1:].encode() in files["docs/README.md"]
+
+
+def test_evaluation_says_that_it_can_not_know_whom_to_leave_out(packed, tiny_cohort, caplog):
+    settings = json.loads(zipfile.ZipFile(packed).read("survival_map/models/settings.json"))
+    assert len(scans_to_evaluate(str(tiny_cohort), settings, None, "fail")) == 16
+    assert "whom the weights were trained on was left out" in caplog.text
 
 
 def test_nothing_of_a_patient_or_of_this_machine_is_packed(packed, trained, tiny_cohort):

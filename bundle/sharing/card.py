@@ -62,8 +62,9 @@ def model_card(
 def _training(settings: dict, history: pd.DataFrame | None) -> list[str]:
     lines = []
     if learnt := settings.get("learnt"):
-        lines.append(f"- {in_words(learnt).capitalize()}.")
-        if learnt["learnt"] != "yes":
+        words = in_words(learnt)
+        lines.append(f"- {words[0].upper()}{words[1:]}.")
+        if learnt["verdict"] != "yes":
             lines.append("- **Do not use its predictions or maps for anything but tests of the software.**")
     else:
         lines.append("- Whether it learnt anything was not tested.")
