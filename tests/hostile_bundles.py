@@ -144,6 +144,34 @@ ATTACKS: dict[str, tuple[Callable[[Files], None], str, str]] = {
     "getattr": (expression("getattr(os, 'sys' + 'tem')('x')"), CONFIG, "getattr is not on the list"),
     "a file is written": (expression("open('/etc/cron.d/x', 'w').close()"), CONFIG, "opens a file, and not for reading"),
     "the mode is an expression": (expression("open('x', 'r'.replace('r', 'w'))"), CONFIG, "opens a file, and not for"),
+    "harm within an argument of open": (expression("open(__import__('os').getcwd())"), CONFIG, "__import__ is not"),
+    "harm within an argument of setattr": (
+        expression("setattr(torch.backends.cudnn, os.system('x'), True)"),
+        CONFIG,
+        "calls setattr",
+    ),
+    "harm within a default": (expression("os.environ.get('RANK', os.system('x'))"), CONFIG, r"os\.system is not"),
+    "a builtin that is bound elsewhere": (
+        expression("[0 for eval in [1]] and eval('1')"),
+        CONFIG,
+        "gives eval another meaning",
+    ),
+    "the builtins, bound elsewhere": (
+        expression("[0 for __builtins__ in [1]] and __builtins__['eval']('1')"),
+        CONFIG,
+        "gives __builtins__ another meaning",
+    ),
+    "a reader by the name of open": (
+        imported("from monai.transforms import LoadImage as open", "open('os.system')"),
+        CONFIG,
+        "reader is 'os.system'",
+    ),
+    "an output folder elsewhere": (
+        component("SaveImaged", keys="pred", output_dir="~/.config/autostart"),
+        CONFIG,
+        "within the bundle",
+    ),
+    "a text without end": (added("docs/x.txt", b"x" * (17 << 20)), "docs/x.txt", "larger than files of its kind"),
     "a path is written": (imported("from pathlib import Path", "Path('x').write_text('y')"), CONFIG, "takes .write_text"),
     "a file is renamed": (imported("import pathlib", "pathlib.Path('a').replace('b')"), CONFIG, "renames a file"),
     "subprocess is imported": (imported("import subprocess", "subprocess.run('x')"), CONFIG, "it imports subprocess"),
@@ -190,6 +218,12 @@ ATTACKS: dict[str, tuple[Callable[[Files], None], str, str]] = {
         CONFIG,
         "reader is",
     ),
+    "a reader by an expression": (component("LoadImage", reader="$'os.' + 'system'"), CONFIG, "reader is"),
+    "a module as a component": (
+        with_keys(m={"_target_": "torch.hub"}, harm="$@m.list('x/y')"),
+        CONFIG,
+        "torch.hub is called",
+    ),
     "a reader by its place, later": (
         with_keys(load={"_target_": "LoadImage", "_mode_": "callable"}, harm="$@load('os.system')"),
         CONFIG,
@@ -210,10 +244,10 @@ ATTACKS: dict[str, tuple[Callable[[Files], None], str, str]] = {
         CONFIG,
         "address in the network",
     ),
-    "pandas evaluates a text": (
+    "pandas, which evaluates texts": (
         imported("import pandas", "pandas.read_csv('x').query('a.b')"),
         CONFIG,
-        "takes .query",
+        "it imports pandas, which is not on the list",
     ),
     "a value evaluates a text": (expression("@dataset.eval('x')"), CONFIG, "by .eval"),
     "arguments by stars": (expression("torch.load('x', **{'weights_only': False})"), CONFIG, r"by \*\*"),

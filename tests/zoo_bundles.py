@@ -181,17 +181,20 @@ def detection() -> dict:
 
 
 def classification_in_yaml() -> dict:
-    """As the bundles in YAML: aliases of imports, lambdas, a table read by pandas."""
+    """As the bundles in YAML: aliases of imports, lambdas, a reader by its class."""
     infer = """
 imports:
 - $import glob
-- $import pandas as pd
+- $import json
 - $from functools import partial
 - $from pathlib import Path
 bundle_root: .
 out: "$@bundle_root + '/eval'"
 make: "$Path(@out).mkdir(exist_ok=True)"
-images: "$list(@bundle_root + pd.read_csv(@bundle_root + '/test.csv').image)"
+images: "$json.load(open(@bundle_root + '/configs/list.json'))['images']"
+reader: $monai.data.PILReader
+load_transform: {_target_: LoadImaged, keys: image, reader: "@reader"}
+save: {_target_: SaveImaged, keys: pred, output_dir: "@out"}
 network_def: {_target_: DenseNet121, spatial_dims: 2, in_channels: 3, out_channels: 4}
 checkpoint: "$torch.load(@bundle_root + '/models/model.pt', map_location='cpu', weights_only=True)"
 load: "$@network_def.load_state_dict(@checkpoint)"

@@ -31,6 +31,7 @@ from bundle.sharing.weights import array_faults, arrays_faults, weights_faults
 
 HOME = Path(bundle.__file__).resolve().parents[1]  # of this copy, with which a bundle's Python files are compared
 MAX_TEXT = 16 << 20  # bytes
+MAX_FILE = 2 << 30  # bytes of weights, arrays and scans
 MAX_LEAVES = 200_000  # values of a config
 MAX_DEPTH = 100
 MAX_VOLUME = 2 << 30  # bytes of a compressed scan, unpacked
@@ -40,6 +41,7 @@ PLAIN_NAMES = ("LICENSE", "NOTICE", "CITATION", "LICENSE-CC-BY-4.0")
 LOGGING = (".conf", ".ini", ".cfg")
 WEIGHTS = (".pt", ".pth", ".ts", ".ckpt", ".bin", ".pkl", ".pickle", ".th", ".p", ".joblib")
 DATA = (".npy", ".csv", ".nii.gz", ".nii")
+LARGE = (*WEIGHTS, ".npy", ".npz", ".nii", ".nii.gz")
 IMAGES = {".png": b"\x89PNG", ".jpg": b"\xff\xd8\xff", ".jpeg": b"\xff\xd8\xff", ".gif": b"GIF8"}
 CODE = (".py", ".html", ".sh", ".toml")  # harmless only if it is what this copy has, too
 LOG_CLASSES = ("StreamHandler", "NullHandler", "FileHandler", "logging.StreamHandler", "logging.Formatter", "Formatter")
@@ -116,6 +118,8 @@ def audit_source(source: ZipSource | FolderSource, name: str, key: Path | None =
     configs: dict[str, Any] = {}
     for each in names:
         try:
+            if source.size(each) > (MAX_FILE if each.lower().endswith(LARGE) else MAX_TEXT):
+                raise InputError("it is larger than files of its kind are")
             _audit_file(each, source.read(each), report, configs)
         except InputError as e:
             report.add(each, "", str(e))
@@ -206,9 +210,6 @@ def _volume_faults(name: str, data: bytes) -> Iterator[str]:
 
 def _text_faults(name: str, suffix: str, data: bytes, configs: dict[str, Any]) -> Iterator[str]:
     """A text, which is also parsed where programs parse it; JSON and YAML go into `configs`."""
-    if len(data) > MAX_TEXT:
-        yield f"a text of more than {MAX_TEXT >> 20} MiB"
-        return
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:

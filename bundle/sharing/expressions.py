@@ -7,6 +7,8 @@ evaluated: what isn't known to be harmless is a finding.
 """
 
 import ast
+import builtins
+import inspect
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -14,12 +16,23 @@ from typing import Any
 from monai.bundle import ConfigParser, ReferenceResolver
 
 from bundle.run.config import flat
-from bundle.sharing.names import BUILTINS, MONAI_GLOBALS, READ_MODES, RISKY_KEYS, ROOTS, component, known, parameters
+from bundle.sharing.names import (
+    BUILTINS,
+    MONAI_GLOBALS,
+    READ_MODES,
+    RISKY_KEYS,
+    ROOTS,
+    STRICT_KEYS,
+    component,
+    known,
+    parameters,
+)
 
 MAX_EXPRESSION = 10_000  # characters
 REFERENCES = "__local_refs"  # what MONAI calls the things that an expression refers to by @
 WITH_ADDRESSES = ("configs/metadata.json", "large_files.yml", "large_files.yaml", "large_files.json")  # checked elsewhere
 CLASSES = ("reader", "writer", "merger_cls")  # arguments that may be a class as well
+CUDNN = "torch.backends.cudnn"  # a module, whose switches configs set
 RANKS = ("LOCAL_RANK", "RANK", "WORLD_SIZE")
 # Attributes of values. What leads back to a module or to code of the interpreter, or writes, deletes, loads or downloads.
 BAD_ATTRIBUTES = set(
@@ -141,8 +154,7 @@ class Expression:
             if address(node.value):
                 yield f"{short(node.value)} is an address in the network"
         elif isinstance(node, ast.arg):
-            if node.arg in BUILTINS or node.arg in self.configs.aliases or node.arg.startswith("_") and node.arg.strip("_"):
-                yield f"it gives {node.arg} another meaning"
+            yield from self.binding_faults(node.arg)
         elif isinstance(node, ast.Subscript) and self.is_reference(node):
             yield from self.configs.reference_faults([node.slice.value])
         elif isinstance(node, ast.Subscript) and self.full_names(node.value) == ["os.environ"]:
@@ -155,6 +167,11 @@ class Expression:
         else:
             for child in ast.iter_child_nodes(node):
                 yield from self.faults(child)
+
+    def binding_faults(self, name: str) -> Iterator[str]:
+        """A name that is bound in a part of an expression has its old meaning in the others."""
+        if name in dir(builtins) or name in self.configs.aliases or (name.startswith("_") and name.strip("_")):
+            yield f"it gives {name} another meaning"
 
     def is_reference(self, node: ast.AST) -> bool:
         named = isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == REFERENCES
@@ -179,7 +196,7 @@ class Expression:
                 yield f"{name} is not on the list of what a bundle may use"
             elif found.module:
                 yield f"the module {name} itself is used as a value"
-            elif not called and not found.home.startswith("bundle.") and set(parameters(found.value)) & RISKY_KEYS.keys():
+            elif not called and not found.home.startswith("bundle.") and STRICT_KEYS.intersection(parameters(found.value)):
                 yield f"{name} is handed on, so that its arguments can't be seen"
         if names:
             return
@@ -189,8 +206,7 @@ class Expression:
                 yield f"it takes .{node.attr} of a value"
             yield from self.faults(node.value)
         elif isinstance(node.ctx, ast.Store):
-            if node.id in BUILTINS or node.id in self.configs.aliases or node.id == REFERENCES:
-                yield f"it gives {node.id} another meaning"
+            yield from self.binding_faults(node.id)
         elif node.id not in self.bound and node.id not in BUILTINS:
             yield f"{node.id} is not on the list of what a bundle may use"
 
@@ -201,6 +217,9 @@ class Expression:
         special = special_call(node, self.full_names(node.func), self.bound)
         if special is not None:
             yield from special
+            for child in (*node.args, *(keyword.value for keyword in node.keywords)):
+                if ast.unparse(child) != CUDNN:
+                    yield from self.faults(child)
             return
         func, args = node.func, node.args
         if "functools.partial" in self.full_names(func) and args:
@@ -223,7 +242,8 @@ class Expression:
             if found and found.home == "torch.serialization.load":
                 given.setdefault("weights_only", ast.Constant(False))
         for key, each in given.items():
-            if key in RISKY_KEYS and not (isinstance(each, ast.Constant) and RISKY_KEYS[key][1](each.value)):
+            plain = isinstance(each, ast.Constant)
+            if (plain and key in RISKY_KEYS and not RISKY_KEYS[key][1](each.value)) or (not plain and key in STRICT_KEYS):
                 yield f"{key} is {short(ast.unparse(each))} (expected {RISKY_KEYS[key][0]})"
         for child in (*args, *(keyword.value for keyword in node.keywords)):
             yield from self.faults(child)
@@ -232,12 +252,13 @@ class Expression:
 def special_call(node: ast.Call, names: list[str], bound: set[str]) -> list[str] | None:
     """The faults of calls that are allowed in some forms only; None for any other call."""
     plain = [arg.value if isinstance(arg, ast.Constant) else None for arg in node.args]
-    if isinstance(node.func, ast.Name) and node.func.id == "open" and "open" not in bound:
+    called = node.func.id if isinstance(node.func, ast.Name) and not names and node.func.id not in bound else ""
+    if called == "open":
         mode = [keyword.value for keyword in node.keywords if keyword.arg == "mode"] or node.args[1:2]
         reads = all(isinstance(each, ast.Constant) and each.value in READ_MODES for each in mode)
         return [] if reads and len(node.args) > 0 else ["it opens a file, and not for reading"]
-    if isinstance(node.func, ast.Name) and node.func.id == "setattr" and "setattr" not in bound:
-        cudnn = len(node.args) == 3 and ast.unparse(node.args[0]) == "torch.backends.cudnn"
+    if called == "setattr":
+        cudnn = len(node.args) == 3 and ast.unparse(node.args[0]) == CUDNN and isinstance(plain[1], str)
         return [] if cudnn and isinstance(plain[2], bool) else ["it calls setattr"]
     if isinstance(node.func, ast.Attribute) and node.func.attr == "eval" and not names and node.args + node.keywords:
         return ["it evaluates a text by .eval"]
@@ -280,7 +301,7 @@ def _unsafe_loads(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
         found = component(target)
         if found and found.home == "torch.serialization.load" and content.get("weights_only") is not True:
             yield key, "torch.load without weights_only true unpickles whatever the file holds"
-        open_ended = RISKY_KEYS.keys() & set(parameters(found.value if found else None)) - content.keys()
+        open_ended = STRICT_KEYS.intersection(parameters(found.value if found else None)) - content.keys()
         if found and content.get("_mode_") == "callable" and open_ended and not found.home.startswith("bundle."):
             yield key, f"{target} is handed on, so that its {', '.join(sorted(open_ended))} can't be seen"
 
@@ -292,8 +313,11 @@ def address(value: Any) -> bool:
 
 
 def _is_class(configs: Configs, value: Any) -> bool:
-    """Whether a reader or writer is given as an expression; that is looked at as any other."""
-    return isinstance(value, str) and value.startswith("$") and not list(configs.expression_faults("", value))
+    """Whether a reader or writer is given as a class by its name, in an expression."""
+    if not isinstance(value, str) or not re.fullmatch(r"\$[\w.]+", value):
+        return False
+    names = Expression(configs, tree := ast.parse(value[1:], mode="eval")).full_names(tree.body)
+    return bool(names) and all((found := known(name)) is not None and inspect.isclass(found.value) for name in names)
 
 
 def _id(key: Any) -> str:

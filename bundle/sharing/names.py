@@ -7,6 +7,7 @@ modules of this machine's MONAI, torch, ignite, numpy and bundle are looked into
 """
 
 import inspect
+import re
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -68,7 +69,7 @@ NAMES = {
     *("torch.autograd.grad_mode.no_grad", "torch.autograd.grad_mode.inference_mode"),
     *("torch.serialization.load", "monai.config.print_config", "monai.auto3dseg.utils.datafold_read"),
 }
-MODULES = set("os os.path logging itertools glob json copy functools datetime pathlib pandas collections math".split())
+MODULES = set("os os.path logging itertools glob json copy functools datetime pathlib collections math".split())
 # Modules, and below them all that is defined there.
 PREFIXES = (
     *(f"monai.{name}." for name in "transforms networks losses metrics inferers engines handlers optimizers data".split()),
@@ -95,7 +96,7 @@ NOT = (
 )
 # An argument or key that makes code run, and what is harmless there.
 READERS = set("itkreader nibabelreader numpyreader pilreader pydicomreader nrrdreader wsireader".split())
-READERS |= set("itkwriter nibabelwriter pilwriter avgmerger zarravgmerger".split())
+READERS |= set("itkwriter nibabelwriter pilwriter avgmerger zarravgmerger cucim openslide tifffile".split())
 RISKY_KEYS = {
     "weights_only": ("true, or else a pickle in the file runs", lambda v: v is True),
     "allow_pickle": ("false, or else a pickle in the file runs", lambda v: v is False),
@@ -109,6 +110,11 @@ RISKY_KEYS = {
     "dataset_name_or_id": ("a plain name", lambda v: str(v).replace("_", "").replace("-", "").isalnum()),
     "postprocessing_file": ("left out: it is unpickled", lambda v: v is None),
     "shell": ("false", lambda v: v in (None, False)),
+}
+OUTPUTS = ("output_dir", "ckpt_dir", "save_dir", "log_dir", "cache_dir", "dirname", "export_dir")
+STRICT_KEYS = set(RISKY_KEYS)  # whose values must be written out, and never be a reference that can't be followed
+RISKY_KEYS |= {
+    name: ("a folder within the bundle", lambda v: not re.match(r"[/\\~]|\w:|.*\.\.", str(v))) for name in OUTPUTS
 }
 READ_MODES = (None, "r", "rb", "rt")
 
@@ -168,7 +174,8 @@ def allowed(home: str, value: Any) -> bool:
 def component(target: str) -> Known | None:
     """What the text of a ``_target_`` stands for if a bundle may use it: a dotted name, or one of MONAI's own."""
     if "." in target:
-        return known(target)
+        found = known(target)
+        return None if found is None or found.module else found
     modules = _locator().get_component_module_name(target)
     found = [known(f"{m}.{target}") for m in ([modules] if isinstance(modules, str) else modules or [])]
     return found[0] if found and all(found) else None

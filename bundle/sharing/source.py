@@ -80,6 +80,10 @@ class ZipSource:
     def names(self) -> list[str]:
         return sorted(name.removeprefix(self.base) for name in self.infos)
 
+    def size(self, name: str) -> int:
+        """Bytes of a file, unpacked."""
+        return self.infos[self.base + name].file_size
+
     def read(self, name: str) -> bytes:
         """A file's content, which is never more than its header says.
 
@@ -161,6 +165,9 @@ class FolderSource:
 
     def names(self) -> list[str]:
         return sorted(self.paths)
+
+    def size(self, name: str) -> int:
+        return self.paths[name].lstat().st_size
 
     def read(self, name: str) -> bytes:
         try:
