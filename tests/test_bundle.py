@@ -49,8 +49,10 @@ def test_train_leaves_weights_settings_and_what_resuming_needs(tiny_cohort, trai
     assert settings["objective"]["tmax"] == 100
     assert torch.load(folder / "last.pt", weights_only=True)["epoch"] == 4
     history = pd.read_csv(folder / "history.csv")
+    assert list(history.columns) == ["epoch", "train_loss", "val_log_likelihood", "val_c_index", "learnt"]
+    learnt = history.pop("learnt")
     assert history.epoch.tolist() == [1, 2, 3, 4] and history.notna().all(axis=None)
-    assert list(history.columns) == ["epoch", "train_loss", "val_log_likelihood", "val_c_index"]
+    assert learnt[:3].isna().all() and learnt[3] == settings["learnt"]["verdict"]  # of what is kept, not of an epoch
     assert sorted(p.name for p in (folder / "figures").iterdir()) == ["training_curves.png", "training_curves.svg"]
     assert {p.name for p in folder.iterdir() if p.name.startswith(".")} <= {".lock"}  # nothing half written
     parts = training_cohort(str(tiny_cohort), fold=None, seed=0, clinical={}, tmax=100, on_fault="fail")

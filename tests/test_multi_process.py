@@ -85,7 +85,7 @@ def test_two_processes_train_and_evaluate_as_one(root, tiny_cohort, tmp_path):
         for name, value in states[0][part].items():
             torch.testing.assert_close(states[1][part][name], value, rtol=1e-3, atol=1e-4)
     history = [pd.read_csv(folder / "history.csv") for folder in (one, two)]
-    np.testing.assert_allclose(history[1], history[0], rtol=1e-4)
+    pd.testing.assert_frame_equal(history[1], history[0], rtol=1e-4)
     assert len(list((two / "tensorboard").iterdir())) == len(list((one / "tensorboard").iterdir()))
     settings = [json.loads((folder / "settings.json").read_text()) for folder in (one, two)]
     np.testing.assert_allclose(settings[1]["objective"]["baseline"], settings[0]["objective"]["baseline"], rtol=1e-3)
