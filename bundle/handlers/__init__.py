@@ -3,6 +3,7 @@
 """Ignite handlers: schedules, reproducible and resumable training, files written by evaluation and inference."""
 
 from bundle.handlers.evaluation import ScoreScans, score_maps
+from bundle.handlers.explanations import ExplainScans
 from bundle.handlers.failed import failed_scans
 from bundle.handlers.figures import draw_training, report_evaluation, save_figure
 from bundle.handlers.metrics_writer import MetricsWriter, format_metrics_table
@@ -11,6 +12,7 @@ from bundle.handlers.training import EpochSeed, GradientClip, geometric
 
 __all__ = [
     "EpochSeed",
+    "ExplainScans",
     "GradientClip",
     "HistoryWriter",
     "MetricsWriter",

@@ -15,6 +15,7 @@ import pandas as pd
 from bundle.data.stream import ScanStream
 from bundle.files import write_text
 from bundle.handlers.failed import failed_scans, noted_scans
+from bundle.metrics import LocalisationMetric
 from bundle.metrics.scan_metric import ScanMetric
 from bundle.report import metric_groups
 
@@ -38,13 +39,20 @@ class MetricsWriter:
         output_dir: folder for the files; made if it isn't there.
         metrics: names and metrics, such as ``{"survival": SurvivalMetric(), "localisation": LocalisationMetric()}``.
         stream: of the scans; knows which failed.
+        explanations: localisation of each kind of explanation, which goes to ``"explanations"``; a scan's scores are in
+            columns ``<name>_<score>``.
     """
 
     def __init__(
-        self, output_dir: str | os.PathLike, metrics: Mapping[str, ScanMetric], stream: ScanStream | None = None
+        self,
+        output_dir: str | os.PathLike,
+        metrics: Mapping[str, ScanMetric],
+        stream: ScanStream | None = None,
+        explanations: Mapping[str, LocalisationMetric] | None = None,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.metrics = dict(metrics)
+        self.explanations = explanations or {}
         self.stream = stream
 
     def write(self) -> None:
@@ -55,7 +63,7 @@ class MetricsWriter:
         """
         failed = None if self.stream is None else failed_scans(self.stream)
         notes = {} if self.stream is None else noted_scans(self.stream)
-        for metric in self.metrics.values():
+        for metric in (*self.metrics.values(), *self.explanations.values()):
             metric.get_buffer()  # gathers, which every process must take part in
         if idist.get_rank() == 0:
             self._write_files(failed, notes)
@@ -63,7 +71,13 @@ class MetricsWriter:
 
     def _write_files(self, failed: list[dict] | None, notes: Mapping[str, str]) -> None:
         summary: dict[str, Any] = {name: metric.aggregate() for name, metric in self.metrics.items()}
-        table = merge_tables([metric.table() for metric in self.metrics.values()])
+        tables = [metric.table() for metric in self.metrics.values()]
+        if self.explanations:
+            summary["explanations"] = {name: metric.aggregate() for name, metric in self.explanations.items()}
+        for name, metric in self.explanations.items():
+            scores = metric.table().set_index("patient_id")[list(metric.SCORES)].dropna(axis=1, how="all")
+            tables.append(scores.add_prefix(f"{name}_").reset_index())
+        table = merge_tables(tables)
         if failed is not None:
             named = [{"patient_id": row["patient_id"], "message": row["message"]} for row in failed]
             summary["failed"] = {"num_scans": len(failed), "scans": named}

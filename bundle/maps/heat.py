@@ -18,8 +18,12 @@ def to_voxels(heat: Tensor, cell: int, image_shape: tuple[int, ...], lung: Tenso
     for no mask, comes back to the lung in proportion. `image_shape`: (D, H, W).
     """
     total = heat.sum((2, 3, 4), keepdim=True)
-    for axis, size in zip((2, 3, 4), image_shape):
-        heat = heat.repeat_interleave(cell, axis).narrow(axis, 0, size)
-    if lung is not None:
-        heat = heat * lung
+    heat = spread(heat, cell, image_shape, lung)
     return heat * (total / heat.sum((2, 3, 4), keepdim=True).clamp_min(torch.finfo(heat.dtype).tiny))
+
+
+def spread(values: Tensor, cell: int, image_shape: tuple[int, ...], lung: Tensor | None) -> Tensor:
+    """Values of cells (B, C, d, h, w) in each of their voxels, (B, C, D, H, W); 0 outside the lung, as :func:`to_voxels`."""
+    for axis, size in zip((2, 3, 4), image_shape):
+        values = values.repeat_interleave(cell, axis).narrow(axis, 0, size)
+    return values if lung is None else values * lung

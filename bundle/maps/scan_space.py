@@ -20,7 +20,16 @@ from bundle.survival.calibration import widened
 def to_scan_space(
     volume: MetaTensor, affine: torch.Tensor, shape: tuple[int, ...], lung: torch.Tensor | None = None
 ) -> MetaTensor:
-    """Resample a volume (1, D, H, W) onto the grid given by `affine` (RAS, mm) and `shape`, linearly, keeping its sum.
+    """:func:`on_scan_grid`, keeping the sum: heat is a share, of which each voxel of a finer grid has less."""
+    out = on_scan_grid(volume, affine, shape, lung)
+    total = volume.as_tensor().sum()
+    return out.mul_(total / out.as_tensor().sum().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def on_scan_grid(
+    volume: MetaTensor, affine: torch.Tensor, shape: tuple[int, ...], lung: torch.Tensor | None = None
+) -> MetaTensor:
+    """Resample a volume (1, D, H, W) onto the grid given by `affine` (RAS, mm) and `shape`, linearly.
 
     One resampling by world coordinates undoes orientation, spacing, cropping and padding at once, oblique affines
     included. What lies outside the volume is 0, and so is what lies outside a `lung` mask on the volume's grid. The
@@ -39,11 +48,11 @@ def to_scan_space(
     out = interpolated(volume, affine, shape)
     if lung is not None:
         out *= torch.from_numpy(mask_on_grid(lung, affine, shape)).to(out.device)
-    return out.mul_(values.sum() / out.as_tensor().sum().clamp_min(torch.finfo(torch.float32).tiny))
+    return out
 
 
 def interpolated(volume: MetaTensor, affine: torch.Tensor, shape: tuple[int, ...]) -> MetaTensor:
-    """The resampling of :func:`to_scan_space`, whatever comes of the sum.
+    """The resampling of :func:`on_scan_grid`, whatever lies outside a lung.
 
     Where the axes of both grids are parallel, linear interpolation is a small matrix an axis: a CT takes a tenth of the
     time and memory of a general resampling, which is left for sheared affines. The memory of the result runs as a

@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from bundle.errors import InputError
-from bundle.networks.attention import Block, tokens_of
+from bundle.networks.attention import Block, Tokens, tokens_of
 from bundle.networks.heads import HEADS
 from bundle.networks.patches import PatchEmbed, Position, mean_of_scans, on_grid, share_of_lung, to_grid
 
@@ -108,6 +108,15 @@ class SurvivalMapNet(nn.Module):
         Raises:
             ValueError: an input has another shape, or a scan has no lung.
         """
+        x, tokens, share, known, context = self.embedded(image, lung, clinical)
+        for block in self.blocks:
+            x = block(x, tokens, context)
+        return self.read(x, tokens, share, known)
+
+    def embedded(
+        self, image: Tensor, lung: Tensor | None, clinical: Tensor | None
+    ) -> tuple[Tensor, Tokens, Tensor, Tensor, Tensor]:
+        """What enters the transformer: tokens (M, dim), where they lie, shares of lung, covariates, context of FiLM."""
         image, lung = to_grid(image, lung, self.stride)
         known = self.covariates(clinical, image)
         share = share_of_lung(image, lung, self.stride)
@@ -116,8 +125,10 @@ class SurvivalMapNet(nn.Module):
         context = known
         if self.film_context:
             context = torch.cat([known, mean_of_scans(x, tokens.counts)], 1)
-        for block in self.blocks:
-            x = block(x, tokens, context)
+        return x, tokens, share, known, context
+
+    def read(self, x: Tensor, tokens: Tokens, share: Tensor, known: Tensor) -> Tensor:
+        """The survival map that the transformer's output (M, dim) makes; arguments as :meth:`embedded` gives them."""
         if self.center_tokens:
             x = x - mean_of_scans(x, tokens.counts)[tokens.index[:, 0]]
         location, weight = self.head(x, tokens.index, share)

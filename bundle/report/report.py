@@ -135,7 +135,7 @@ def metric_groups(metrics: Mapping[str, Any]) -> list[MetricGroup]:
     groups = []
     for title, group in metrics.items():
         if isinstance(group, Mapping):
-            entries = {name: entry for name, entry in group.items() if isinstance(entry, Mapping)}
+            entries = {name: entry for name, entry in group.items() if isinstance(entry, Mapping) and "value" in entry}
             numbers = {name: number for name, number in group.items() if isinstance(number, int)}
             counts = [f"{number} {name.removeprefix('num_').replace('_', ' ')}" for name, number in numbers.items()]
             groups.append(MetricGroup(title, counts, entries))

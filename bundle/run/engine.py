@@ -73,9 +73,7 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def evaluate(
-    evaluator: ScanEvaluator, stream: ScanStream, maps_dir: str | None, localisation: LocalisationMetric
-) -> None:
+def evaluate(evaluator: ScanEvaluator, stream: ScanStream, maps_dir: str | None, localisation: LocalisationMetric) -> None:
     """Score a model's maps of the scans of a stream or, by `localisation`, another tool's.
 
     Args:

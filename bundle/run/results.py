@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -19,6 +20,7 @@ from markupsafe import Markup
 
 from bundle.data.fingerprint import code_digest, describe, describe_scan
 from bundle.data.stream import ScanStream
+from bundle.explain.volumes import Explanations
 from bundle.files import file_sha256, remove_leftovers, write_atomically, write_json
 from bundle.grids import mask_on_grid
 from bundle.handlers import failed_scans
@@ -77,9 +79,7 @@ class ScanFiles(NamedTuple):
         names = ("heat.nii.gz", "heat.png", "lung.nii.gz")
         return cls(*(output_dir / "maps" / f"{patient_id}_{name}" for name in names))
 
-    def write(
-        self, scan: dict, output: dict, hu_window: tuple[float, float], horizon: int, doubt: str = ""
-    ) -> list[Path]:
+    def write(self, scan: dict, output: dict, hu_window: tuple[float, float], horizon: int, doubt: str = "") -> list[Path]:
         """Write the files of a scan, the lung mask only if one was used; returns those that were written.
 
         A `doubt` about the weights stands on the face of the picture.
@@ -137,7 +137,10 @@ class DoneScans:
 
     def remove(self, patient_id: str) -> None:
         """Delete what an earlier run left of a scan that has failed since."""
-        for path in (self._path(patient_id), *ScanFiles.of(self.output_dir, patient_id)):
+        paths = [self._path(patient_id), *ScanFiles.of(self.output_dir, patient_id)]
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no record, or a torn one
+            paths += [self.output_dir / "maps" / Path(name).name for name in self.read(patient_id)["files"]]
+        for path in paths:
             path.unlink(missing_ok=True)
 
 
@@ -158,6 +161,7 @@ class PredictionWriter:
         horizon: of the heat, months.
         hu_window: HU that are 0 and 1 in the image.
         options: all else that a map depends on: preprocessing and inferer.
+        explanations: that `maps/` gets as well.
     """
 
     def __init__(
@@ -168,13 +172,16 @@ class PredictionWriter:
         horizon: int,
         hu_window: tuple[float, float],
         options: dict | None = None,
+        explanations: Explanations | None = None,
     ) -> None:
         self.output_dir = Path(output_dir)
+        self.explanations = explanations
         self.stream = stream
         self.settings = settings
         self.horizon = horizon
         self.hu_window = hu_window
-        described = describe([hu_window, options, stream.transform])
+        explained = explanations.options if explanations and explanations.chosen else None
+        described = describe([hu_window, options, stream.transform, *filter(None, [explained])])
         self.done = DoneScans(self.output_dir, [settings, horizon, described, code_digest("**/*.py")])
         self.scans = {record["patient_id"]: record for record in stream.data}
         self.last_death = settings.get("outcomes", {}).get("last_death")
@@ -199,9 +206,9 @@ class PredictionWriter:
         """Write the files of a batch's scans, and last their records."""
         for scan, output in zip(engine.state.batch, engine.state.output):  # no output of a scan without a prediction
             patient_id, pmf = scan["patient_id"], output["pmf"].cpu()
-            files = ScanFiles.of(self.output_dir, patient_id).write(
-                scan, output, self.hu_window, self.horizon, self.doubt
-            )
+            files = ScanFiles.of(self.output_dir, patient_id).write(scan, output, self.hu_window, self.horizon, self.doubt)
+            if self.explanations:
+                files += self.explanations.write(self.output_dir, scan, output)
             message = "; ".join(filter(None, [self.doubt, self.scans[patient_id].get("imputed"), scan.get("notes")]))
             familiarity = float(scan["familiarity"]) if "familiarity" in scan else None
             row = prediction_row(patient_id, pmf, familiarity, self.last_death) | {"message": message}

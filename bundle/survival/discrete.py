@@ -34,9 +34,7 @@ def deephit_ranking(pmf: Tensor, time: Tensor, event: Tensor, sigma: float) -> T
 class IntervalsObjective(MonthsObjective):
     """A distribution over months of free shape: the map has an extra number for each of some intervals up to tmax."""
 
-    def __init__(
-        self, tmax: int = 100, variance: float = 36.0, learn_variance: bool = False, intervals: int = 20
-    ) -> None:
+    def __init__(self, tmax: int = 100, variance: float = 36.0, learn_variance: bool = False, intervals: int = 20) -> None:
         super().__init__(tmax, variance, learn_variance)
         if not 1 <= intervals <= tmax:
             raise InputError(f"intervals must be from 1 to tmax ({tmax}), got {intervals}.")
@@ -152,9 +150,7 @@ class Logistic(Objective):
     name = "logistic"
     MOST = 20.0  # weight of a patient
 
-    def __init__(
-        self, tmax: int = 100, by: int = 60, scale: float = 10.0, censoring: Sequence[float] | None = None
-    ) -> None:
+    def __init__(self, tmax: int = 100, by: int = 60, scale: float = 10.0, censoring: Sequence[float] | None = None) -> None:
         super().__init__(tmax)
         if not 1 <= by < tmax:
             raise InputError(f"death by month {by} can't be learnt: expected a month from 1 to {tmax - 1} (tmax - 1).")

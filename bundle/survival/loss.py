@@ -60,9 +60,7 @@ class SurvivalMapLoss(nn.Module):
         occlusion: weight of :func:`occlusion_inconsistency`, a mean over those who died.
     """
 
-    def __init__(
-        self, objective: Objective, entropy: float = 0.5, smoothness: float = 0.1, occlusion: float = 0.0
-    ) -> None:
+    def __init__(self, objective: Objective, entropy: float = 0.5, smoothness: float = 0.1, occlusion: float = 0.0) -> None:
         super().__init__()
         self.objective = objective
         self.entropy = entropy
