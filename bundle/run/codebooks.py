@@ -251,6 +251,7 @@ class CodebookStage:
         self.asked = [objective.name, self.objective.arguments]
         self.familiarity: Familiarity | None = None
         self.location: Tensor | None = None  # out of fold, of each training scan
+        self.folds: Tensor | None = None
 
     @property
     def fitted(self) -> bool:
@@ -288,43 +289,53 @@ class CodebookStage:
         return [scans, self.network.arguments, self.recipe, self.asked, self.seed, code]
 
     def fit(self) -> None:
-        records = self.train.data
-        scans = [Tokens.cached(self.train, i) for i in tqdm(range(len(records)), desc="describing", unit="scan")]
-        folds = torch.tensor(site_folds(records, self.seed))
-        self.familiarity = fit_familiarity(torch.stack([look(scan.described) for scan in scans]), folds.tolist())
-        several = len(folds.unique()) > 1
-        if self.recipe == "codebook" and not several:
-            raise InputError('the recipe "codebook" needs two patients or more to train on, to leave each out once.')
-        if self.recipe != "network" and self.readable and several:
-            fit_books(self.network, scans, self.seed)
-            words = [words_of(self.network, scan) for scan in tqdm(scans, desc="codebooks", unit="scan")]
-            clinical = clinical_of(records)
-            outcome = outcomes(records)
-            risk = out_of_fold(self.network, words, scans, outcome, folds, clinical)
-            self.network.base.copy_((risk**4).median())  # half of the patients have more evidence than base
-            variance = fit_months(self.network, risk, outcome, self.objective, clinical)
-            if variance is not None:
-                self.objective.variance = variance
-            added = unseen_months(self.network, risk, outcome, self.objective, clinical, folds)
-            self.location = self.network.months(risk).detach() + added
-            if hasattr(self.objective, "fit_baseline"):
-                self.objective.fit_baseline(self.location, outcome)
+        """Fit all there is to fit, and write it."""
+        self.describe()
+        if self.folds is not None:
+            self.learn()
         state = {"identity": self.identity(), "familiarity": list(vars(self.familiarity).values()), "network": None}
         if self.fitted:
             state["network"] = self.network.state_dict()
             state |= {"objective": self.objective.arguments, "location": self.location}
         save_checked(state, self.path)
 
+    def describe(self) -> None:
+        """What no outcome shapes: tokens, the look of the scans, folds, books and words."""
+        records = self.train.data
+        self.scans = [Tokens.cached(self.train, i) for i in tqdm(range(len(records)), desc="describing", unit="scan")]
+        folds = torch.tensor(site_folds(records, self.seed))
+        self.familiarity = fit_familiarity(torch.stack([look(scan.described) for scan in self.scans]), folds.tolist())
+        several = len(folds.unique()) > 1
+        if self.recipe == "codebook" and not several:
+            raise InputError('the recipe "codebook" needs two patients or more to train on, to leave each out once.')
+        if self.recipe != "network" and self.readable and several:
+            self.folds = folds
+            fit_books(self.network, self.scans, self.seed)
+            self.words = [words_of(self.network, scan) for scan in tqdm(self.scans, desc="codebooks", unit="scan")]
+
+    def learn(self) -> None:
+        """Hazards, months and readout from the outcomes of the training scans."""
+        clinical, outcome = clinical_of(self.train.data), outcomes(self.train.data)
+        risk = out_of_fold(self.network, self.words, self.scans, outcome, self.folds, clinical)
+        self.network.base.copy_((risk**4).median())  # half of the patients have more evidence than base
+        variance = fit_months(self.network, risk, outcome, self.objective, clinical)
+        if variance is not None:
+            self.objective.variance = variance
+        added = unseen_months(self.network, risk, outcome, self.objective, clinical, self.folds)
+        self.location = self.network.months(risk).detach() + added
+        if hasattr(self.objective, "fit_baseline"):
+            self.objective.fit_baseline(self.location, outcome)
+
     def located(self, risk: Tensor, clinical: Tensor) -> Tensor:
         """Patients' locations in months, (N,), from their risks and covariates."""
         with torch.no_grad():
             return self.network.months(risk) + clinical @ self.network.clinical_months
 
-    def predict_val(self) -> Tensor:
-        """Locations of the validation scans, (N,)."""
-        scans = [Tokens.cached(self.val, i) for i in range(len(self.val.data))]
+    def predict(self, dataset: ScanCache) -> Tensor:
+        """Locations of the scans of a dataset, (N,)."""
+        scans = [Tokens.cached(dataset, i) for i in range(len(dataset.data))]
         risk = torch.stack([risk_of(self.network, words_of(self.network, scan), scan.index) for scan in scans])
-        return self.located(risk, clinical_of(self.val.data))
+        return self.located(risk, clinical_of(dataset.data))
 
 
 def clinical_of(records: Sequence[dict]) -> Tensor:

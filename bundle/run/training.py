@@ -137,7 +137,7 @@ class Finish:
         """Whether validation scans, by their log-likelihoods (N,), speak for the network against the codebooks."""
         if self.codebooks.recipe == "network":
             return True
-        maps = as_maps(self.codebooks.predict_val())
+        maps = as_maps(self.codebooks.predict(self.codebooks.val))
         gain = log_likelihood - log_likelihood_of(self.codebooks.objective, maps, outcomes(self.val.data))
         error = gain.std() / math.sqrt(len(gain)) if len(gain) > 1 else math.inf
         wins = bool(len(gain) >= LEAST_SCANS and gain.mean() > 2 * error)

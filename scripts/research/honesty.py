@@ -6,39 +6,46 @@
 - intervals: how many true times of scans of anatomies never trained on lie in the 95 % intervals;
 - familiarity: how well its distance tells strange scans from scans of anatomies never trained on.
 
-Takes a cohort of scripts.make_implants. Every training and every inference is a `monai.bundle run` of the shipped
-configs. What is done is kept in --out, so that a measurement that was stopped goes on there.
+Takes a cohort of scripts.make_implants. Trainings are those of configs/train.json by the recipe "codebook". Scans are
+described once, and kept in --out.
 """
 
 import argparse
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
+from monai.bundle import ConfigParser
 from scipy import ndimage
 from scipy.stats import rankdata
 from tqdm import tqdm
 
+from bundle.data import ScanCache, fill_caches
 from bundle.errors import InputError
-from bundle.files import write_json, write_text
-from bundle.maps import Familiarity, look
+from bundle.files import write_text
+from bundle.maps import look
 from bundle.metrics.survival import c_index, d_calibration
+from bundle.metrics.verdict import verdict
 from bundle.networks.descriptors import describe, tokens_at
 from bundle.phantoms.implants import ImplantParams, outcomes
-from scripts.jobs import markdown, overrides, run_jobs, run_module, threads_of
+from bundle.run import CodebookStage
+from bundle.run import outcomes as of_records
+from bundle.run.codebooks import as_maps
+from bundle.run.results import prediction_row
+from bundle.survival.calibration import last_death
+from scripts.jobs import markdown
 
 HU_WINDOW = (-1000.0, 200.0)
 FILES = ("image", "lung_mask", "gt_mask", "confounder_mask")
 HEAD = """\
 # Does it know what it knows?
 
-Made by `python -m scripts.research.honesty`. Implants: {implants}. {train} scans to train and validate on, {test} of
-anatomies that no training has seen. Recipe: {recipe}.
+Made by `python -m scripts.research.honesty`. Implants: {implants}. {train} scans to train on, {test}
+to measure on, of anatomies that no training has seen. Recipe: codebook.
 
 ## Verdicts
 
@@ -90,51 +97,53 @@ def cohort_of(table: pd.DataFrame, params: ImplantParams, kind: str, seed: int) 
     return table
 
 
-def measure(args: argparse.Namespace, kind: str, seed: int) -> dict:
-    """The verdict of a training and, unless its outcomes were shuffled, how its intervals hold; read if it is there."""
-    folder = args.out / f"{kind}_{seed}"
-    record = folder / "honesty.json"
-    if record.is_file():
-        return json.loads(record.read_text())
-    folder.mkdir(parents=True, exist_ok=True)
-    table = cohort_of(table_of(args.cohort), params_of(args.cohort), kind, seed)
-    table.to_csv(folder / "cohort.csv", index=False)
-    run = partial(run_module, "monai.bundle", "run", log=folder / "log.txt", threads=threads_of(args.jobs))
-    train = {"cohort": folder / "cohort.csv", "ckpt_dir": folder, "output_dir": folder, "cache_dir": args.out / "cache"}
-    train |= {"recipe": args.recipe, "seed": seed}
-    run("--config_file", "configs/train.json", *overrides(train))
-    settings = json.loads((folder / "settings.json").read_text())
-    found = {"kind": kind, "seed": seed, "network": settings["network"]["name"], **settings["learnt"]}
-    if kind == "drawn":
-        test = table[table["split"] == "test"]
-        test.to_csv(folder / "test.csv", index=False)
-        infer = {"cohort": folder / "test.csv", "ckpt": folder / "model.pt", "output_dir": folder / "test", "jobs": 1}
-        run("--config_file", "configs/inference.json", *overrides(infer))
-        found |= intervals(test, folder / "test")
-    write_json(record, found)
-    return found
+class Trials:
+    """Trainings by the recipe "codebook" on the same scans with other outcomes: what no outcome shapes is made once."""
 
+    def __init__(self, cohort: Path, out: Path) -> None:
+        self.table, self.params = table_of(cohort), params_of(cohort)
+        config = ConfigParser()
+        config.read_config("configs/train.json")
+        where = {"ckpt_dir": str(out), "output_dir": str(out), "cache_dir": str(out / "cache")}
+        config.update({"cohort": str(cohort), "recipe": "codebook", **where})
+        self.stage: CodebookStage = config.get_parsed_content("train#codebooks")
+        test = config.get_parsed_content("parts")["test"]
+        self.test = ScanCache(test, self.stage.val.transform, where["cache_dir"])
+        fill_caches(self.stage.train, self.test)
+        self.stage.describe()
 
-def intervals(test: pd.DataFrame, folder: Path) -> dict:
-    """How the predictions in a folder hold for the scans of a table."""
-    rows = test.merge(pd.read_csv(folder / "predictions.csv", dtype={"patient_id": str}), on="patient_id")
-    rows = rows[rows["status"] == "ok"]
-    curves = pd.read_csv(folder / "survival_curves.csv", dtype={"patient_id": str}).set_index("patient_id")
-    survival = torch.tensor(curves.loc[rows["patient_id"]].to_numpy())
-    pmf = -torch.cat([torch.ones(len(rows), 1), survival], 1).diff(dim=1)
-    tmax = pmf.shape[1]
-    true = rows["true_time"].clip(upper=tmax)
-    time, event = (torch.tensor(rows[name].to_numpy(float)) for name in ("time", "event"))
-    return {
-        "scans": len(rows),
-        "covered": float(((rows["lower_months"] <= true) & (true <= rows["upper_months"])).mean()),
-        "below": float((true < rows["lower_months"]).mean()),
-        "above": float((true > rows["upper_months"]).mean()),
-        "open": float((rows["upper_months"] >= tmax).mean()),
-        "d_calibration_p": d_calibration(pmf, time, event),
-        "c_index_test": c_index(torch.tensor(rows["risk"].to_numpy()), time, event),
-        "oracle": c_index(torch.tensor(rows["share"].to_numpy()), time, event),
-    }
+    def train(self, kind: str, seed: int) -> dict:
+        """The verdict of a training and, unless its outcomes were shuffled, how its intervals hold."""
+        table = cohort_of(self.table, self.params, kind, seed).set_index("patient_id")
+        for dataset in (self.stage.train, self.test):
+            for record in dataset.data:
+                record |= table.loc[record["patient_id"], ["time", "event"]].to_dict()
+        self.stage.learn()
+        outcome = of_records(self.stage.train.data)
+        found = {"kind": kind, "seed": seed, **verdict(-self.stage.location, *outcome.unbind(1), by="out of fold")}
+        if kind == "drawn":
+            found |= self.intervals(table.loc[[r["patient_id"] for r in self.test.data]], last_death(outcome))
+        return found
+
+    def intervals(self, rows: pd.DataFrame, last: float | None) -> dict:
+        """How the predictions hold for the test scans, whose rows of the table are given in the same order."""
+        pmf = self.stage.objective.pmf(as_maps(self.stage.predict(self.test)))
+        predicted = pd.DataFrame([prediction_row("", one, last_death=last) for one in pmf])
+        tmax, true = pmf.shape[1], rows["true_time"].clip(upper=pmf.shape[1]).to_numpy()
+        low, high = (predicted[name].to_numpy() for name in ("lower_months", "upper_months"))
+        time, event, share, risk = (
+            torch.tensor(np.asarray(x, float)) for x in (rows["time"], rows["event"], rows["share"], predicted["risk"])
+        )
+        return {
+            "scans": len(rows),
+            "covered": float(((low <= true) & (true <= high)).mean()),
+            "below": float((true < low).mean()),
+            "above": float((true > high).mean()),
+            "open": float((high >= tmax).mean()),
+            "d_calibration_p": d_calibration(pmf, time, event),
+            "c_index_test": c_index(risk, time, event),
+            "oracle": c_index(share, time, event),
+        }
 
 
 def load(row: pd.Series) -> tuple[np.ndarray, np.ndarray]:
@@ -186,15 +195,18 @@ def auroc(strange: list[float], usual: list[float]) -> float:
     return float((rank.sum() - len(strange) * (len(strange) + 1) / 2) / (len(strange) * len(usual)))
 
 
-def familiarity(args: argparse.Namespace) -> tuple[pd.DataFrame, float]:
+def familiarity(trials: Trials, phantoms: Path | None) -> tuple[pd.DataFrame, float]:
     """A row for each kind of strange scan, and the median familiarity of scans that are not."""
-    known = Familiarity(**json.loads((args.out / "drawn_0" / "settings.json").read_text())["familiarity"])
-    table = table_of(args.cohort)
+    known, table = trials.stage.familiarity, trials.table
     scans = [load(row) for _, row in table[table["split"] == "test"].iterrows()]
     usual = [look_of(*scan) for scan in tqdm(scans, desc="familiarity", unit="scan")]
-    rows, distances = [], [known.distance(seen) for seen in usual]
-    kinds = {name: [look_of(change(hu, lung), lung) for hu, lung in scans] for name, change in STRANGE.items()}
-    kinds["phantoms instead of patients"] = [look_of(*load(row)) for _, row in table_of(args.phantoms).iterrows()]
+    distances = [known.distance(seen) for seen in usual]
+    kinds = {}
+    for name, change in tqdm(STRANGE.items(), desc="strange scans", unit="kind"):
+        kinds[name] = [look_of(change(hu, lung), lung) for hu, lung in scans]
+    if phantoms is not None:
+        kinds["phantoms instead of patients"] = [look_of(*load(row)) for _, row in table_of(phantoms).iterrows()]
+    rows = []
     for name, looks in kinds.items():
         strange = [known.distance(seen) for seen in looks]
         median = float(np.median([known.quantile(seen) for seen in looks]))
@@ -202,32 +214,25 @@ def familiarity(args: argparse.Namespace) -> tuple[pd.DataFrame, float]:
     return pd.DataFrame(rows), float(np.median([known.quantile(seen) for seen in usual]))
 
 
-def page(args: argparse.Namespace, found: list[dict]) -> str:
+def page(args: argparse.Namespace, trials: Trials, found: pd.DataFrame) -> str:
     """The page of results."""
-    table = table_of(args.cohort)
-    test = int((table["split"] == "test").sum())
+    test = len(trials.test.data)
     known = json.loads((args.cohort.parent / "implants.json").read_text())
-    implants = f"{known['disease']}, seed {known['seed']}"
-    text = HEAD.format(implants=implants, train=len(table) - test, test=test, recipe=args.recipe)
-    found = pd.DataFrame(found)
+    implants = f"{known['disease']}, seed {known['seed']}, tested on {', '.join(known['test_anatomies'])}"
+    text = HEAD.format(implants=implants, train=len(trials.stage.train.data), test=test)
     counts = []
     for kind, rows in found.groupby("kind"):
         verdicts = rows["verdict"].value_counts()
         p = rows["p_value"].quantile([0, 0.5, 1]).map("{:.4f}".format)
         counts.append({"outcomes": kind, "trainings": len(rows), **{v: verdicts.get(v, 0) for v in ("yes", "unsure", "no")}})
-        counts[-1] |= {"p, least, median, greatest": ", ".join(p)}
-    text += markdown(pd.DataFrame(counts))
+        counts[-1] |= {"p: least, median, greatest": ", ".join(p), "C-index": f"{rows['c_index'].mean():.2f}"}
+    names = ["scans", "covered", "below", "above", "open", "d_calibration_p", "c_index_test", "oracle"]
     drawn = found[found["kind"] == "drawn"].sort_values("seed")
-    if len(drawn):
-        names = ("seed", "scans", "covered", "below", "above", "open", "d_calibration_p", "c_index_test", "oracle")
-        mean = drawn[list(names[1:])].mean().to_dict()
-        rows = [*drawn[list(names)].to_dict("records"), {"seed": "mean", **mean}]
-        cells = [{k: v if k == "seed" else f"{v:.0f}" if k == "scans" else f"{v:.3f}" for k, v in r.items()} for r in rows]
-        text += INTERVALS + markdown(pd.DataFrame(cells))
-        if args.phantoms:
-            strange, usual = familiarity(args)
-            text += FAMILIAR.format(test=test, usual=usual) + markdown(strange)
-    return text
+    rows = [*drawn[["seed", *names]].to_dict("records"), {"seed": "mean", **drawn[names].mean().to_dict()}]
+    cells = [{k: v if k == "seed" else f"{v:.0f}" if k == "scans" else f"{v:.3f}" for k, v in r.items()} for r in rows]
+    strange, usual = familiarity(trials, args.phantoms)
+    text += markdown(pd.DataFrame(counts)) + INTERVALS + markdown(pd.DataFrame(cells))
+    return text + FAMILIAR.format(test=test, usual=usual) + markdown(strange)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -240,8 +245,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--phantoms", type=Path, metavar="CSV", help="cohort.csv of chest phantoms, which must look strange")
     p.add_argument("--shuffled", type=int, default=20, help="trainings on shuffled outcomes (default 20)")
     p.add_argument("--drawn", type=int, default=10, help="trainings on outcomes that follow the disease (default 10)")
-    p.add_argument("--recipe", default="auto", help="codebook, network or auto (default)")
-    p.add_argument("--jobs", type=int, default=1, help="trainings at a time (default 1)")
     p.add_argument("--out", type=Path, default=Path("runs/honesty"), metavar="DIR", help="folder of work")
     p.add_argument("--page", type=Path, default=Path("docs/results/honesty.md"), metavar="MD", help="page of results")
     return p
@@ -250,14 +253,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     try:
-        todo = [(args, "drawn", seed) for seed in range(args.drawn)]
-        todo += [(args, "shuffled", seed) for seed in range(args.shuffled)]
-        found = []
-        for result in tqdm(run_jobs(measure, todo, args.jobs), total=len(todo), desc="honesty", unit="training"):
-            if isinstance(result, Exception):
-                raise InputError(str(result))
-            found.append(result)
-        write_text(args.page, page(args, found))
+        args.out.mkdir(parents=True, exist_ok=True)
+        trials = Trials(args.cohort, args.out)
+        todo = [("drawn", seed) for seed in range(args.drawn)] + [("shuffled", seed) for seed in range(args.shuffled)]
+        found = pd.DataFrame([trials.train(*which) for which in tqdm(todo, desc="trainings", unit="training")])
+        write_text(args.page, page(args, trials, found))
     except InputError as e:
         sys.exit(f"error: {e}")
 
