@@ -45,6 +45,7 @@ from scripts.cross_validation_report import Scores, compare, page
 from scripts.jobs import literal, locked, overrides, run_jobs, run_module, threads_of
 
 BASELINES = ("clinical_only", "image_only")
+OF_IMAGES = ("network_def", "codebook_def", "recipe")  # keys of training that don't reach clinical_only
 OWN = ("cohort", "fold", "split", "ckpt_dir", "output_dir", "resume", "seed", "objective", "ckpt", "maps_dir")
 BOTH = ("device", "lungmask_weights", "on_fault")  # keys of training and of evaluation that settings.json doesn't carry
 
@@ -187,8 +188,8 @@ class CrossValidation:
             options["clinical"] = "{}"
         elif baseline == "clinical_only":
             files.append("configs/network/clinical_only.json")
-            # What shapes the image's network means nothing to that of the covariates.
-            options = {key: value for key, value in options.items() if key.split("#")[0] != "network_def"}
+            # What shapes the image's networks, or chooses one, is not for that of the covariates, which sees no image.
+            options = {key: value for key, value in options.items() if key.split("#")[0] not in OF_IMAGES}
         return Model(baseline or objective, f"{baseline}_{objective}" if baseline else objective, files, options)
 
     def claim(self, records: list[dict], settings: dict) -> None:
@@ -277,7 +278,7 @@ def parser() -> argparse.ArgumentParser:
         usage="%(prog)s --cohort C.csv --out DIR [options] [-- --key value ...]",
         description=__doc__,
         epilog="After --, any key of configs/train.json or configs/evaluate.json may follow, as for monai.bundle run: "
-        "-- --max_epochs 50 --shifts 1. Those of network_def don't reach clinical_only.",
+        f"-- --max_epochs 50 --shifts 1. {', '.join(OF_IMAGES)} don't reach clinical_only.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("--cohort", required=True, help="cohort CSV (see README); a patient may have several scans")

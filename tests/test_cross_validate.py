@@ -32,7 +32,7 @@ from scripts import cross_validate, jobs
 from .commands import run
 from .conftest import absolute_table
 
-SMALL = "--network_def#dim 8 --network_def#depth 1 --max_epochs 1 --shifts 1 --refine false"
+SMALL = "--recipe codebook --network_def#dim 8 --codebook_def#books 6 --max_epochs 1 --shifts 1 --refine false"
 
 
 MODELS = {"centime": "centime", "clinical_only": "clinical_only_centime"}  # and their folders
@@ -379,8 +379,9 @@ def test_a_killed_cross_validation_goes_on_and_done_is_done(finished, tmp_path):
         assert sorted(group.patient_id) == sorted(names)
         for name in ("p2", "p3"):
             assert group[group.patient_id.isin([name, f"{name}_2"])].fold.nunique() == 1
-    network = [json.loads((out / name / "fold_0" / "settings.json").read_text())["network"] for name in MODELS.values()]
-    assert network[0]["dim"] == 8 and network[1]["name"] == "ClinicalNet"
+    settings = [json.loads((out / name / "fold_0" / "settings.json").read_text()) for name in MODELS.values()]
+    assert [found["network"]["name"] for found in settings] == ["CodebookNet", "ClinicalNet"]  # it sees no image
+    assert settings[0]["network"]["books"] == 6 and settings[0]["training"]["network_def#dim"] == 8
     count = len(ran)
     cross_validate.main(args)
     assert len(ran) == count
