@@ -210,7 +210,7 @@ class CodebookTokens(ScanTokens):
         if self.fill != "mean":
             other = net.standardised(describe(self.filled[0, 0], lung, voxels), level, spread)
         self.other = net.evidence(net.words_of(other))
-        self.months = 0.0 if self.clinical is None else self.clinical @ net.clinical_months
+        self.months = self.clinical @ net.clinical_months if net.clinical_dim > 0 else 0.0
 
     def features(self, level: str) -> Tensor:
         return self.described
