@@ -23,6 +23,7 @@ from sklearn.linear_model import BayesianRidge
 from bundle.data import clinical_names, encode_clinical, fit_clinical, read_cohort
 from bundle.data.clinical import clinical_kinds, em_step, fill_in, fit_gaussian
 from bundle.errors import InputError
+from bundle.metrics.verdict import in_words
 from bundle.networks import ClinicalNet, SurvivalMapNet, network_from
 from bundle.networks.heads import HEADS
 from bundle.run.scans import training_cohort
@@ -206,8 +207,9 @@ def test_what_training_had_not_seen_is_missing_and_is_said_once(caplog):
 def test_a_column_that_the_table_lacks_is_missing_in_all(caplog, tmp_path):
     records = patients()
     encoding = fit_clinical(records, COLUMNS)
-    (tmp_path / "a.nii.gz").touch()
-    (tmp_path / "c.csv").write_text("patient_id,image,age,sex,smoking\nA,a.nii.gz,70,m,never\nB,a.nii.gz,50,f,\n")
+    for name in ("a.nii.gz", "b.nii.gz"):
+        (tmp_path / name).touch()
+    (tmp_path / "c.csv").write_text("patient_id,image,age,sex,smoking\nA,a.nii.gz,70,m,never\nB,b.nii.gz,50,f,\n")
     found = read_cohort(tmp_path / "c.csv", need_outcome=False, clinical=clinical_kinds(encoding), need_clinical=False)
     with caplog.at_level(logging.WARNING):
         old, young = encode_clinical(found, encoding)
@@ -387,7 +389,7 @@ def test_settings_name_one_of_the_networks_there_are():
 
 TRAIN = ["configs/train.json", "configs/cohort/phantom.json", "configs/clinical/fibrosis.json"]
 CLINICAL_ONLY = [*TRAIN, "configs/network/clinical_only.json"]
-SHORT = {"batch_size": 4, "max_epochs": 3, "val_interval": 1}
+SHORT = {"recipe": "network", "batch_size": 4, "max_epochs": 3, "val_interval": 1}
 TINY = {"network_def#dim": 16, **SHORT}
 
 
@@ -432,10 +434,11 @@ def test_train_and_predict_with_covariates(cohort, tmp_path, capsys):
     assert said.count("column smoking: vape was not seen in training (former, never)") == 1
     predictions = pd.read_csv(tmp_path / "out" / "predictions.csv")
     assert (predictions.status == "ok").all() and predictions.mean_months.notna().all()
-    assert predictions.message.tolist() == [
-        "taken as missing: dlco_percent",
-        "taken as missing: dlco_percent, smoking (vape was not seen in training)",
-        "taken as missing: fvc_percent, dlco_percent",
+    doubt = f"{in_words(settings['learnt'])}; taken as missing: "  # of five deaths at least could a verdict be sure
+    assert doubt.startswith("it is not sure") and predictions.message.tolist() == [
+        f"{doubt}dlco_percent",
+        f"{doubt}dlco_percent, smoking (vape was not seen in training)",
+        f"{doubt}fvc_percent, dlco_percent",
     ]
     assert "vape was not seen" in (tmp_path / "out" / "report.html").read_text()
     run("configs/inference.json", image=table.image[0], ckpt=str(model), output_dir=str(tmp_path / "one"))
