@@ -8,9 +8,11 @@ import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import itk
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import generate_frames
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 
@@ -50,6 +52,16 @@ def set_pixels(ds: Dataset, hu: np.ndarray, slope: float = 1.0, intercept: float
     ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 16, 15
     ds.RescaleIntercept, ds.RescaleSlope = intercept, slope
     ds.PixelData = np.round((hu.T.astype(float) - intercept) / slope).astype(np.uint16).tobytes()
+
+
+def gdcm_frame(ds: Dataset, kind, tmp_path) -> tuple[bytes, str]:
+    """The pixels of a slice as ITK's GDCM compresses them, and the transfer syntax."""
+    pixels = np.frombuffer(ds.PixelData, np.uint16).reshape(ds.Rows, ds.Columns)
+    io = itk.GDCMImageIO.New()
+    io.SetCompressionType(kind)
+    itk.imwrite(itk.image_from_array(pixels), str(tmp_path / "frame.dcm"), compression=True, imageio=io)
+    made = pydicom.dcmread(tmp_path / "frame.dcm")
+    return next(generate_frames(made.PixelData, number_of_frames=1)), made.file_meta.TransferSyntaxUID
 
 
 def enhanced(slices: Sequence[Dataset]) -> Dataset:

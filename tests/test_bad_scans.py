@@ -142,7 +142,9 @@ def test_whole_files_of_every_kind_pass(tmp_path):
     for name in ("a.nrrd", "a.mha", "a.mhd"):
         paths += [whole(tmp_path, name), whole(tmp_path, f"z{name}", compressed=True)]
     text = tmp_path / "text.nrrd"
-    text.write_text("NRRD0004\ntype: short\ndimension: 3\nsizes: 3 3 3\nencoding: ascii\n\n" + "-1000 " * 27)
+    text.write_text(
+        "NRRD0004\ntype: short\ndimension: 3\nsizes: 3 3 3\nspacings: 1 1 1\nencoding: ascii\n\n" + "-1000 " * 27
+    )
     for path in (*paths, text):
         check_scan_file(path)
         assert LoadCTd(hounsfield=False)({"image": str(path)})["image"].shape[1:] == (

@@ -16,7 +16,7 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-from pydicom.encaps import encapsulate, generate_frames
+from pydicom.encaps import encapsulate
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
@@ -38,7 +38,7 @@ from bundle.run.scans import scans_to_infer
 from bundle.transforms import LoadCTd
 
 from . import bad_scans
-from .dicom_files import ct_slices, enhanced, set_pixels, write_series, write_slices
+from .dicom_files import ct_slices, enhanced, gdcm_frame, set_pixels, write_series, write_slices
 
 SPACING, ORIGIN = (2.0, 2.0, 10.0), (-12.0, -10.0, 100.0)
 
@@ -356,16 +356,6 @@ def test_each_slice_has_its_own_slope_and_intercept(tmp_path):
 
     add(tmp_path, "slopes", values, spoil=rescale)
     assert np.abs(read_dicom(tmp_path, "here")[0] - values).max() <= 1  # slope 2 keeps even values only
-
-
-def gdcm_frame(ds: pydicom.Dataset, kind, tmp_path) -> tuple[bytes, str]:
-    """The pixels of a slice as ITK's GDCM compresses them, and the transfer syntax."""
-    pixels = np.frombuffer(ds.PixelData, np.uint16).reshape(ds.Rows, ds.Columns)
-    io = itk.GDCMImageIO.New()
-    io.SetCompressionType(kind)
-    itk.imwrite(itk.image_from_array(pixels), str(tmp_path / "frame.dcm"), compression=True, imageio=io)
-    made = pydicom.dcmread(tmp_path / "frame.dcm")
-    return next(generate_frames(made.PixelData, number_of_frames=1)), made.file_meta.TransferSyntaxUID
 
 
 PLAIN = {

@@ -28,6 +28,8 @@ from bundle.reading.zipped import is_archive, unzip
 
 _AIR_HU = -1024.0
 _CT_HU = (-4000.0, 3071.0)  # padding that the header names is no HU where it lies beyond
+_PROJECTIONS = {"MIP", "MINIP", "MAX_IP", "MIN_IP", "PROJECTION IMAGE"}  # in ImageType
+_SCANS = ("frame_of_reference", "acquisition", "phase")  # what tells one scan of a patient from the next
 _log = logging.getLogger(__name__)
 
 
@@ -54,7 +56,7 @@ def _alike(slices: Iterable[Slice], series: Callable[[Slice], str]) -> list[Seri
     """Slices that may be neighbours in one volume, by what they have in common."""
     groups: dict[tuple, list[list[Slice]]] = defaultdict(list)
     for s in slices:
-        size = (s.rows, s.columns, s.colours, s.frames > 1)
+        size = (s.rows, s.columns, s.colours, s.coded, s.quantity, s.frames > 1)
         stacks = groups[series(s), s.modality, *size, "LOCALIZER" in s.image_type, s.position is None]
         near = next((stack for stack in stacks if stack[0].near(s)), None)
         if near is None:
@@ -74,13 +76,14 @@ def _alike(slices: Iterable[Slice], series: Callable[[Slice], str]) -> list[Seri
 
 
 def _volumes(stack: Series) -> list[Series]:
-    """A stack in order; its volumes, if a tag tells several apart that are at the same places."""
+    """A stack in order; its volumes, if a tag tells several apart that are at the same places or in turn."""
     if stack.unfit:
         return [stack]
     stack = stack.with_slices(stack.slices)
+    keys = ["kernel", "image_type", "thickness", *_SCANS]
     if not stack.fault and not stack.repeated:
-        return [stack]
-    for key in ("kernel", "image_type", "thickness", "acquisition", "phase"):
+        keys = [key for key in _SCANS if stack.woven(key)]  # a second scan between the slices of the first
+    for key in keys:
         members: dict[object, list[Slice]] = defaultdict(list)
         for s in stack.slices:
             members[getattr(s, key)].append(s)
@@ -179,7 +182,12 @@ def _difference(part: Series, best: Series) -> str:
     if not b.near(a):
         return "another orientation or pixel size"
     names = {"kernel": "kernel", "image_type": "ImageType", "thickness": "slice thickness"}
-    names |= {"acquisition": "acquisition", "phase": "phase", "modality": "modality"}
+    names |= {
+        "frame_of_reference": "frame of reference",
+        "acquisition": "acquisition",
+        "phase": "phase",
+        "modality": "modality",
+    }
     return next((f"another {name}" for key, name in names.items() if getattr(a, key) != getattr(b, key)), "another volume")
 
 
@@ -234,9 +242,12 @@ def _series_notes(series: Series) -> list[str]:
     head, slices = series.head, series.slices
     turn = np.abs(np.subtract([s.orientation for s in slices], head.orientation)).max()
     files = {(s.uid, s.frame) for s in slices}
+    projection = ", ".join(sorted(_PROJECTIONS.intersection(head.image_type)))
     notes = {
         f"{plural(series.repeated, 'slice')} repeated another and left out": series.repeated,
         "several slices share one SOPInstanceUID; their positions were used": len(files) < len(series.places),
+        "slices of several frames of reference, taken as one volume": len({s.frame_of_reference for s in slices}) > 1,
+        f"a projection ({projection}), not the CT itself": projection,
         "slice thickness varies within the series": len({s.thickness for s in slices}) > 1,
         "the kernel varies within the series": len({s.kernel for s in slices}) > 1,
         f"the slices' orientation varies by {np.degrees(turn):.2g} degrees, the median was taken": turn > 1e-4,

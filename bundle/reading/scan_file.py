@@ -32,7 +32,10 @@ _NIFTI_BYTES = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 _EXPECTED = "(expected a whole scan)"
 _SCALES = 0.01  # what voxel sizes may differ by rounding, as a share
 _APART_MM = 1.0  # what sform and qform may
+_QUATERNION = -1e-5  # what rounding to float32 leaves of the square of a number that is 0
+_UNITS_MM = {"meter": 1000.0, "micron": 0.001}  # as nibabel calls them
 _NRRD_SPACES = ("left-posterior-superior", "right-anterior-superior", "left-anterior-superior", "lps", "ras", "las")  # ITK's
+_AS_TEXT = ("text", "txt", "ascii", "hex")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 _MAGIC = {
@@ -45,6 +48,7 @@ _MAGIC = {
     rb"%PDF": "a PDF",
     rb"\x89HDF": "HDF5",
     rb"\x80[\x02-\x05]": "a Python pickle",
+    rb"version https://git-lfs": "a pointer of Git LFS, which fetches the file by: git lfs pull",
     rb"(?s:.{128})DICM": "one DICOM file",
     rb"(?s:.{344})n[+i]1": "NIfTI without compression",
     rb"\s*[{[]": "JSON",
@@ -100,7 +104,9 @@ def read_nifti(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray, list[st
     if array.ndim == 4 and len(array) == 1 < array.shape[3]:
         array = array[0]
         claim.notes.append("the NIfTI has a leading axis of 1, which was dropped; its affine is of the three others")
-    return apply_read_scaling(array, *claim.nifti.get_slope_inter()), claim.nifti.get_best_affine(), claim.notes
+    affine = claim.nifti.get_best_affine()
+    affine[:3] *= _millimetres(claim.nifti, affine)
+    return apply_read_scaling(array, *claim.nifti.get_slope_inter()), affine, claim.notes
 
 
 def _checked(path: str, keep: bool = False) -> tuple[_Claim, np.ndarray | None]:
@@ -173,8 +179,15 @@ def _nifti(path: str, start: bytes) -> _Claim:
 
 def _nifti_notes(header: nib.Nifti1Header, shape: Sequence[int]) -> list[str]:
     """Where a header says in two ways how large voxels are and how they lie, or in none; it is mended as nibabel does."""
+    if not header["pixdim"][1:4].all():
+        raise InputError(f"its pixdim is {_by(header['pixdim'][1:4])} (expected the size of a voxel, mm)")
     header.check_fix(error_level=100)  # all that it would refuse is refused by now
+    header.quaternion_threshold = _QUATERNION
     notes = []
+    unit = header.get_xyzt_units()[0]
+    if unit in _UNITS_MM:
+        mm = _millimetres(header, header.get_base_affine())
+        notes.append(f"the NIfTI's unit of length is {unit}; its sizes were {'converted to' if mm != 1 else 'taken for'} mm")
     if math.isfinite(header["scl_slope"]) and header["scl_slope"] and not math.isfinite(header["scl_inter"]):
         header["scl_inter"] = 0
         notes.append("the NIfTI's scl_inter is no number and was taken for 0")
@@ -208,6 +221,13 @@ def _nifti_notes(header: nib.Nifti1Header, shape: Sequence[int]) -> list[str]:
     return notes
 
 
+def _millimetres(header: nib.Nifti1Header, affine: np.ndarray) -> float:
+    """How many mm the header's unit of length is; 1 where voxels of that unit would be no scan's, but mm are."""
+    mm = _UNITS_MM.get(header.get_xyzt_units()[0], 1.0)
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    return mm if 0.1 <= sizes.max() * mm <= 100 or not 0.1 <= sizes.max() <= 100 else 1.0
+
+
 def _guess(kind: str, why: str) -> str:
     return f"the {kind} doesn't say how the scan lies ({why}): left and right are a guess"
 
@@ -223,11 +243,18 @@ def _nrrd(path: str, start: bytes) -> _Claim:
         raise InputError(f"its NRRD header lacks {', '.join(lacking)} {_EXPECTED}")
     if not end:
         raise InputError(f"ends within its header: truncated {_EXPECTED}")
-    shape, size = _itk_claim(path, f"NRRD, sizes {fields['sizes'][:80]}")
     encoding = fields["encoding"]
+    if encoding not in ("raw", "gzip", "gz", *_AS_TEXT):
+        raise InputError(f"its NRRD encoding is {encoding[:80]} (expected raw, gzip or text)")
+    if (units := set(re.findall(r'"(.*?)"', fields.get("space units", "")))) - {"", "mm", "millimeter", "millimeters"}:
+        raise InputError(f"its NRRD space units are {', '.join(sorted(units))[:80]} (expected mm)")
+    sized = fields.get("space directions") if "space" in fields or "space dimension" in fields else fields.get("spacings")
+    if not sized or "nan" in sized:
+        raise InputError("its NRRD header gives no voxel size (expected space directions with a space, or spacings)")
+    shape, size = _itk_claim(path, f"NRRD, sizes {fields['sizes'][:80]}")
     oriented = "space directions" in fields and fields.get("space") in _NRRD_SPACES
     notes = [] if oriented else [_guess("NRRD", "no space, or one that names no sides")]
-    offset = None if encoding in ("text", "txt", "ascii", "hex") else len(text) + len(end)
+    offset = None if encoding in _AS_TEXT else len(text) + len(end)
     return _Claim(shape, size, path, offset, 0, encoding in ("gzip", "gz"), notes)
 
 
@@ -241,6 +268,11 @@ def _meta(path: str, start: bytes) -> _Claim:
         raise InputError(f"its MetaImage header lacks {', '.join(lacking)} {_EXPECTED}")
     if fault := _meta_fault(fields):
         raise InputError(f"its MetaImage header has {fault} (expected NDims, then numbers for each axis)")
+    spacing = fields.get("ElementSpacing", fields.get("ElementSize", ""))
+    if not spacing or min(map(float, spacing.split())) <= 0:
+        raise InputError(f"its MetaImage ElementSpacing is {spacing or 'missing'} (expected the size of a voxel, mm)")
+    if (unit := fields.get("DistanceUnits", "mm")) not in ("mm", "?"):
+        raise InputError(f"its MetaImage DistanceUnits are {unit[:80]} (expected mm)")
     source, offset = fields["ElementDataFile"], found.end()
     if source.upper() != "LOCAL":
         if source != os.path.basename(source) or re.match("LIST|$", source.upper()) or "%" in source:

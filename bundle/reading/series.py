@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from nibabel.affines import from_matvec
 
-from bundle.reading.slices import Slice, several_patients
+from bundle.reading.slices import GREY, Slice, several_patients
 
 LARGEST_TILT = 31.0  # degrees; the gantry of a scanner tilts by up to 30
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -93,6 +94,11 @@ class Series:
         """Slices that are at the position of another one."""
         return len(self.slices) - len(self.places)
 
+    def woven(self, key: str) -> bool:
+        """Whether slices of one value of a tag lie between slices of another one."""
+        values = [getattr(s, key) for s in self.slices]
+        return sum(a != b for a, b in pairwise(values)) >= len(set(values)) > 1
+
     @cached_property
     def step(self) -> np.ndarray:
         """Mean vector from one position to the next."""
@@ -135,11 +141,15 @@ class Series:
             (head.modality != "CT", f"modality {head.modality or 'missing'}, not CT"),
             ("LOCALIZER" in head.image_type, "a localiser"),
             (head.colours != 1, "colour pictures"),
+            # GDCM inverts MONOCHROME1, and ends the process where a palette is missing.
+            (head.coded != GREY, f"PhotometricInterpretation {head.coded} (expected {GREY})"),
+            (head.quantity, f"RescaleType {head.quantity}, not HU"),
             (head.frames > 1 and lost, f"a multi-frame object with no place for {lost} of {plural(count, 'frame')}"),
             (head.orientation is None, "ImageOrientationPatient is missing or not valid"),
             (head.spacing is None, "PixelSpacing is missing or not valid"),
             (not sized, size),
             (cut, f"{cut} of {plural(count, 'file')} truncated, or longer than said (expected whole ones)"),
+            (any(s.shifted for s in self.slices), "HighBit is not BitsStored - 1 (expected pixels in the lowest bits)"),
             (lost, f"ImagePositionPatient is missing or not valid in {lost} of {count} slices"),
             (count < 3, f"{plural(count, 'slice')} (expected at least 3)"),
         )

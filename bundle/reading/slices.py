@@ -25,9 +25,12 @@ _TAGS = [
         "SeriesDescription ProtocolName BodyPartExamined ConvolutionKernel ImageType SliceThickness AcquisitionNumber "
         "TemporalPositionIdentifier ImagePositionPatient ImageOrientationPatient PixelSpacing Rows Columns SamplesPerPixel "
         "NumberOfFrames BitsAllocated PixelRepresentation PixelPaddingValue PixelPaddingRangeLimit RescaleSlope "
-        "RescaleIntercept LossyImageCompression ContrastBolusAgent ContrastBolusAgentSequence"
+        "RescaleIntercept RescaleType BitsStored HighBit PhotometricInterpretation LossyImageCompression "
+        "ContrastBolusAgent ContrastBolusAgentSequence"
     ).split()
 ]
+GREY = "MONOCHROME2"
+_NOT_HU = {"OD", "MGML", "Z_EFF", "ED", "EDW", "PCT"}  # iodine maps and the like, of scanners with several energies
 _ENHANCED = (EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage)
 _MODALITY = dict.fromkeys((CTImageStorage, *_ENHANCED), "CT")
 _FRAME_TAGS = [Tag("SharedFunctionalGroupsSequence"), Tag("PerFrameFunctionalGroupsSequence")]
@@ -69,6 +72,9 @@ class Slice:
     thickness: float | None  # mm
     slope: float | None  # RescaleSlope
     intercept: float | None  # RescaleIntercept
+    quantity: str  # RescaleType if it isn't HU
+    coded: str  # PhotometricInterpretation
+    shifted: bool  # the bits of a pixel aren't its lowest ones
     padding: tuple[float, float] | None  # HU from and to which pixels are no part of the image, as the header says
     lossy: bool  # compressed with loss at any time
     whole: bool  # the file is as long as its pixels need, or they are compressed
@@ -142,7 +148,7 @@ def _slice(path: str, header: pydicom.Dataset, number: int, whole: bool) -> Slic
         study=_text(header, "StudyInstanceUID"),
         patient=_text(header, "PatientID"),
         name=_text(header, "PatientName"),
-        modality=_text(header, "Modality") or _MODALITY.get(_text(header, "SOPClassUID"), ""),
+        modality=_text(header, "Modality").upper() or _MODALITY.get(_text(header, "SOPClassUID"), ""),
         description=without_name(_text(header, "SeriesDescription"), _text(header, "PatientName")),
         kernel=_text(header, "ConvolutionKernel"),
         body_part=f"{_text(header, 'BodyPartExamined')} {_text(header, 'ProtocolName')}".strip(),
@@ -161,6 +167,9 @@ def _slice(path: str, header: pydicom.Dataset, number: int, whole: bool) -> Slic
         thickness=_number(header, "SliceThickness"),
         slope=_number(header, "RescaleSlope"),
         intercept=_number(header, "RescaleIntercept"),
+        quantity=quantity if (quantity := _text(header, "RescaleType").upper()) in _NOT_HU else "",
+        coded=_text(header, "PhotometricInterpretation").upper() or GREY,
+        shifted=(stored := _integer(header, "BitsStored", 0)) > 0 and _integer(header, "HighBit", stored - 1) != stored - 1,
         padding=_padding(header),
         lossy=_text(header, "LossyImageCompression") == "01",
         whole=whole,

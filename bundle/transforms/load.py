@@ -24,6 +24,7 @@ _AIR_HU = -1024  # padding outside the field of view (-2048, -3024) becomes air
 SPACING_MM = (0.1, 20.0)
 _LARGEST_M3 = 1.0  # a table's width, height and length; what a scan takes once resampled is bounded by it
 _HU_RANGE = (-4000.0, 32000.0)
+_LOBES = 5  # a lung mask has no more labels
 _SAMPLE = 1_000_000  # voxels that the histogram checks look at
 
 
@@ -79,9 +80,21 @@ class LoadCTd(MapTransform):
             if not np.allclose(mask.affine, image.affine, rtol=1e-3, atol=1e-3):
                 affines = f"{_rows(mask.affine)}, the image's is {_rows(image.affine)}"
                 raise InputError(f"{where}: the mask's affine is {affines} (expected the same)")
+            labels = _labels(mask, where)
+            if key == "lung_mask" and labels > _LOBES:
+                note = f"the lung mask holds {labels} labels or more, all were taken as lung"
+                out["notes"] = "; ".join(filter(None, [out.get("notes"), note]))
             out[key] = (mask > 0).byte()
             out[key].affine = image.affine  # to the last digit, so that nearest voxels are the same
         return out
+
+
+def _labels(mask: MetaTensor, where: str) -> int:
+    """How many labels a sample of a mask's voxels has; probabilities, and what was interpolated, are refused."""
+    values = convert_to_tensor(mask, track_meta=False)
+    if values.is_floating_point() and (off := float((values - values.round()).abs().max())) > 1e-3:
+        raise InputError(f"{where}: the mask's values are up to {off:.2g} off whole numbers (expected labels, 0 outside)")
+    return int((values.flatten()[:: max(1, values.numel() // _SAMPLE)].unique() > 0).sum())
 
 
 def check_hu(image: Tensor) -> str | None:
