@@ -24,7 +24,7 @@ async function showMap() {
   for (const nv of [planes, rendering]) {
     if (nv.volumes.length > nv.own) nv.removeVolume(nv.volumes.at(-1));
     const map = await volume(overlay().base64, "map", COLOURS, 0, overlay().most, 1);
-    map.colormapType = 1; // colours run from 0; what lies below the threshold is clear
+    map.colormapType = 2; // colours run from 0, and what lies below the threshold is clear
     nv.addVolume(map);
   }
   $("most").textContent = `${overlay().most.toPrecision(2)} ${overlay().unit}`;
@@ -44,7 +44,7 @@ function adjust() {
 function tell({ mm, values }) {
   const hu = values[0].value, [low, high] = data.hu_window;
   const beyond = hu <= low ? "≤ " : hu >= high ? "≥ " : "";
-  const at = [...mm].slice(0, 3).map((x) => x.toFixed(0)).join(", ");
+  const at = [...mm].slice(0, 3).map((x) => Math.round(x) + 0).join(", ");
   const heat = values.at(-1).value;
   $("where").textContent = `${at} mm (RAS) · ${beyond}${hu.toFixed(0)} HU · ${overlay().name} ${heat.toPrecision(2)} ${overlay().unit}`;
   rendering.scene.crosshairPos = rendering.mm2frac(mm);
