@@ -62,8 +62,8 @@ def test_each_message_is_one_sentence_on_what_where_and_what_was_expected(ran):
 
 
 def test_no_message_or_file_names_a_patient(ran):
-    report = (ran.output / "report.html").read_text()
-    for text in (ran.log, report, ran.predictions.to_csv()):
+    pages = [page.read_text() for page in (ran.output / "cohort.html", *(ran.output / "reports").iterdir())]
+    for text in (ran.log, *pages, ran.predictions.to_csv()):
         assert "SECRET" not in text
 
 

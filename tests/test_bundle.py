@@ -189,9 +189,7 @@ def test_an_epoch_that_undoes_what_was_learnt_is_taken_back(tiny_cohort, tmp_pat
     train(tiny_cohort, tmp_path / "once", max_epochs=5)
     began = weights[int(np.argmin(losses[:2]))]
     assert all(torch.equal(value, weights[3][name]) for name, value in began.items())
-    assert not any(
-        torch.equal(value, began[name]) for name, value in weights[5].items() if "mlp" in name
-    )  # it learns on
+    assert not any(torch.equal(value, began[name]) for name, value in weights[5].items() if "mlp" in name)  # it learns on
     stop = True
     with pytest.raises(KeyboardInterrupt):
         train(tiny_cohort, tmp_path / "twice", max_epochs=5)
@@ -308,7 +306,9 @@ def test_inference_writes_all_files_on_the_scans_own_grid(tiny_cohort, tmp_path,
         assert heat.shape == image.shape and np.allclose(heat.affine, image.affine)
         assert np.isclose(heat.get_fdata().sum(), row.death_60m, rtol=1e-3, atol=1e-6)
         assert np.isclose(1 - curves.loc[row.patient_id, "survival_24m"], row.death_24m, atol=1e-4)
-    assert (tmp_path / "report.html").stat().st_size > 1000
+    assert "url=reports/p0.html" in (tmp_path / "report.html").read_text()
+    assert sorted(f.stem for f in (tmp_path / "reports").iterdir()) == sorted(table.patient_id)
+    assert (tmp_path / "cohort.html").read_text().count('href="reports/') == 16
 
 
 def test_one_bad_scan_fails_its_row_alone(tiny_cohort, tmp_path, trained):
@@ -326,7 +326,8 @@ def test_one_bad_scan_fails_its_row_alone(tiny_cohort, tmp_path, trained):
     assert "torn.nii.gz" in table.message["b"] and "gone.nii.gz" in table.message["c"]
     maps = sorted(p.name for p in (tmp_path / "out" / "maps").iterdir())
     assert maps == ["a_heat.nii.gz", "a_heat.png", "d_heat.nii.gz", "d_heat.png"]
-    for name in ("predictions.csv", "report.html"):  # which are shared
+    assert sorted(p.name for p in (tmp_path / "out" / "reports").iterdir()) == ["a.html", "d.html"]
+    for name in ("predictions.csv", "cohort.html", "reports/a.html"):  # which are shared
         assert str(tmp_path) not in (tmp_path / "out" / name).read_text()
 
 

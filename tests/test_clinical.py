@@ -440,7 +440,7 @@ def test_train_and_predict_with_covariates(cohort, tmp_path, capsys):
         f"{doubt}dlco_percent, smoking (vape was not seen in training)",
         f"{doubt}fvc_percent, dlco_percent",
     ]
-    assert "vape was not seen" in (tmp_path / "out" / "report.html").read_text()
+    assert "vape was not seen" in (tmp_path / "out" / "cohort.html").read_text()
     run("configs/inference.json", image=table.image[0], ckpt=str(model), output_dir=str(tmp_path / "one"))
     assert "age, sex, fvc_percent" in pd.read_csv(tmp_path / "one" / "predictions.csv").message[0]
     run("configs/evaluate.json", cohort=str(cohort), ckpt=str(model), output_dir=str(tmp_path / "evaluate"))

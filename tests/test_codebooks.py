@@ -433,7 +433,8 @@ def test_the_verdict_and_familiarity_are_on_the_face_of_what_inference_leaves(co
     table = infer(str(folder / "model.pt"), three, tmp_path / "out")
     assert table.message.str.startswith(said).all() and (table.upper_months == 100).all()
     assert table.familiarity.between(0, 1).all() and len(drawn_with) == 3 and all(one.startswith(said) for one in drawn_with)
-    assert f"The model: {said}" in (tmp_path / "out" / "report.html").read_text()
+    for page in ("cohort.html", "reports/p0.html"):
+        assert f"The model: {said}" in (tmp_path / "out" / page).read_text()
     heat = nib.load(tmp_path / "out" / "maps" / "p0_heat.nii.gz").get_fdata()
     assert heat.shape == (16, 16, 16) and heat.sum() == pytest.approx(table.death_60m["p0"], abs=1e-3)
     title = draw(np.zeros((4, 4, 4)), np.ones((4, 4, 4)), (3.0, 3.0, 3.0), 60, said).get_suptitle()

@@ -1,6 +1,6 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of one patient: the heat over the CT in three planes, and the survival curve."""
+"""Pictures of one patient: the heat over the CT in three planes."""
 
 import io
 from pathlib import Path
@@ -77,24 +77,6 @@ def heat_figure(
     bar.ax.tick_params(colors="white", labelsize=8)
     if doubt:
         figure.suptitle(f"Don't rely on this map: {doubt}.", color="#ffb000", fontsize=10)
-    return figure
-
-
-def survival_figure(pmf: np.ndarray, median: float, interval: tuple[float, float]) -> Figure:
-    """Survival curve with its median and the interval that holds 95 % of the distribution, in months."""
-    months = np.arange(1, len(pmf) + 1)
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    ax = figure.subplots()
-    ax.axvspan(*interval, color="tab:blue", alpha=0.12, label="95 % interval")
-    ax.axvline(median, color="tab:blue", lw=1, ls="--", label=f"median {median:.0f} months")
-    ax.step(np.r_[0, months], np.r_[1, 1 - pmf.cumsum()], where="post", color="tab:blue")
-    for t in (12, 24, 36, 60):
-        if t <= len(pmf):
-            alive = max(0.0, 1 - pmf[:t].sum())
-            ax.plot(t, alive, "o", ms=4, color="black")
-            ax.annotate(f"{100 * alive:.0f} %", (t, alive), (3, 4), textcoords="offset points", fontsize=8)
-    ax.set(xlabel="months", ylabel="probability to be alive", xlim=(0, len(pmf)), ylim=(0, 1.1))
-    figure.legend(loc="outside upper center", ncols=2, fontsize=8, frameon=False)  # never over a curve
     return figure
 
 

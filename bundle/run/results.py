@@ -11,12 +11,12 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import monai
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
 from ignite.engine import Engine, Events
-from markupsafe import Markup
 
 from bundle.data.fingerprint import code_digest, describe, describe_scan
 from bundle.data.stream import ScanStream
@@ -25,7 +25,7 @@ from bundle.files import file_sha256, remove_leftovers, write_atomically, write_
 from bundle.grids import mask_on_grid
 from bundle.handlers import failed_scans
 from bundle.metrics.verdict import in_words
-from bundle.report import patient_section, write_report
+from bundle.report import ScanViews, write_cohort_page, write_scan_report
 from bundle.report.pictures import heat_figure, write_png
 from bundle.survival.readout import death_by, mean_months, quantile_months, survival_curve
 
@@ -33,6 +33,7 @@ __all__ = ["DoneScans", "PredictionWriter", "ScanFiles", "prediction_row", "writ
 
 logger = logging.getLogger(__name__)
 
+METADATA = Path(__file__).parents[2] / "configs" / "metadata.json"
 DEATH_BY = (12, 24, 36, 60)  # months
 
 
@@ -68,19 +69,21 @@ def _write_nifti(path: Path, voxels: np.ndarray, affine: torch.Tensor) -> None:
 
 
 class ScanFiles(NamedTuple):
-    """The files in `maps/` of one scan."""
+    """The files of one scan."""
 
     heat: Path
     picture: Path
     lung: Path
+    report: Path
 
     @classmethod
     def of(cls, output_dir: Path, patient_id: str) -> ScanFiles:
         names = ("heat.nii.gz", "heat.png", "lung.nii.gz")
-        return cls(*(output_dir / "maps" / f"{patient_id}_{name}" for name in names))
+        maps = (output_dir / "maps" / f"{patient_id}_{name}" for name in names)
+        return cls(*maps, output_dir / "reports" / f"{patient_id}.html")
 
     def write(self, scan: dict, output: dict, hu_window: tuple[float, float], horizon: int, doubt: str = "") -> list[Path]:
-        """Write the files of a scan, the lung mask only if one was used; returns those that were written.
+        """Write the maps of a scan, the lung mask only if one was used; returns those that were written.
 
         A `doubt` about the weights stands on the face of the picture.
         """
@@ -94,7 +97,7 @@ class ScanFiles(NamedTuple):
             return [self.heat, self.picture]
         affine = image.meta["original_affine"]  # of the file that the image was loaded from, as the heat is
         _write_nifti(self.lung, mask_on_grid(scan["lung_mask"], affine, image.meta["spatial_shape"]), affine)
-        return list(self)
+        return [self.heat, self.picture, self.lung]
 
 
 class DoneScans:
@@ -123,7 +126,7 @@ class DoneScans:
     def __contains__(self, scan: dict) -> bool:
         try:
             done = self.read(scan["patient_id"])
-            files = {self.output_dir / "maps" / name: sha256 for name, sha256 in done["files"].items()}
+            files = {self.output_dir / name: sha256 for name, sha256 in done["files"].items()}
             return all(file_sha256(f) == sha256 for f, sha256 in files.items()) and done["key"] == self.key(scan)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, torn, or a scan that is gone
             return False
@@ -132,8 +135,9 @@ class DoneScans:
         return json.loads(self._path(patient_id).read_text())
 
     def write(self, scan: dict, files: list[Path], content: dict[str, Any]) -> None:
-        done = {"key": self.key(scan), "files": {f.name: file_sha256(f) for f in files}, **content}
-        write_json(self._path(scan["patient_id"]), done)
+        """Write the record of a scan: its files, and a content with its `key`."""
+        digests = {f.relative_to(self.output_dir).as_posix(): file_sha256(f) for f in files}
+        write_json(self._path(scan["patient_id"]), {**content, "files": digests})
 
     def remove(self, patient_id: str) -> None:
         """Delete what an earlier run left of a scan that has failed since."""
@@ -154,8 +158,9 @@ class PredictionWriter:
     ``patient_id``, ``image`` (HU scaled to [0, 1]), ``lung``, ``lung_mask``, ``lung_mask_source`` and ``notes``.
 
     Args:
-        output_dir: folder for `predictions.csv`, `survival_curves.csv`, `report.html`, `done/`, and `maps/` with a NIfTI
-            and a picture of each scan, and the lung mask that was used, unless that is "none".
+        output_dir: folder for `predictions.csv`, `survival_curves.csv`, `cohort.html`, `report.html`, `done/`, `reports/`
+            with a page of each scan, and `maps/` with its NIfTI, its picture, and the lung mask that was used, unless that
+            is "none".
         stream: the dataset, which knows the scans that failed, and is told which are done.
         settings: of the weights, shown in the report.
         horizon: of the heat, months.
@@ -182,7 +187,7 @@ class PredictionWriter:
         self.hu_window = hu_window
         explained = explanations.options if explanations and explanations.chosen else None
         described = describe([hu_window, options, stream.transform, *filter(None, [explained])])
-        self.done = DoneScans(self.output_dir, [settings, horizon, described, code_digest("**/*.py")])
+        self.done = DoneScans(self.output_dir, [settings, horizon, described, code_digest("**/*.py", "report/templates/*")])
         self.scans = {record["patient_id"]: record for record in stream.data}
         self.last_death = settings.get("outcomes", {}).get("last_death")
         learnt = settings.get("learnt")  # older weights have no verdict
@@ -195,7 +200,7 @@ class PredictionWriter:
 
     def start(self, engine: Engine | None) -> None:
         """Make the folders, and tell the stream which scans are done."""
-        for folder in (self.output_dir, self.output_dir / "maps", self.output_dir / "done"):
+        for folder in (self.output_dir, *(self.output_dir / name for name in ("maps", "done", "reports"))):
             folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder)
         self.stream.done = {name for name, scan in self.scans.items() if not scan.get("fault") and scan in self.done}
@@ -212,8 +217,9 @@ class PredictionWriter:
             message = "; ".join(filter(None, [self.doubt, self.scans[patient_id].get("imputed"), scan.get("notes")]))
             familiarity = float(scan["familiarity"]) if "familiarity" in scan else None
             row = prediction_row(patient_id, pmf, familiarity, self.last_death) | {"message": message}
-            found = {"row": row, "pmf": pmf.tolist()}
+            found = {"key": self.done.key(self.scans[patient_id]), "row": row, "pmf": pmf.tolist()}
             found |= {"risk": float(output["scan_heat"].cpu().sum()), "lung_mask_source": scan["lung_mask_source"]}
+            files.append(self.report(scan, output, found))
             self.done.write(self.scans[patient_id], files, found)
             logger.info(
                 f"{patient_id}: median {found['row']['median_months']:.1f} months, "
@@ -233,14 +239,29 @@ class PredictionWriter:
         for name, table in {"predictions": pd.DataFrame(rows, columns=COLUMNS), "survival_curves": curves}.items():
             path = self.output_dir / f"{name}.csv"
             write_atomically(path, lambda p, table=table: table.to_csv(p, index=False, float_format="%.5g"))
-        sections = (self._section(row, done.get(row["patient_id"])) for row in rows)
-        write_report(self.output_dir / "report.html", sections, rows, self.settings)
-        logger.info(f"report: {self.output_dir / 'report.html'}")
+        write_cohort_page(self.output_dir, rows, self.settings)
+        logger.info(f"report: {self.output_dir / 'report.html'}; all scans: {self.output_dir / 'cohort.html'}")
 
-    def _section(self, row: dict, found: dict | None) -> Markup:
-        """The part of the report about one scan; None is found of a scan that failed."""
-        if found is None:
-            return patient_section(row)
-        picture = ScanFiles.of(self.output_dir, row["patient_id"]).picture.read_bytes()
-        about = {"risk": found["risk"], "horizon": self.horizon, "lung_mask_source": found["lung_mask_source"]}
-        return patient_section(row, np.array(found["pmf"]), picture=picture, **about)
+    def report(self, scan: dict, output: dict, found: dict) -> Path:
+        """Write the report of one scan; returns its path."""
+        files = ScanFiles.of(self.output_dir, scan["patient_id"])
+        heat, image, (low, high) = output["heat"].cpu(), scan["image"], self.hu_window
+        affine = np.asarray(heat.affine, dtype=float)
+        density = np.asarray(heat[0]) / (abs(np.linalg.det(affine[:3, :3])) / 1000)
+        hu, lung, source = (
+            np.asarray(image[0]) * (high - low) + low,
+            np.asarray(scan["lung"][0]) > 0,
+            found["lung_mask_source"],
+        )
+        views = ScanViews(hu, lung, source != "none", affine, {"heat": (density, "per mL")})
+        weights = self.settings.get("weights_sha256", "")
+        version = json.loads(METADATA.read_text())["version"] if METADATA.is_file() else "of unknown version"
+        provenance = {"Survival Map": version, "MONAI": monai.__version__, "torch": torch.__version__}
+        provenance |= {"weights, SHA-256": weights if isinstance(weights, str) else ", ".join(weights)}
+        provenance |= {"heat map, SHA-256": file_sha256(files.heat)}
+        provenance |= {"scan, options and code, SHA-256": found["key"]}
+        notes = [self.scans[scan["patient_id"]].get("imputed"), *(scan.get("notes") or "").split("; ")]
+        about = {"risk": found["risk"], "horizon": self.horizon, "hu_window": self.hu_window, "lung_mask_source": source}
+        about |= {"notes": [*filter(None, notes)], "picture": files.picture.read_bytes(), "provenance": provenance}
+        write_scan_report(files.report, found["row"], np.array(found["pmf"]), views, about, self.settings)
+        return files.report

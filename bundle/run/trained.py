@@ -86,8 +86,7 @@ class Ensemble:
         first = members[0]
         self.network, self.preprocessing = first.network, first.preprocessing
         self.familiarity = [member.familiarity[0] for member in members]
-        known = [member.cohort for member in members]
-        self.cohort = None if None in known else torch.tensor(known).mean(0).tolist()
+        self.cohort = self.settings["outcomes"]["pmf"]
         coarsest = max(members, key=lambda member: member.stride)
         self.stride, self.usual_shifts = coarsest.stride, coarsest.usual_shifts
 
@@ -128,14 +127,17 @@ def joint_settings(files: Sequence[str], members: Sequence[dict]) -> dict:
     seen = sorted({digest for settings in members for digest in settings["trained_on"]})
     weights = [settings["weights_sha256"] for settings in members]
     verdicts = [settings["learnt"] for settings in members if settings.get("learnt")]
-    last = [settings.get("outcomes", {}).get("last_death") for settings in members]
+    last, cohorts = ([settings.get("outcomes", {}).get(key) for settings in members] for key in ("last_death", "pmf"))
     return {
         **members[0],
         "clinical": encodings,
         "trained_on": seen,
         "weights_sha256": weights,
         "learnt": max(verdicts, key=lambda found: found["p_value"], default=None),
-        "outcomes": {"last_death": None if None in last else max(last)},
+        "outcomes": {
+            "last_death": None if None in last else max(last),
+            "pmf": None if None in cohorts else torch.tensor(cohorts).mean(0).tolist(),
+        },
     }
 
 

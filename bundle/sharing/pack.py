@@ -29,7 +29,7 @@ from bundle.sharing.source import ZipSource
 from bundle.sharing.trial import EXPECTED, HEAT, PHANTOM, expected_of, phantom_file, predict
 
 NAME = "survival_map"  # the folder in the zip, by which monai.bundle loads it
-CODE = ("bundle/**/*.py", "bundle/**/*.html", "scripts/__init__.py", "scripts/share.py")
+CODE = ("bundle/**/*.py", "bundle/report/templates/*", "bundle/report/vendor/*", "scripts/__init__.py", "scripts/share.py")
 SHIPPED = ("configs/**/*.json", "configs/logging.conf", "requirements.txt", "LICENSE")
 UNKNOWN_LICENSE = "The packer did not say under which licence the training data are. Ask before you use the model.\n"
 _PATHS = (

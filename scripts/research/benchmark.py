@@ -54,7 +54,7 @@ STAGES = {  # what belongs together, by the names of transforms and functions
     "network at 64 origins, refinement": ["GridShiftInferer"],
     "heat, on the scan's grid": ["MapToHeatd", "HeatToScand"],
     "write the heat map": ["write_heat"],
-    "picture, curve and text of the report": ["heat_figure", "write_png", "patient_section"],
+    "picture and report": ["heat_figure", "write_png", "write_scan_report"],
 }
 HEAD = """\
 # Performance

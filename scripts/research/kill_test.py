@@ -148,7 +148,7 @@ def jobs(work: Path) -> list[Job]:
         return ["scripts.research.sweep", *overrides({"work": folder / "work", "results": folder / "results.csv", **what})]
 
     weights = ("model.pt", "settings.json", "history.csv", "last.pt")
-    predictions = ("predictions.csv", "survival_curves.csv", "report.html", "maps/*", "done/*")
+    predictions = ("predictions.csv", "survival_curves.csv", "*.html", "reports/*", "maps/*", "done/*")
     return [
         Job("training", train, weights),
         Job("training, Cox with memory, a loading process, early stopping", train_cox, weights),

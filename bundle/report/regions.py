@@ -1,0 +1,83 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""The regions of a map that carry most risk, and where in the lung they lie."""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import ndimage
+
+HOT = 0.25  # share of the hottest voxel's heat from which on a voxel belongs to a region
+LEAST_ML = 0.1  # of a region that is listed
+EVEN = 2.0  # a map whose hottest voxel is below so many times the lung's mean has no regions
+
+
+class Region(NamedTuple):
+    """One connected part of a map."""
+
+    share: float  # of the patient's risk
+    volume: float  # mL
+    hu: float  # mean
+    side: str  # "left" or "right", the patient's
+    third: str  # "upper", "middle" or "lower", of that side's height
+    pleura: float  # mm from its nearest voxel to the surface of the lung mask
+    mm: tuple[float, float, float]  # its hottest voxel, RAS
+
+
+def fault_of(heat: np.ndarray, lung: np.ndarray) -> str:
+    """Why a map has no regions to rank, in words; empty for one that has."""
+    if not np.isfinite(heat).all():
+        return "the map has values that are no numbers"
+    if heat.max() <= 0:
+        return "the map has no heat"
+    if heat.max() < EVEN * heat[lung].mean():
+        return f"the map is nearly even: its hottest voxel has less than {EVEN:g} times the lung's mean heat"
+    return ""
+
+
+def ranked_regions(
+    heat: np.ndarray, hu: np.ndarray, lung: np.ndarray, affine: np.ndarray, masked: bool = True, most: int = 10
+) -> list[Region]:
+    """The connected parts of a map, those with most risk first; none of a map with a :func:`fault_of`.
+
+    Args:
+        heat: share of the risk of each voxel, (D, H, W), axes towards right, front, head (RAS).
+        hu: same shape.
+        lung: True in the lung, same shape.
+        affine: of the voxels (RAS, mm).
+        masked: whether the lung is known; else side, third and pleura are not, and stay empty and NaN.
+        most: how many are listed.
+    """
+    if fault_of(heat, lung):
+        return []
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    labels, _ = ndimage.label(heat >= HOT * heat.max(), np.ones((3, 3, 3)))
+    boxes = ndimage.find_objects(labels)
+    share, size = (np.bincount(labels.ravel(), weights) for weights in (heat.ravel(), None))
+    ml = size * spacing.prod() / 1000
+    listed = [n for n in share[1:].argsort()[::-1] + 1 if ml[n] >= LEAST_ML][:most]
+    filled = ndimage.binary_fill_holes(lung)
+    surface = ndimage.distance_transform_edt(~(filled & ~ndimage.binary_erosion(filled)), sampling=spacing)
+    regions = []
+    for n in listed:
+        box = boxes[n - 1]
+        inside = labels[box] == n
+        at = np.unravel_index(np.where(inside, heat[box], -1).argmax(), inside.shape)
+        voxel = np.array([part.start for part in box]) + at
+        side, third = _place(voxel, lung) if masked else ("", "")
+        pleura = float(surface[box][inside].min()) if masked else np.nan
+        mm = tuple(float(x) for x in affine[:3, :3] @ voxel + affine[:3, 3])
+        mean = float(hu[box][inside].mean())
+        regions.append(Region(float(share[n] / heat.sum()), float(ml[n]), mean, side, third, pleura, mm))
+    return regions
+
+
+def _place(voxel: np.ndarray, lung: np.ndarray) -> tuple[str, str]:
+    """Side and third of the lung of a voxel; the middle of the lungs' width parts left from right."""
+    across = np.flatnonzero(lung.any((1, 2)))
+    middle = (across[0] + across[-1]) / 2
+    right = voxel[0] > middle
+    own = lung[int(np.ceil(middle)) :] if right else lung[: int(middle) + 1]
+    up = np.flatnonzero(own.any((0, 1)))
+    third = 0 if not len(up) else int(np.clip(3 * (voxel[2] - up[0]) / (up[-1] - up[0] + 1), 0, 2))
+    return "right" if right else "left", ("lower", "middle", "upper")[third]

@@ -1,0 +1,44 @@
+"use strict";
+// The table of scans: a click on a heading sorts by it, and 50 rows at a time are in the page.
+const SIZE = 50;
+const body = document.querySelector("#scans tbody");
+const rows = [...body.rows];
+let first = 0;
+
+function show() {
+  body.replaceChildren(...rows.slice(first, first + SIZE));
+  document.querySelector("nav").hidden = rows.length <= SIZE;
+  document.getElementById("page").textContent = `${first + 1} to ${Math.min(first + SIZE, rows.length)} of ${rows.length}`;
+  document.getElementById("back").disabled = first === 0;
+  document.getElementById("next").disabled = first + SIZE >= rows.length;
+}
+
+function turn(step) {
+  first += step * SIZE;
+  show();
+}
+
+function sort(heading) {
+  const column = heading.cellIndex, down = heading.ariaSort === "ascending";
+  const value = (row) => row.cells[column].dataset.value;
+  const known = (row) => value(row) !== "None";
+  rows.sort((a, b) => {
+    if (!known(a) || !known(b)) return known(b) - known(a);
+    const order = column ? value(a) - value(b) : value(a).localeCompare(value(b), undefined, { numeric: true });
+    return down ? -order : order;
+  });
+  for (const each of heading.parentNode.cells) each.removeAttribute("aria-sort");
+  heading.ariaSort = down ? "descending" : "ascending";
+  first = 0;
+  show();
+}
+
+for (const heading of document.querySelectorAll("#scans th:not(.text)")) {
+  const button = document.createElement("button");
+  button.append(...heading.childNodes);
+  button.addEventListener("click", () => sort(heading));
+  heading.append(button);
+}
+document.getElementById("back").addEventListener("click", () => turn(-1));
+document.getElementById("next").addEventListener("click", () => turn(1));
+show();
