@@ -30,13 +30,15 @@ import numpy as np
 import pandas as pd
 import torch
 from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate
+from pydicom.uid import JPEGLSLossless
 
 from bundle.data import read_cohort
 from bundle.errors import InputError
 from bundle.metrics.survival import c_index_ipcw
-from bundle.transforms import threshold_lung_mask
+from bundle.transforms import LoadCTd, threshold_lung_mask
 
-from .dicom_files import write_series
+from .dicom_files import ct_slices, enhanced, gdcm_frame, write_series, write_slices
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results" / "bad_input.md"
@@ -547,6 +549,181 @@ CSVS: dict[str, str | bytes] = {  # cohorts after public reports on tables; `age
 }
 
 
+# --- scans after public reports on readers: the block with something that made others go wrong, read alone ------------
+
+
+def nrrd(folder: Path, space: str = "LPS", more: str = "", directions: str = "(2,0,0) (0,2,0) (0,0,3)", **fields) -> Path:
+    """The block as a NRRD with other fields."""
+    fields = {"type": "short", "dimension": 3, "sizes": "24 20 16", "endian": "little", "encoding": "raw"} | fields
+    fields |= {"space": space, "space directions": directions} if space else {}
+    lines = [f"{name}: {value}" for name, value in fields.items()]
+    return raw(folder, "scan.nrrd", "\n".join(["NRRD0005", *lines, "\n"]).encode() + more.encode() + block().tobytes("F"))
+
+
+def mha(folder: Path, **fields) -> Path:
+    """The block as a MetaImage with other fields."""
+    fields = {"ObjectType": "Image", "NDims": 3, "BinaryData": True, "TransformMatrix": "1 0 0 0 1 0 0 0 1"} | fields
+    fields |= {"DimSize": "24 20 16", "ElementType": "MET_SHORT", "ElementDataFile": "LOCAL"}
+    return raw(folder, "scan.mha", "".join(f"{k} = {v}\n" for k, v in fields.items()).encode() + block().tobytes("F"))
+
+
+def stored(ds: Dataset, change: Callable[[np.ndarray], np.ndarray], bits: int = 16, signed: bool = False, **tags) -> None:
+    """Other stored values of a slice, made of its HU."""
+    hu = np.frombuffer(ds.PixelData, np.uint16).astype(np.int32).reshape(ds.Rows, ds.Columns) - 1024
+    ds.BitsStored, ds.HighBit, ds.PixelRepresentation = bits, bits - 1, int(signed)
+    ds.RescaleIntercept = 0 if signed else -1024
+    ds.PixelData = change(hu if signed else hu + 1024).astype(np.uint16).tobytes()
+    for keyword, value in tags.items():
+        setattr(ds, keyword, value)
+
+
+def jpeg(i: int, ds: Dataset) -> None:
+    """Signed values in a JPEG 2000 stream that says they have no sign."""
+    stored(ds, lambda hu: hu, signed=True)
+    with tempfile.TemporaryDirectory() as folder:
+        frame, ds.file_meta.TransferSyntaxUID = gdcm_frame(ds, itk.GDCMImageIOEnums.Compression_JPEG2000, Path(folder))
+    ds.PixelData = encapsulate([frame])
+    ds["PixelData"].is_undefined_length = True
+
+
+def jpeg_ls(i: int, ds: Dataset) -> None:
+    stored(ds, lambda hu: hu, 12, signed=True)
+    ds.compress(JPEGLSLossless, generate_instance_uid=False)
+
+
+def second_scan(folder: Path) -> Path:
+    """A second acquisition under one SeriesInstanceUID, half a slice above the first."""
+    dicom(folder / "series" / "a", AcquisitionNumber=1, FrameOfReferenceUID=f"{UID}.8")
+    place = lambda i, ds: setattr(ds, "ImagePositionPatient", [0, 0, 3 * i + 1.5])  # noqa: E731
+    dicom(folder / "series" / "b", place, AcquisitionNumber=2, FrameOfReferenceUID=f"{UID}.8")
+    return folder / "series"
+
+
+def iodine_map(folder: Path) -> Path:
+    """A CT and, after it in the alphabet, an iodine map of the same slices."""
+    dicom(folder / "series" / "a")
+    dicom(folder / "series" / "b", SeriesInstanceUID=f"{UID}.9", RescaleType="MGML")
+    return folder / "series"
+
+
+def shuffled_frames(folder: Path) -> Path:
+    slices = ct_slices(block().clip(-1024), (2.0, 2.0, 3.0), (0.0, 0.0, 0.0), SeriesInstanceUID=f"{UID}.1")
+    write_slices(folder / "series", [enhanced(slices[1::2] + slices[::2])])
+    return folder / "series"
+
+
+def qform_alone(folder: Path, **header) -> Path:
+    return nifti(folder, sform_code=0, qform_code=1, **header)
+
+
+def block_mask(values: np.ndarray, folder: Path) -> dict[str, str]:
+    return {"image": str(nifti(folder)), "lung_mask": str(nifti(folder, values, name="mask.nii.gz"))}
+
+
+MASK = np.pad(np.ones((8, 6, 6), np.float32), ((8, 8), (7, 7), (5, 5)))
+ORGANS = np.arange(block().size, dtype=np.uint8).reshape(block().shape) % 118
+MICRONS, METRES = (np.diag([-2.0 * n, -2 * n, 3 * n, 1]) for n in (1000, 0.001))
+
+REPORTS: dict[str, tuple[str, Callable[[Path], Path | dict[str, str]]]] = {  # a kind: the report, and what makes one
+    "DICOM: 12 bits with a sign, none above": (
+        "rordenlab/dcm2niix/issues/688",
+        partial(spoilt, lambda i, ds: stored(ds, lambda hu: hu & 0xFFF, 12, signed=True)),
+    ),
+    "DICOM: anything in the bits that are not used": (
+        "dgobbi/vtk-dicom/issues/134",
+        partial(spoilt, lambda i, ds: stored(ds, lambda v: v | 0x4000, 12)),
+    ),
+    "DICOM: 12 bits in the upper part of 16": (
+        "fo-dicom/fo-dicom/issues/187",
+        partial(spoilt, lambda i, ds: stored(ds, lambda v: v << 4, 12, HighBit=15)),
+    ),
+    "DICOM: JPEG-LS of 12 bits with a sign": ("pydicom/pydicom/issues/2009", partial(spoilt, jpeg_ls)),
+    "DICOM: JPEG 2000 whose stream says another sign": ("pydicom/pydicom/issues/1149", partial(spoilt, jpeg)),
+    "DICOM: MONOCHROME1, which ITK inverts": (
+        "SimpleITK/SimpleITK/issues/1795",
+        partial(spoilt, lambda i, ds: setattr(ds, "PhotometricInterpretation", "MONOCHROME1")),
+    ),
+    "DICOM: a palette that is missing, which ended the process": (
+        "fo-dicom/fo-dicom/issues/817",
+        partial(spoilt, lambda i, ds: setattr(ds, "PhotometricInterpretation", "PALETTE COLOR")),
+    ),
+    "DICOM: values that are not HU (RescaleType)": (
+        "MeshInspector/MeshLib/pull/3636",
+        partial(tagged, RescaleType="MGML"),
+    ),
+    "DICOM: an iodine map beside the CT": ("MeshInspector/MeshLib/pull/3636", iodine_map),
+    "DICOM: two scans in one series, slices in turn": ("rordenlab/dcm2niix/issues/590", second_scan),
+    "DICOM: exposure that differs from slice to slice": (
+        "rordenlab/dcm2niix/issues/468",
+        partial(spoilt, lambda i, ds: setattr(ds, "Exposure", 14 + i % 3)),
+    ),
+    "DICOM: positions rounded": (
+        "icometrix/dicom2nifti/issues/36",
+        partial(spoilt, lambda i, ds: setattr(ds, "ImagePositionPatient", [0, 0, 3 * i + 0.02 * (i % 2)])),
+    ),
+    "DICOM: 114 slices missing amid the scan": (
+        "rordenlab/dcm2niix/issues/248",
+        partial(spoilt, lambda i, ds: setattr(ds, "ImagePositionPatient", [0, 0, 3 * i + 342 * (i > 7)])),
+    ),
+    "DICOM: an enhanced CT with frames in no order": ("horosproject/horos/issues/543", shuffled_frames),
+    "NIfTI: sizes in micrometres": (
+        "InsightSoftwareConsortium/ITK/pull/4595",
+        lambda f: nifti(f, affine=MICRONS, xyzt_units=3),
+    ),
+    "NIfTI: sizes in metres": ("nipreps/fmriprep/issues/786", lambda f: nifti(f, affine=METRES, xyzt_units=1)),
+    "NIfTI: sizes in mm that are said to be micrometres": ("khanlab/zarrnii/issues/180", lambda f: nifti(f, xyzt_units=3)),
+    "NIfTI: a quaternion of length 1.0000005": (
+        "nipy/nibabel/issues/626",
+        lambda f: qform_alone(f, quatern_b=0, quatern_c=0, quatern_d=1.0000005),
+    ),
+    "NIfTI: qfac 0": ("nipy/nibabel/issues/1394", lambda f: nifti(f, pixdim=[0, 2, 2, 3, 1, 1, 1, 1])),
+    "NIfTI: axes at right angles but for rounding": (
+        "MIC-DKFZ/nnUNet/issues/2265",
+        lambda f: nifti(f, srow_x=[-2, 1e-4, 0, 0]),
+    ),
+    "NIfTI: no voxel size": ("UCL/STIR/issues/456", lambda f: qform_alone(f, pixdim=[1, 0, 0, 0, 1, 1, 1, 1])),
+    "NIfTI: a pointer of Git LFS": (
+        "neheller/kits19/issues/5",
+        lambda f: raw(f, "scan.nii.gz", "version https://git-lfs.github.com/spec/v1\nsize 12345\n"),
+    ),
+    "NRRD: left-anterior-superior": (
+        "InsightSoftwareConsortium/ITK/issues/5207",
+        lambda f: nrrd(f, "left-anterior-superior", directions="(2,0,0) (0,-2,0) (0,0,3)"),
+    ),
+    "NRRD: sizes in micrometres": (
+        "ANTsX/ANTsPy/issues/514",
+        lambda f: nrrd(f, **{"space units": '"microns" "microns" "microns"'}),
+    ),
+    "NRRD: byte skip -1": ("mhe/pynrrd/issues/70", lambda f: nrrd(f, more="to be skipped", **{"byte skip": -1})),
+    "NRRD: no voxel size": ("cornerstonejs/cornerstoneWADOImageLoader/issues/207", lambda f: nrrd(f, "")),
+    "NRRD: bzip2": ("DIAGNijmegen/rse-panimg/pull/47", lambda f: nrrd(f, encoding="bzip2")),
+    "MetaImage: no voxel size": ("PlusToolkit/PlusLib/issues/829", mha),
+    "MetaImage: sizes in micrometres": (
+        "ANTsX/ANTsPy/issues/514",
+        lambda f: mha(f, ElementSpacing="2 2 3", DistanceUnits="um"),
+    ),
+    "a lung mask that was interpolated": (
+        "BioMedIA/dhcp-structural-pipeline/issues/3",
+        partial(block_mask, (MASK + np.roll(MASK, 1, 0)) / 2),
+    ),
+    "a lung mask of probabilities": ("MIC-DKFZ/nnUNet/issues/2868", partial(block_mask, 0.01 + 0.9 * MASK)),
+    "a lung mask of floating-point labels": ("MIC-DKFZ/nnUNet/issues/2868", partial(block_mask, 3 * MASK)),
+    "a lung mask of 117 organs": ("MIC-DKFZ/nnUNet/issues/1007", partial(block_mask, ORGANS)),
+}
+
+
+def read_report(name: str, folder: Path) -> tuple[dict | None, str]:
+    """What the reader makes of a kind, and that in words."""
+    place = folder / patient_of(name)
+    place.mkdir()
+    made = REPORTS[name][1](place)
+    try:
+        found = LoadCTd()({"patient_id": "P", **(made if isinstance(made, dict) else {"image": str(made)})})
+    except InputError as fault:
+        return None, str(fault).replace(f"{place}{os.sep}", "")
+    return found, f"read{'; noted: ' if found['notes'] else ''}{found['notes']}"
+
+
 def ipcw(time: list, event: list, risk: list) -> str:
     """Uno's concordance of a few patients, in words."""
     value = c_index_ipcw(*(torch.tensor(values, dtype=torch.float64) for values in (risk, time, event)))
@@ -651,6 +828,12 @@ def page(predictions: pd.DataFrame, corpus: Path) -> str:
     for kind in KINDS:
         status, message = scans.loc[patient_of(kind), ["status", "message"]]
         lines.append(f"| {kind} | {status} | {cell(message, patient_of(kind))} |")
+    lines += ["", "Scans after public reports on readers, the report beside what happens here:", ""]
+    lines += ["| scan | what happens | report |", "|---|---|---|"]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (report, _) in REPORTS.items():
+            words = read_report(name, Path(folder))[1].replace("|", "\\|")
+            lines.append(f"| {name} | {words} | [{report}](https://github.com/{report}) |")
     lines += ["", "These tables stop a run before any scan is read:", "", "| table | message |", "|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
         lines += [f"| {name} | {table_message(ids, Path(folder))} |" for name, ids in TABLES.items()]

@@ -25,6 +25,7 @@ from bundle.transforms import LoadCTd, LungMaskd, fill_thorax, lungmask_digests,
 from bundle.transforms.lung import _lungmask
 from scripts.research.measure_lung_masks import CHESTS, read, with_mass
 
+from . import bad_scans
 from .commands import run
 
 
@@ -392,3 +393,10 @@ def test_the_mask_named_on_the_command_line_decides_which_tokens_there_are(tmp_p
     for name in found:  # patches of 12 mm, those that are at least a quarter lung
         assert 0.8 < counts[name] / (volume[name] / 12**3) < 1.6, name
     assert counts["given"] < counts["threshold"] < counts["filled"]
+
+
+def test_a_rounding_error_of_the_spacing_moves_no_voxel():
+    hu = torch.from_numpy(bad_scans.chest()[0][::-1, ::-1].astype(np.float32))[None]
+    masks = [threshold_lung_mask(hu, np.array((6.6, 6.6, 5.0)) * (1 + off)) for off in (-1e-7, 0, 1e-7)]
+    assert masks[1].sum() > 1000
+    assert torch.equal(masks[0], masks[1]) and torch.equal(masks[2], masks[1])

@@ -51,9 +51,11 @@ def threshold_lung_mask(hu: Tensor, spacing: Sequence[float]) -> Tensor:
     Returns:
         (1, D, H, W) float32 in {0, 1}; 0 everywhere if there is no lung (no component of at least 20 mL).
     """
+    # Radii are whole numbers of voxels of 3 mm: 1e-7 mm more would move what is just as far away in or out, 1 % of the lung.
+    spacing = np.round(np.asarray(spacing, dtype=float), 3)
     block = [max(1, int(_WORKING_MM / mm + 1e-3)) for mm in spacing]
     means = F.avg_pool3d(hu.detach().cpu().float()[None], block, ceil_mode=True, count_include_pad=False)[0, 0]
-    lungs = torch.from_numpy(_lungs(means.numpy(), np.asarray(spacing, dtype=float) * block)).float()
+    lungs = torch.from_numpy(_lungs(means.numpy(), spacing * block)).float()
     whole = F.interpolate(lungs[None, None], scale_factor=[float(n) for n in block], mode="trilinear")[0]
     return (whole[(..., *(slice(n) for n in hu.shape[1:]))] >= 0.5).float()
 
