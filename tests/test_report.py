@@ -18,6 +18,7 @@ from bundle.errors import InputError
 from bundle.report import ScanViews, viewer, write_cohort_page, write_evaluation_report, write_scan_report
 from bundle.report.pictures import heat_figure, plane, png
 from bundle.report.regions import ranked_regions
+from bundle.run.results import maps_on_grid
 
 ROW = dict(patient_id="a", status="ok", message="", median_months=30.0, lower_months=20.0, upper_months=40.0)
 ROW |= dict(mean_months=30.0, risk=-30.0, death_12m=0.1, death_24m=0.2, death_36m=0.5, death_60m=0.9)
@@ -118,6 +119,28 @@ def test_volumes_of_a_report_are_small_and_keep_their_place(spacing, shape):
     assert small.size <= viewer.MOST_VOXELS and abs(read.get_fdata() - small).max() <= 0.5 * 1200 / 255 + 1e-3
     mm = [m[:3, :3] @ np.argwhere(v > 79).mean(0) + m[:3, 3] for m, v in ((affine, voxels), (read.affine, small))]
     assert np.abs(mm[0] - mm[1]).max() < max(spacing) * max(blocks) / 2
+
+
+def test_explanations_are_brought_to_the_grid_of_the_report(tmp_path):
+    voxels = np.zeros((12, 10, 8), np.float32)
+    voxels[2:6, 3:7, 2:6] = 2
+    voxels[8, 8, 7] = -1
+    nib.Nifti1Image(voxels[::-1], np.diag([-3.0, 3, 3, 1]) + np.eye(4, k=3) * 33).to_filename(tmp_path / "p_q_ig.nii.gz")
+    nib.Nifti1Image(voxels.astype(np.uint8), np.eye(4)).to_filename(tmp_path / "p_q_rgb.nii.gz")
+    affine = np.diag([3.0, 3.0, 3.0, 1])
+    maps = maps_on_grid([*tmp_path.iterdir(), tmp_path / "p_q_cubelets.png"], "p_q", affine, voxels.shape)
+    assert list(maps) == ["ig"] and np.allclose(maps["ig"][0], voxels)
+    views = ScanViews(voxels, voxels > 0, True, affine, {"heat": (voxels, ""), **maps})
+    shown = viewer.volumes(views, (-1000, 200))[0]
+    read = nib.Nifti1Image.from_bytes(gzip.decompress(base64.b64decode(shown["overlays"][1]["base64"]))).get_fdata()
+    assert abs(read - voxels).max() < 0.01 and shown["left_out"] == []  # what is below 0 is told as such
+
+
+def test_maps_without_room_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(viewer, "MOST_BYTES", 10)
+    views = chest()
+    views.overlays["other"] = views.overlays["heat"]
+    assert "Too large for this page: other." in report_of(tmp_path / "a.html", views).read_text()
 
 
 def test_report_places_the_patient_in_the_training_cohort(tmp_path):

@@ -22,6 +22,7 @@ NIIVUE = HERE / "vendor" / "niivue-0.69.0.umd.js.gz"
 LICENCE = HERE / "vendor" / "LICENSE.niivue.txt"
 WIDTHS = (0.0, 2.0, 2.5, 3.0, 4.0, 6.0)  # mm, of a report's voxels: the first that has few enough
 MOST_VOXELS = 2_500_000
+MOST_BYTES = 4_500_000  # of CT and maps, so that a page with the viewer has at most 6 MB
 
 
 def blocks_of(shape: tuple[int, ...], spacing: np.ndarray) -> tuple[int, ...]:
@@ -67,14 +68,18 @@ def volumes(views: "ScanViews", hu_window: tuple[float, float]) -> tuple[dict[st
     affine = block_affine(views.affine, blocks)
     inside = block_means(views.lung, blocks) >= 0.5
     surface = inside & ~ndimage.binary_erosion(inside) if views.masked else np.zeros_like(inside)
-    overlays = []
+    ct = volume_text(block_means(views.hu, blocks), affine, *hu_window)
+    overlays, left_out, room = [], [], MOST_BYTES - len(ct)
     for name, (voxels, unit) in views.overlays.items():
         small = np.nan_to_num(block_means(voxels, blocks), posinf=0, neginf=0)
         most = max(float(small.max()), 1e-30)
-        overlays.append({"name": name, "unit": unit, "most": most, "base64": volume_text(small, affine, 0, most)})
-    ct = volume_text(block_means(views.hu, blocks), affine, *hu_window)
+        overlay = {"name": name, "unit": unit, "most": most}
+        overlay["base64"] = volume_text(small, affine, min(0.0, float(small.min())), most)
+        room -= len(overlay["base64"])
+        overlays.append(overlay) if room > 0 or not overlays else left_out.append(name)
     lung = volume_text(inside.astype(int) + surface, affine, 0, 255)
-    return {"ct": ct, "lung": lung, "overlays": overlays}, times(np.linalg.norm(affine[:3, :3], axis=0))
+    content = {"ct": ct, "lung": lung, "overlays": overlays, "left_out": left_out}
+    return content, times(np.linalg.norm(affine[:3, :3], axis=0))
 
 
 def times(spacing: Any) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from ignite.engine import Engine, Events
+from monai.data import MetaTensor
 
 from bundle.data.fingerprint import code_digest, describe, describe_scan
 from bundle.data.stream import ScanStream
@@ -24,6 +25,7 @@ from bundle.explain.volumes import Explanations
 from bundle.files import file_sha256, remove_leftovers, write_atomically, write_json
 from bundle.grids import mask_on_grid
 from bundle.handlers import failed_scans
+from bundle.maps.scan_space import interpolated
 from bundle.metrics.verdict import in_words
 from bundle.report import ScanViews, write_cohort_page, write_scan_report
 from bundle.report.pictures import heat_figure, write_png
@@ -66,6 +68,19 @@ def _write_nifti(path: Path, voxels: np.ndarray, affine: torch.Tensor) -> None:
     image = nib.Nifti1Image(voxels, np.asarray(affine, dtype=np.float64))
     image.header.set_xyzt_units("mm")
     write_atomically(path, image.to_filename)
+
+
+def maps_on_grid(
+    files: list[Path], patient_id: str, affine: np.ndarray, shape: tuple[int, ...]
+) -> dict[str, tuple[np.ndarray, str]]:
+    """By name, the maps `<patient_id>_<name>.nii.gz` of one number a voxel on another grid, without a unit."""
+    maps = {}
+    for path in files:
+        if path.name.endswith(".nii.gz") and (found := nib.load(path)).get_data_dtype() == np.float32:
+            voxels = torch.from_numpy(np.nan_to_num(found.get_fdata(dtype=np.float32)))[None]
+            name = path.name.removeprefix(f"{patient_id}_").removesuffix(".nii.gz")
+            maps[name] = np.asarray(interpolated(MetaTensor(voxels, affine=found.affine), affine, shape)[0]), ""
+    return maps
 
 
 class ScanFiles(NamedTuple):
@@ -212,15 +227,14 @@ class PredictionWriter:
         for scan, output in zip(engine.state.batch, engine.state.output):  # no output of a scan without a prediction
             patient_id, pmf = scan["patient_id"], output["pmf"].cpu()
             files = ScanFiles.of(self.output_dir, patient_id).write(scan, output, self.hu_window, self.horizon, self.doubt)
-            if self.explanations:
-                files += self.explanations.write(self.output_dir, scan, output)
+            explained = self.explanations.write(self.output_dir, scan, output) if self.explanations else []
             message = "; ".join(filter(None, [self.doubt, self.scans[patient_id].get("imputed"), scan.get("notes")]))
             familiarity = float(scan["familiarity"]) if "familiarity" in scan else None
             row = prediction_row(patient_id, pmf, familiarity, self.last_death) | {"message": message}
             found = {"key": self.done.key(self.scans[patient_id]), "row": row, "pmf": pmf.tolist()}
             found |= {"risk": float(output["scan_heat"].cpu().sum()), "lung_mask_source": scan["lung_mask_source"]}
-            files.append(self.report(scan, output, found))
-            self.done.write(self.scans[patient_id], files, found)
+            report = self.report(scan, output, found, explained)
+            self.done.write(self.scans[patient_id], [*files, *explained, report], found)
             logger.info(
                 f"{patient_id}: median {found['row']['median_months']:.1f} months, "
                 f"P(death by {self.horizon} months) {found['risk']:.2f}, lung mask: {scan['lung_mask_source']}."
@@ -242,8 +256,8 @@ class PredictionWriter:
         write_cohort_page(self.output_dir, rows, self.settings)
         logger.info(f"report: {self.output_dir / 'report.html'}; all scans: {self.output_dir / 'cohort.html'}")
 
-    def report(self, scan: dict, output: dict, found: dict) -> Path:
-        """Write the report of one scan; returns its path."""
+    def report(self, scan: dict, output: dict, found: dict, explained: list[Path]) -> Path:
+        """Write the report of one scan, with its maps among the files of explanations; returns its path."""
         files = ScanFiles.of(self.output_dir, scan["patient_id"])
         heat, image, (low, high) = output["heat"].cpu(), scan["image"], self.hu_window
         affine = np.asarray(heat.affine, dtype=float)
@@ -253,7 +267,8 @@ class PredictionWriter:
             np.asarray(scan["lung"][0]) > 0,
             found["lung_mask_source"],
         )
-        views = ScanViews(hu, lung, source != "none", affine, {"heat": (density, "per mL")})
+        overlays = {"heat": (density, "per mL")} | maps_on_grid(explained, scan["patient_id"], affine, hu.shape)
+        views = ScanViews(hu, lung, source != "none", affine, overlays)
         weights = self.settings.get("weights_sha256", "")
         version = json.loads(METADATA.read_text())["version"] if METADATA.is_file() else "of unknown version"
         provenance = {"Survival Map": version, "MONAI": monai.__version__, "torch": torch.__version__}
