@@ -267,7 +267,8 @@ class PredictionWriter:
             np.asarray(scan["lung"][0]) > 0,
             found["lung_mask_source"],
         )
-        overlays = {"heat": (density, "per mL")} | maps_on_grid(explained, scan["patient_id"], affine, hu.shape)
+        others = [path for path in explained if path != files.heat]
+        overlays = {"heat": (density, "per mL")} | maps_on_grid(others, scan["patient_id"], affine, hu.shape)
         views = ScanViews(hu, lung, source != "none", affine, overlays)
         weights = self.settings.get("weights_sha256", "")
         version = json.loads(METADATA.read_text())["version"] if METADATA.is_file() else "of unknown version"
