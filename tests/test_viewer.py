@@ -34,7 +34,7 @@ class Opened:
 
     def __init__(self, browser, path, ready: str) -> None:
         self.page = browser.new_page(viewport={"width": 1200, "height": 1000})
-        self.page.set_default_timeout(120_000)
+        self.page.set_default_timeout(300_000)  # a software renderer on a busy machine
         self.said, self.requests = [], []
         self.page.on("console", lambda message: self.said.append(f"{message.type}: {message.text}"))
         self.page.on("pageerror", lambda error: self.said.append(str(error)))
