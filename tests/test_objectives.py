@@ -666,16 +666,16 @@ def test_a_linear_model_ranks_as_well_as_lifelines_cox_fit(kind, name, shared_da
 def test_a_mixture_over_patches_is_left_without_severity():
     """Severity's variance is that of one number a patient; a mixture is as wide as patches differ."""
     settings = {"name": "centime", **CenTime(mixture=True).arguments}
-    finish = Finish(SurvivalMapNet(dim=16, head="softmin"), None, torch.device("cpu"))
-    assert finish(settings) == {"objective": settings, "severity": None}
+    finish = Finish(SurvivalMapNet(dim=16, head="softmin"), None, None, torch.device("cpu"), codebooks=None)
+    assert finish.fitted(settings) == {"objective": settings, "severity": None}
 
 
 def test_severity_needs_a_head_whose_map_shows_danger():
-    net = SurvivalMapNet(dim=16, head="mean")
+    net, rest = SurvivalMapNet(dim=16, head="mean"), (None, None, torch.device("cpu"), None)
     with pytest.raises(InputError, match="severity can't be read off the maps of the head mean: add --severity false"):
-        Finish(net, None, torch.device("cpu"))
-    assert not Finish(net, None, torch.device("cpu"), severity=False).severity
-    assert not Finish(ClinicalNet(2), None, torch.device("cpu")).severity
+        Finish(net, *rest)
+    assert not Finish(net, *rest, severity=False).severity
+    assert not Finish(ClinicalNet(2), *rest).severity
 
 
 @pytest.mark.parametrize("file", ["objective/logistic.json", "network/clinical_only.json"])

@@ -24,7 +24,7 @@ def cohort_pmf(outcome: Tensor, tmax: int) -> list[float]:
     time, event = outcome.double().numpy().T
     survival = kaplan_meier(time, event).evaluate(np.arange(1, tmax + 1) + 0.5)
     survival[-1] = 0.0
-    return (-np.diff(np.concatenate([[1.0], survival]))).tolist()
+    return (np.concatenate([[1.0], survival[:-1]]) - survival).tolist()
 
 
 def last_death(outcome: Tensor) -> float | None:
