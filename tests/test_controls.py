@@ -1,6 +1,6 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What the causal checks do to a scan."""
+"""What the causal checks do to a scan, and weights that they are done with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from bundle.phantoms.cohort import make_phantom
 from bundle.phantoms.cubes import PhantomParams
-from scripts.research.controls import first_slices, replaced
+from scripts.research.controls import Trained, first_slices, replaced
 
 
 def test_a_share_of_the_lesion_grows_slice_by_slice_from_nothing_to_all():
@@ -23,3 +23,11 @@ def test_an_erased_lesion_is_background_and_all_else_stays():
     hu = replaced(scan, scan.gt_mask, np.random.default_rng(0))
     assert scan.image[scan.gt_mask].min() > -100 and hu[scan.gt_mask].max() < -700
     assert np.array_equal(hu[~scan.gt_mask], scan.image[~scan.gt_mask])
+
+
+def test_the_controls_read_the_shipped_weights_whatever_network_they_are_of(root):
+    trained = Trained(root / "models")
+    scan = make_phantom(6, np.random.default_rng(1), True, PhantomParams(size=20)).image
+    assert 0 < trained.months(scan) < trained.model.objective.tmax
+    for weights in (trained.weights(scan), trained.weights_of_nothing(scan)):
+        assert weights.shape == scan.shape and np.isclose(weights.sum(), 1, rtol=1e-4)

@@ -78,13 +78,14 @@ class Trained:
     def months(self, hu: np.ndarray) -> float:
         """Mean predicted time, from few origins of the patch grid."""
         severity = self.model.severity
-        inferer = GridShiftInferer(4, self.network.stride, refine=False, few_origins=True, severity=severity)
+        shifts, stride = self.model.usual_shifts, self.network.stride
+        inferer = GridShiftInferer(shifts, stride, refine=False, few_origins=True, severity=severity)
         return float(mean_months(self.model.objective.pmf(inferer(self.image(hu), self.network))))
 
     def weights(self, hu: np.ndarray, network: Callable | None = None) -> np.ndarray:
         """Weight of each voxel in the map, by its own network or any other."""
         image = self.image(hu)
-        inferer = GridShiftInferer(4, self.network.stride)
+        inferer = GridShiftInferer(self.model.usual_shifts, self.network.stride)
         return inferer(image, network or self.network, lung=torch.ones_like(image))[0, -1].numpy()
 
     def weights_of_nothing(self, hu: np.ndarray) -> np.ndarray:
