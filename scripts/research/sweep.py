@@ -135,6 +135,8 @@ class Runner:
             self.split(phantoms / "cohort.csv", table, seed if options.pop("shuffle", False) else None)
             start, whole = time.time(), not (folder / "last.pt").is_file()
             where = {"cohort": table, "ckpt_dir": folder, "output_dir": folder, "seed": seed}
+            if variant != "default":  # a variant is of the network; codebooks must not be measured in its place
+                where["recipe"] = "network"
             words = overrides({"config_file": config, **where, **options})
             self.python("monai.bundle", "run", *words, log=folder / "log.txt", lock=lock)
             shutil.rmtree(folder / "cache")
