@@ -30,8 +30,9 @@ HEAD = """\
 
 Made by `python -m scripts.research.real_scans`. No disease of known place is in these scans: the table shows what the
 weights say of them. *Vessels*: heat of central vessels relative to their share of the lung; 1 is an evenly lit lung. A
-tumour at the hilum counts as vessels. *Familiarity*: share of the training scans that look as strange or stranger. The weights in `models/` were trained on implants in
-lidc-idri_0001, 0002, 0028, 0295 and chest_pyradiomics_lung1: these chests they have seen.
+tumour at the hilum counts as vessels. *Familiarity*: share of the training scans that look as strange or stranger. The
+weights in `models/` were trained on implants in lidc-idri_0001, 0002, 0028, 0295 and chest_pyradiomics_lung1: these
+chests they have seen.
 
 """
 
