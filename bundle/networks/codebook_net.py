@@ -79,7 +79,7 @@ class CodebookNet(nn.Module):
         return (((described - level) / spread - self.mean) / self.spread).clamp(-6.0, 6.0)
 
     def words_of(self, x: Tensor) -> Tensor:
-        """The word of every book that each token is nearest to, (M, books) of uint8 or more, from (M, 29)."""
+        """The word of every book that each token is nearest to, (M, books) of int16, from (M, 29)."""
         found: list[Tensor] = []
         for part in x.split(4096):  # as many as a processor's cache holds, with their distances
             words = [nearest(part[:, self.chosen[book]], self.centres[book]) for book in range(self.chosen.shape[0])]

@@ -97,8 +97,8 @@ def fit_books(network: CodebookNet, scans: Sequence[Tokens], seed: int) -> None:
 @torch.no_grad()
 def words_of(network: CodebookNet, scan: Tokens) -> Tensor:
     """The words of a scan's tokens, (M, books)."""
-    x = ((scan.centred() - network.mean) / network.spread).clamp(-6.0, 6.0)
-    return network.words_of(x)
+    described = scan.described.float()
+    return network.words_of(network.standardised(described, *level_and_spread(described)))
 
 
 def shares_of(words: Tensor, size: int) -> Tensor:

@@ -10,21 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bundle.metrics.verdict import martingale_residuals
+from bundle.networks.codebook_net import nearest
 from scripts.research.peers.cohort import Cohort, Predict, Scan, scaler
 
 TITLE = "codebooks, a marginal test a word"
 BOOKS, WORDS, FEW = 20, 100, 6  # codebooks, words of each, descriptors that each looks at
 SMOOTH, POWER = 1.8, 3  # voxels; of the evidence that is heat
-
-
-def martingale_residuals(time: Tensor, event: Tensor) -> Tensor:
-    """Events less Nelson-Aalen's cumulative hazard at each time, (N,)."""
-    at_risk = (time >= time[:, None]).sum(1)
-    return event - ((time[:, None] >= time) * (event / at_risk)).sum(1)
-
-
-def nearest(x: Tensor, centres: Tensor) -> Tensor:
-    return (x @ centres.T - 0.5 * centres.square().sum(1)).argmax(1)
 
 
 def k_means(x: Tensor, number: int, g: torch.Generator, rounds: int = 12) -> Tensor:
