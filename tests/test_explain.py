@@ -287,18 +287,21 @@ def test_faithfulness_prefers_the_true_map(network):
     assert set(faithfulness(lambda masks: 5 + 0 * masks[:, 0], constant).values()) == {None}
 
 
-def test_randomisation_shift_and_agreement(network):
-    def see(net: nn.Module) -> torch.Tensor:
-        return explain(net, {"image": scan_with()}, "location")
+def test_randomisation_shift_and_agreement(network, codebook):
+    def see(net: nn.Module) -> dict[str, torch.Tensor]:
+        return {name: explain(net, {"image": scan_with()}, name) for name in ("location", "norm_input")}
 
     before = {name: value.clone() for name, value in network.state_dict().items()}
     found = cascading_randomisation(network, see)
-    assert next(iter(found)).startswith("head") and list(found)[-1].startswith("embed")
-    assert abs(list(found.values())[-1]) < 0.9 < agreement(see(network), see(network))
+    assert list(found) == ["head", "blocks.1", "blocks.0", "position", "embed"]
+    assert abs(found["embed"]["location"]) < 0.9 < agreement(*[see(network)["location"]] * 2)
+    assert found["head"]["norm_input"] == pytest.approx(1) and abs(found["embed"]["norm_input"]) < 0.9
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    evidence = cascading_randomisation(codebook, lambda net: {"": explain(net, {"image": scan_with()}, "evidence")})
+    assert list(evidence) == ["hazard"]  # the other numbers are single ones
     lung = half_lung()
-    assert shift_agreement(lambda image, lung: image[0, 0], scan_with(), lung) == pytest.approx(1)
-    assert shift_agreement(lambda image, lung: 0 * image[0, 0], scan_with(), lung) is None
+    shifted = shift_agreement(lambda image, lung: {"same": image[0, 0], "none": 0 * lung[0, 0]}, scan_with(), lung)
+    assert shifted == {"same": pytest.approx(1), "none": None}
 
 
 def test_inference_leaves_every_map_on_the_scans_grid(tiny_cohort, trained, tmp_path):

@@ -2,10 +2,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Poly-CAM in 3-D: the detail of early layers, placed by what late layers find important.
 
-All blocks of the transformer have one grid, on which the method would be the identity. So late layers are seen coarsely:
-each layer from the last to the first has patches of half the size of the one after it.
+From the last layer to the first, the map so far, brought to the layer's grid, is multiplied by the layer's own map: its
+channels, each weighted by what it does to the target when it masks the scan. The layer's map is first divided by itself as
+seen on the coarser grid (LNorm), so that it adds detail only. Weights and sums below 0 are 0.
 
-Source: Englebert et al., Poly-CAM, arXiv 2204.13359.
+What differs from the source, which is about convolutional networks:
+
+- All blocks of the transformer have one grid, on which LNorm leaves nothing of a layer. So late layers are seen coarsely:
+  patches of the last are four times, those of the middle block twice as large.
+- Tokens are signed, so each channel is shifted and scaled to lie between 0 and 1, by its least and greatest value (there:
+  percentiles, and for the masks alone).
+- A masked scan is mixed with the filled one (there: with black), and PCAM+ counts from the filled scan's target, which is
+  not 0 as the softmax of a black image nearly is.
+- Coarser is the mean over the tokens of a cube (there: linear interpolation, which is the same for half the size).
+- The map isn't scaled to the range from 0 to 1.
+
+Source: Englebert, Cornu and De Vleeschouwer, Poly-CAM, ICPR 2022, arXiv 2204.13359.
 """
 
 import torch
@@ -54,7 +66,7 @@ def poly_cam(sign: str):
         layers = [("output", 4), *([(f"block{depth // 2}", 2)] if depth > 1 else []), ("input", 1)]
         for place, times in layers:
             masks, brought, lost = layer(scan, place, times)
-            weights = ("+" in sign) * brought + ("-" in sign) * lost
+            weights = (("+" in sign) * brought + ("-" in sign) * lost).relu()
             here = scan.lay((weights @ masks).relu())
             if found is None:
                 found = here

@@ -71,53 +71,66 @@ def agreement(a: Tensor, b: Tensor) -> float | None:
     return float(spearmanr(a, b).statistic)
 
 
+Maps = dict[str, Tensor]  # of one scan, by the name of their method
+
+
 def cascading_randomisation(
-    network: nn.Module, see: Callable[[nn.Module], Tensor], seed: int = 0
-) -> dict[str, float | None]:
-    """Agreement of a map with that of the network with random weights, from its last part on down to its first.
+    network: nn.Module, see: Callable[[nn.Module], Maps], seed: int = 0, after: Sequence[str] | None = None
+) -> dict[str, dict[str, float | None]]:
+    """Agreement of maps with those of the network with random weights, from its last part on down to its first.
 
     A map that depends on what was learnt soon agrees no more. Weights are drawn from a normal distribution of the mean and
     spread that they had; single numbers stay. The network itself is left as it is.
 
     Args:
-        network: of the map.
-        see: a network -> its map.
+        network: of the maps, whose parts are its modules, and the blocks of a list of them.
+        see: a network -> its maps.
         seed: of the weights.
+        after: names of the parts after which maps are looked at; None for each part.
 
     Returns:
-        agreement by the name of the part that was randomised last.
+        by the name of the part that was randomised last, the agreement of each map.
 
     Source: Adebayo et al., Sanity Checks for Saliency Maps, NeurIPS 2018.
     """
     original, changed, found = see(network), copy.deepcopy(network), {}
-    draw = torch.Generator().manual_seed(seed)
-    parts = [(name, part) for name, part in changed.named_modules() if name and not next(part.children(), None)]
-    parts = [(name, part) for name, part in parts if next(part.parameters(), None) is not None] or [("", changed)]
-    for name, part in reversed(parts):
+    draw, parts = torch.Generator().manual_seed(seed), {}
+    for name, weights in changed.named_parameters():
+        if weights.numel() < 2:
+            continue
+        place = name.split(".")
+        parts.setdefault(".".join(place[: 2 if place[1:] and place[1].isdigit() else 1]), []).append(weights)
+    for part, weights in reversed(parts.items()):
         with torch.no_grad():
-            for weights in part.parameters():
-                if weights.numel() > 1:
-                    noise = torch.randn(weights.shape, generator=draw).to(weights)
-                    weights.copy_(weights.mean() + weights.std() * noise)
-        found[name] = agreement(original, see(changed))
+            for each in weights:
+                each.copy_(each.mean() + each.std() * torch.randn(each.shape, generator=draw).to(each))
+        if after is None or part in after:
+            found[part] = agreements(original, see(changed))
     return found
 
 
+def agreements(a: Maps, b: Maps) -> dict[str, float | None]:
+    """:func:`agreement` of the maps of each method."""
+    return {name: agreement(a[name], b[name]) for name in a}
+
+
 def shift_agreement(
-    see: Callable[[Tensor, Tensor], Tensor], image: Tensor, lung: Tensor, voxels: Sequence[int] = (1, 2, 3)
-) -> float | None:
-    """Mean agreement, in the lung, of a scan's map with that of the scan moved by some voxels along all axes.
+    see: Callable[[Tensor, Tensor], Maps], image: Tensor, lung: Tensor, voxels: Sequence[int] = (1, 2, 3)
+) -> dict[str, float | None]:
+    """Mean agreement, in the lung, of a scan's maps with those of the scan moved by some voxels along all axes.
 
     Args:
-        see: image and lung (1, 1, D, H, W) -> map (D, H, W).
+        see: image and lung (1, 1, D, H, W) -> maps (D, H, W).
         image, lung: of the scan.
         voxels: by which it is moved.
     """
     original, inside, found = see(image, lung), lung[0, 0] > 0, []
     for n in voxels:
-        moved = see(F.pad(image, [n, 0] * 3, mode="replicate"), F.pad(lung, [n, 0] * 3))[n:, n:, n:]
-        found.append(agreement(original[inside], moved[inside]))
-    return None if None in found else sum(found) / len(found)
+        moved = see(F.pad(image, [n, 0] * 3, mode="replicate"), F.pad(lung, [n, 0] * 3))
+        back = {name: values[n:, n:, n:][inside] for name, values in moved.items()}
+        found.append(agreements({name: values[inside] for name, values in original.items()}, back))
+    each = {name: [one[name] for one in found] for name in original}
+    return {name: None if None in values else sum(values) / len(values) for name, values in each.items()}
 
 
 def completeness_error(values: Tensor, change: float) -> float:
