@@ -287,6 +287,28 @@ def test_faithfulness_prefers_the_true_map(network):
     assert set(faithfulness(lambda masks: 5 + 0 * masks[:, 0], constant).values()) == {None}
 
 
+def test_deletion_and_insertion_are_those_of_quantus(network, monkeypatch):
+    quantus = pytest.importorskip("quantus", exc_type=ImportError, reason="Quantus, of requirements-dev.txt, is not there")
+    scan = tokens_of_scan(network, scan_with())
+    values = perturbation.rise(scan)  # has no ties
+
+    class Kept(nn.Module):
+        def forward(self, masks):
+            return scan.kept(masks.flatten(1).float()).unsqueeze(1)
+
+    monkeypatch.setattr("bundle.metrics.faithfulness.STEPS", 24)  # which divides the number of tokens
+    seen = (values - values.min(), values.max() - values)  # Quantus takes no map that is below 0 throughout
+    nothing, everything = (float(scan.kept(torch.full((1, len(values)), x))) for x in (0.0, 1.0))
+    for name, start in (("deletion", 1.0), ("insertion", 0.0)):
+        how = {"perturb_baseline": 1 - start, "normalise": False, "disable_warnings": True}
+        flip = quantus.PixelFlipping(features_in_step=len(values) // 24, **how)
+        for each in seen:
+            found, maps = faithfulness(scan.kept, each), each[None, None].numpy()
+            (curve,) = flip(Kept().eval(), np.full_like(maps, start), np.zeros(1, int), maps, softmax=False)
+            curve = (np.array([everything if start else nothing, *curve]) - nothing) / (everything - nothing)
+            assert found[name] == pytest.approx(np.trapezoid(curve, dx=1 / 24), abs=1e-4)
+
+
 def test_randomisation_shift_and_agreement(network, codebook):
     def see(net: nn.Module) -> dict[str, torch.Tensor]:
         return {name: explain(net, {"image": scan_with()}, name) for name in ("location", "norm_input")}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bundle.errors import InputError
 from bundle.explain import features, gradients, perturbation, polycam
-from bundle.explain.cubelets import contact_sheet
+from bundle.explain.cubelets import cubelets
 from bundle.explain.scan import KINDS, ScanTokens, Target, earliness
 from bundle.networks import CodebookNet, SurvivalMapNet
 
@@ -68,7 +68,7 @@ EXPLAINERS = {
     "keep_only": Explainer(perturbation.keep_only, BOTH),
     "rise": Explainer(perturbation.rise, BOTH),
     "heat_minus_gradient": Explainer(features.heat_minus_gradient, hot=0),
-    "cubelets": Explainer(contact_sheet, BOTH, hot=0),
+    "cubelets": Explainer(cubelets, BOTH, hot=0),
 }
 
 
@@ -132,7 +132,7 @@ def explain(network: nn.Module, batch: Mapping[str, Any], method: str, target: T
         torch.Size([2, 1, 4, 4, 4])
     """
     explainer, level = next(iter(chosen(method, network).values()))
-    if explainer.of is contact_sheet:
+    if explainer.of is cubelets:
         raise InputError(f"{method} is a picture, not a map.")
     maps = []
     for b in range(len(batch["image"])):

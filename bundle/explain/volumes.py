@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 import nibabel as nib
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from monai.data import MetaTensor
 from torch import Tensor
 
 from bundle.errors import InputError
 from bundle.explain import chosen, tokens_of_scan
-from bundle.explain.cubelets import contact_sheet
+from bundle.explain.cubelets import Cubelets, cubelets
 from bundle.explain.scan import FILLS, ScanTokens, death_target
 from bundle.files import write_atomically
 from bundle.maps.heat import spread, to_voxels
@@ -36,7 +35,7 @@ class Explanation(NamedTuple):
     """One explanation of one scan."""
 
     name: str
-    volume: Tensor | Figure  # (1, D, H, W), or (3, D, H, W) of red, green and blue, on the scan's own grid; or a picture
+    volume: Tensor | Cubelets  # (1, D, H, W), or (3, D, H, W) of red, green and blue, on the scan's own grid; or patches
     hot: int  # see :class:`bundle.explain.Explainer`
     found: dict[str, float]  # numbers beside the map
 
@@ -88,8 +87,8 @@ class Explanations:
         tokens = self.tokens(scan, output)
         for name, (explainer, level) in self.chosen.items():
             tokens.found = {}
-            if explainer.of is contact_sheet:
-                yield Explanation(name, contact_sheet(tokens, np.asarray(scan["image"].affine), self.hu_window), 0, {})
+            if explainer.of is cubelets:
+                yield Explanation(name, cubelets(tokens, np.asarray(scan["image"].affine), self.hu_window), 0, {})
                 continue
             with torch.no_grad():
                 values = None if name in FINISHED else tokens.lay(explainer.of(tokens, level))
@@ -134,7 +133,7 @@ class Explanations:
 
     def write(self, output_dir: Path, scan: dict, output: dict) -> list[Path]:
         """Write all explanations of a scan; returns the files."""
-        return [write_explanation(output_dir, scan, each) for each in self.of(scan, output)]
+        return [path for each in self.of(scan, output) for path in write_explanation(output_dir, scan, each)]
 
 
 def doubt(values: Tensor | None, found: dict[str, float]) -> str:
@@ -148,14 +147,18 @@ def doubt(values: Tensor | None, found: dict[str, float]) -> str:
     return ""
 
 
-def write_explanation(output_dir: Path, scan: dict, explanation: Explanation) -> Path:
-    """Write `maps/<patient_id>_<name>.nii.gz` (or .png), with its numbers in the header's description; returns the path."""
+def write_explanation(output_dir: Path, scan: dict, explanation: Explanation) -> list[Path]:
+    """Write `maps/<patient_id>_<name>.nii.gz`, with its numbers in the header's description; returns the files.
+
+    Of cubelets a picture and, for the cohort's, what is on it: .png and .npz.
+    """
     name, volume, _, found = explanation
     path = output_dir / "maps" / f"{scan['patient_id']}_{name}"
-    if isinstance(volume, Figure):
-        path = path.with_name(f"{path.name}.png")
-        write_png(path, volume)
-        return path
+    if isinstance(volume, Cubelets):
+        picture, patches = (path.with_name(f"{path.name}.{kind}") for kind in ("png", "npz"))
+        write_png(picture, volume.picture())
+        volume.save(patches)
+        return [picture, patches]
     path = path.with_name(f"{path.name}.nii.gz")
     voxels = np.asarray(volume, dtype=np.float32)
     if len(voxels) == 3:
@@ -169,4 +172,4 @@ def write_explanation(output_dir: Path, scan: dict, explanation: Explanation) ->
     write_atomically(path, image.to_filename)
     for key, value in found.items():
         logger.info(f"{scan['patient_id']}, {name}: {key.replace('_', ' ')} {value:.2%}.")
-    return path
+    return [path]

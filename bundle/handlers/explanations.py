@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 from ignite.engine import Engine, Events
-from matplotlib.figure import Figure
 
 from bundle.data.stream import ScanStream
 from bundle.errors import InputError, input_error_of, unforeseen
+from bundle.explain.cubelets import Cubelets
 from bundle.explain.volumes import Explanation, Explanations, write_explanation
 from bundle.metrics import LocalisationMetric
 
@@ -53,7 +53,7 @@ class ExplainScans:
     def score(self, scan: dict, output: dict, explanation: Explanation) -> None:
         """Score one map; one that is hot where it is better for the patient, from its coldest voxel of the lung on."""
         name, volume, hot, _ = explanation
-        if hot == 0 or isinstance(volume, Figure):
+        if hot == 0 or isinstance(volume, Cubelets):
             return
         if hot < 0:
             inside = output["scan_heat"].cpu() > 0

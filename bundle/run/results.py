@@ -21,6 +21,7 @@ from monai.data import MetaTensor
 
 from bundle.data.fingerprint import code_digest, describe, describe_scan
 from bundle.data.stream import ScanStream
+from bundle.explain.cubelets import Cubelets, cohort_sheet
 from bundle.explain.volumes import Explanations
 from bundle.files import file_sha256, remove_leftovers, write_atomically, write_json
 from bundle.grids import mask_on_grid
@@ -174,8 +175,8 @@ class PredictionWriter:
 
     Args:
         output_dir: folder for `predictions.csv`, `survival_curves.csv`, `cohort.html`, `report.html`, `done/`, `reports/`
-            with a page of each scan, and `maps/` with its NIfTI, its picture, and the lung mask that was used, unless that
-            is "none".
+            with a page of each scan, `cubelets.png` of a cohort's where they are asked for, and `maps/` with its NIfTI, its
+            picture, and the lung mask that was used, unless that is "none".
         stream: the dataset, which knows the scans that failed, and is told which are done.
         settings: of the weights, shown in the report.
         horizon: of the heat, months.
@@ -253,8 +254,19 @@ class PredictionWriter:
         for name, table in {"predictions": pd.DataFrame(rows, columns=COLUMNS), "survival_curves": curves}.items():
             path = self.output_dir / f"{name}.csv"
             write_atomically(path, lambda p, table=table: table.to_csv(p, index=False, float_format="%.5g"))
+        self.draw_cubelets(done)
         write_cohort_page(self.output_dir, rows, self.settings)
         logger.info(f"report: {self.output_dir / 'report.html'}; all scans: {self.output_dir / 'cohort.html'}")
+
+    def draw_cubelets(self, done: dict[str, dict]) -> None:
+        """Draw `cubelets.png` of the scans that have them, by their records; none of one scan alone."""
+        files = {name: f"maps/{name}_cubelets.npz" for name, found in done.items()}
+        files = {name: self.output_dir / file for name, file in files.items() if file in done[name]["files"]}
+        picture = self.output_dir / "cubelets.png"
+        if len(files) > 1:
+            write_png(picture, cohort_sheet({name: Cubelets.load(file) for name, file in files.items()}))
+        else:
+            picture.unlink(missing_ok=True)
 
     def report(self, scan: dict, output: dict, found: dict, explained: list[Path]) -> Path:
         """Write the report of one scan, with its maps among the files of explanations; returns its path."""

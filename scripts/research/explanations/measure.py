@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bundle.explain import applicable, tokens_of_scan
-from bundle.explain.cubelets import contact_sheet
+from bundle.explain.cubelets import cubelets
 from bundle.explain.scan import ScanTokens
 from bundle.maps import GridShiftInferer
 from bundle.maps.heat import spread
@@ -85,7 +85,7 @@ class Look:
         self.seconds: dict[str, float] = {}
         self.found: dict[str, dict[str, float]] = {}
         for name, (explainer, level) in applicable(network).items():
-            if explainer.of is contact_sheet:
+            if explainer.of is cubelets:
                 continue
             self.tokens.memo, self.tokens.found = {} if clock else self.tokens.memo, {}
             start = time.process_time()
