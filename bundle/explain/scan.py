@@ -190,7 +190,8 @@ class TransformerTokens(ScanTokens):
 class CodebookTokens(ScanTokens):
     """Tokens of a :class:`~bundle.networks.CodebookNet`: every second voxel an axis, with its descriptors.
 
-    What is replaced is a token's evidence. The scan's own level and spread are held as they are.
+    What is replaced is a token's evidence, for the fill ``mean`` by the scan's median. The scan's own level and spread are
+    held as they are.
     """
 
     @staticmethod
@@ -206,10 +207,11 @@ class CodebookTokens(ScanTokens):
         level, spread = level_and_spread(described)
         self.described = net.standardised(described, level, spread)
         self.evidence = net.evidence(net.words_of(self.described))
-        other = torch.zeros_like(self.described[:1])  # the mean of the training scans' descriptors
+        # What most of this lung has. The mean of descriptors is no tissue, and has been seen to look worse than disease.
+        self.other = self.evidence.median().expand(1)
         if self.fill != "mean":
             other = net.standardised(describe(self.filled[0, 0], lung, voxels), level, spread)
-        self.other = net.evidence(net.words_of(other))
+            self.other = net.evidence(net.words_of(other))
         self.months = self.clinical @ net.clinical_months if net.clinical_dim > 0 else 0.0
 
     def features(self, level: str) -> Tensor:

@@ -121,16 +121,15 @@ def pooled(on_voxels: Tensor, tokens: ScanTokens) -> Tensor:
 
 
 def measure(
-    model: TrainedModel, shuffled: TrainedModel | None, scans: list[Scan], checked: int = 1
+    model: TrainedModel, shuffled: TrainedModel | None, scans: list[Scan]
 ) -> tuple[list[dict], dict[str, np.ndarray]]:
     """A row of numbers for each method, means over scans, and what is kept of the maps.
 
     Args:
         model: to explain.
         shuffled: the same, trained on outcomes that were dealt out at random. None leaves out what takes longest: other
-            weights, and moved scans.
+            weights, and the first scan moved.
         scans: to measure on.
-        checked: on how many of them that is done.
 
     Returns:
         the rows, and by `METHOD/SCAN` the values of tokens, by `picture/METHOD` the plane of the first scan with most of
@@ -159,7 +158,7 @@ def measure(
                 add(name, completeness_error=completeness_error(values, change))
             if number == 0 and name not in others:
                 add(name, seconds=look.seconds[name])
-        if shuffled is not None and number < checked:
+        if shuffled is not None and number == 0:
             check(model, shuffled, scan, {name: look.values[name] for name in look.pictures if name in look.values}, add)
         if number == 0:
             k = int(scan.lesion.sum((0, 1)).argmax())
