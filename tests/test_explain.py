@@ -26,7 +26,7 @@ from bundle.explain import (
     polycam,
     tokens_of_scan,
 )
-from bundle.explain.cubelets import apart
+from bundle.explain.cubelets import Cubelets, apart, cohort_sheet
 from bundle.explain.scan import death_target
 from bundle.explain.volumes import Explanations, doubt
 from bundle.maps.heat import spread
@@ -231,6 +231,13 @@ def test_poly_cam_against_a_loop(network):
     for sign in ("+", "-", "+-"):
         values = polycam.poly_cam(sign)(scan)
         assert values.shape == (len(scan.index),) and values.isfinite().all() and values.min() >= 0
+    maps = []
+    for worst in (-1.0, 0.0):  # a channel that lengthens life doesn't take away from what others find
+        changes = torch.linspace(0, 1, len(masks))
+        changes[0] = worst
+        scan.memo = {("layer", place): (masks, changes, changes) for place in ("input", "block1", "output")}
+        maps.append(polycam.poly_cam("+")(scan))
+    assert torch.equal(*maps)
 
 
 def test_explain_gives_maps_of_a_batch(network, codebook):
@@ -275,6 +282,32 @@ def test_names_with_and_without_levels(network, codebook):
 def test_cubelets_are_apart():
     centres = torch.tensor([[0.0, 0, 0], [1, 0, 0], [9, 0, 0], [20, 0, 0]])
     assert apart(torch.tensor([1, 0, 2, 3]), centres, num=3, least=5) == [1, 2, 3]
+
+
+def test_a_cohorts_sheet_has_its_worst_and_best_patches_two_of_a_patient(tmp_path):
+    def of(*months: float) -> Cubelets:
+        n = len(months)
+        return Cubelets(np.array(months), np.full(n, -500.0), np.ones((n, 3)), np.zeros((n, 5, 5)), np.ones(2), 1)
+
+    of(5, 50, 60, 95).save(tmp_path / "b.npz")
+    figure = cohort_sheet({"a": of(1, 2, 3, 90), "b": Cubelets.load(tmp_path / "b.npz")})
+    rows = [[ax.get_title().split("\n") for ax in part.axes if ax.get_title()] for part in figure.subfigs]
+    found = [[f"{who} {said.split(', ')[1]}" for who, _, said in row] for row in rows]
+    assert found[0] == ["a 1 months", "a 2 months", "b 5 months", "b 50 months"]
+    assert found[1] == ["b 95 months", "a 90 months", "b 60 months", "a 3 months"]
+    assert rows[0][0][1:] == ["1, 1, 1 mm", "-500 HU, 1 months"]
+
+
+def test_inference_of_a_cohort_leaves_its_cubelets(tiny_cohort, trained, tmp_path):
+    two = pd.read_csv(tiny_cohort).head(2)
+    two.assign(image=[str(tiny_cohort.parent / name) for name in two.image])[["patient_id", "image"]].to_csv(
+        tmp_path / "two.csv", index=False
+    )
+    options = {"ckpt": str(trained), "output_dir": str(tmp_path / "out"), "shifts": 1}
+    run("configs/inference.json", **options, cohort=str(tmp_path / "two.csv"), explain="cubelets")
+    assert np.asarray(Image.open(tmp_path / "out" / "cubelets.png")).std() > 1
+    run("configs/inference.json", **options, image=str(tiny_cohort.parent / two.image[0]))
+    assert not (tmp_path / "out" / "cubelets.png").exists()  # it isn't of these scans
 
 
 def test_faithfulness_prefers_the_true_map(network):

@@ -57,7 +57,7 @@ def test_seeds_are_compared_on_the_same_scans(made):
 def test_the_page_keeps_what_is_around_its_tables(made):
     text = (made[0] / "page.md").read_text()
     assert text.startswith("Before.\n") and text.endswith("After.\n") and "old" not in text
-    assert "over 2 seeds" in text and "| rise | " in text and "implants" not in text
+    assert "central-sphere (2)" in text and "| rise | " in text and "implants" not in text
     assert (made[0] / "page.png").stat().st_size > 10_000
 
 
@@ -85,6 +85,7 @@ def test_a_network_that_fails_does_not_take_the_others_with_it(made, monkeypatch
         (["--cohorts", "sphere"], "there is no phantom sphere"),
         (["--size", "8"], "size is 8"),
         (["--test_scans", "0"], "at least 1"),
+        (["--page", "README.md"], "README.md has no lines"),
         (["--epochs", "3"], "holds results of other epochs; choose another --out"),
     ],
 )

@@ -26,7 +26,7 @@ from bundle.run import TrainedModel
 from bundle.run.start import exit_on_sigterm
 from scripts import make_implants, make_phantoms
 from scripts.research.explanations.measure import diseased, measure
-from scripts.research.explanations.page import write_results
+from scripts.research.explanations.page import around, write_results
 from scripts.research.sweep import HELD_OUT, Runner
 
 USUAL = [name for name, kind in PHANTOMS.items() if not kind.drawn_outcome] + ["fibrosis", "nodules", "ground_glass"]
@@ -141,6 +141,7 @@ def main(argv: list[str] | None = None) -> None:
         PhantomParams(size=args.size)
         if min(args.train_scans, args.epochs, args.implant_scans, args.test_scans) < 1:
             raise InputError("numbers of scans and epochs must be at least 1.")
+        around(args.page)  # now, not after hours
         work = Work(args)
     except InputError as e:
         sys.exit(f"error: {e}")

@@ -34,7 +34,8 @@ MEASURES = {  # their columns in the page, and their digits
     "completeness_error": ("sum off ↓", 2),
     "seconds": ("seconds", 2),
 }
-COLUMNS = 11  # of the picture
+COLUMNS = 12  # of the picture
+PICTURED = ("spheres-honeycomb", "fibrosis")  # where they were measured, else the first phantom and the first implant
 
 
 def write_results(table: Path, page: Path, files: list[tuple[Path, Path]]) -> None:
@@ -43,20 +44,28 @@ def write_results(table: Path, page: Path, files: list[tuple[Path, Path]]) -> No
     Raises:
         InputError: the page has no place for tables.
     """
+    before, after = around(page)
     rows = pd.DataFrame([row for record, _ in files for row in json.loads(record.read_text())])
     rows = rows.merge(repeatability(files), how="left", on=["cohort", "seed", "method"])
     first = ["cohort", "seed", "method", "scans", *MEASURES]
     rows = rows.reindex(columns=[*first, *(name for name in rows.columns if name not in first)])
     write_text(table, rows.to_csv(index=False, lineterminator="\n", float_format="%.4g"))
-    text = page.read_text()
+    write_text(page, f"{before}{BEGIN}\n{tables(rows)}\n{END}{after}")
+    files = sorted(files, key=lambda each: cohort_of(each[0]) not in PICTURED)  # keeps the order of the rest
+    shown = {cohort_of(record) in PHANTOMS: maps for record, maps in reversed(files)}
+    draw(page.with_suffix(".png"), [shown[kind] for kind in (True, False) if kind in shown])
+
+
+def around(page: Path) -> tuple[str, str]:
+    """The text of a page before and after what is measured."""
+    text = page.read_text() if page.is_file() else ""
     if not 0 <= text.find(BEGIN) < text.find(END):
         raise InputError(f"{page} has no lines {BEGIN} and {END} (expected around its tables).")
-    measured = f"{BEGIN}\n{tables(rows)}\n"
-    write_text(page, text[: text.index(BEGIN)] + measured + text[text.index(END) :])
-    shown = {}
-    for record, maps in files:
-        shown.setdefault(record.stem.rsplit("_", 1)[0] in PHANTOMS, maps)
-    draw(page.with_suffix(".png"), list(shown.values()))
+    return text[: text.index(BEGIN)], text[text.index(END) + len(END) :]
+
+
+def cohort_of(record: Path) -> str:
+    return record.stem.rsplit("_", 1)[0]
 
 
 def repeatability(files: list[tuple[Path, Path]]) -> pd.DataFrame:
@@ -84,12 +93,16 @@ def tables(rows: pd.DataFrame) -> str:
     for title, part in (("phantoms", rows[rows.cohort.isin(PHANTOMS)]), ("implants", rows[~rows.cohort.isin(PHANTOMS)])):
         if part.empty:
             continue
-        names = ", ".join(dict.fromkeys(part.cohort))
-        text += f"\n**Means over {title}** ({names}), ± their standard deviation over {part.seed.nunique()} seeds:\n\n"
+        seeds = part.groupby("cohort", sort=False).seed.nunique()
+        names = ", ".join(f"{name} ({number})" for name, number in seeds.items())
+        text += (
+            f"\n**Means over {title}**, in brackets how many seeds: {names}. ±: standard deviation over seeds, mean over "
+        )
+        text += f"{title}.\n\n"
         own, lines = [method for method in order if method in set(part.method)], []
         for method in own:
-            by_seed = part[part.method == method].groupby("seed")[list(MEASURES)].mean()
-            cells = {name: cell(by_seed[key], digits) for key, (name, digits) in MEASURES.items()}
+            by_cohort = part[part.method == method].groupby("cohort")[list(MEASURES)].agg(["mean", "std"])
+            cells = {name: cell(by_cohort[key], digits) for key, (name, digits) in MEASURES.items()}
             lines.append({"method": method, **cells})
         text += markdown(pd.DataFrame(lines))
     by_cohort = rows.pivot_table("average_precision", "method", "cohort", sort=False).reindex(order)
@@ -97,12 +110,12 @@ def tables(rows: pd.DataFrame) -> str:
     return f"{text}\n**Average precision** by cohort, means over seeds:\n\n{markdown(by_cohort.reset_index())}"
 
 
-def cell(values: pd.Series, digits: int) -> str:
-    """Mean and standard deviation over seeds."""
-    values = values.dropna()
-    if values.empty:
+def cell(by_cohort: pd.DataFrame, digits: int) -> str:
+    """Means of the columns mean and std, of which the latter is over seeds; None of them where there are none."""
+    value, spread = by_cohort["mean"].mean(), by_cohort["std"].mean()
+    if np.isnan(value):
         return "–"
-    return f"{values.mean():.{digits}f}" + (f" ± {values.std():.{digits}f}" if len(values) > 1 else "")
+    return f"{value:.{digits}f}" + ("" if np.isnan(spread) else f" ± {spread:.{digits}f}")
 
 
 def draw(path: Path, files: list[Path]) -> None:
@@ -115,6 +128,7 @@ def draw(path: Path, files: list[Path]) -> None:
         ax.set_axis_off()
     for each, start in zip(planes, np.cumsum([0, *lines[:-1]]) * COLUMNS):
         lesion = section(each.pop("lesion"))[..., 0] > 0
+        lung = next(section(values)[..., 0] for name, values in each.items() if name.startswith("norm_")) > 0
         for ax, (name, values) in zip(axes[start:], each.items()):
             ax.set_title("CT and truth" if name == "image" else name, color="white", fontsize=8)
             shown = section(values)
@@ -124,8 +138,9 @@ def draw(path: Path, files: list[Path]) -> None:
             elif shown.shape[2] == 3:
                 ax.imshow(shown)
             else:
-                low, high = np.percentile(shown, [1, 99.5])
-                ax.imshow(shown[..., 0], cmap="inferno", vmin=low, vmax=max(high, low + 1e-12))
+                low, high = np.percentile(shown[lung], [1, 99.5])
+                inside = np.where(lung, shown[..., 0], np.nan)
+                ax.imshow(inside, cmap="inferno", vmin=low, vmax=max(high, low + 1e-12))
             ax.contour(lesion, [0.5], colors="#00c8ff", linewidths=0.7)
     write_png(path, figure)
 
