@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 from bundle.errors import InputError
+from bundle.explain import EXPLAINERS
 from bundle.files import write_text
 from bundle.metrics.faithfulness import agreement
 from bundle.phantoms import PHANTOMS
@@ -32,7 +33,7 @@ MEASURES = {  # their columns in the page, and their digits
     "seeds": ("seeds ↑", 2),
     "shift": ("shift ↑", 2),
     "completeness_error": ("sum off ↓", 2),
-    "seconds": ("seconds", 2),
+    "seconds": ("s", 2),
 }
 COLUMNS = 12  # of the picture
 PICTURED = ("spheres-honeycomb", "fibrosis")  # where they were measured, else the first phantom and the first implant
@@ -89,17 +90,14 @@ def repeatability(files: list[tuple[Path, Path]]) -> pd.DataFrame:
 
 def tables(rows: pd.DataFrame) -> str:
     """Means over phantoms, means over implants, and average precision by method and cohort."""
-    text, order = "", list(dict.fromkeys(rows.method))
+    text, order = "", one_level(list(dict.fromkeys(rows.method)))
     for title, part in (("phantoms", rows[rows.cohort.isin(PHANTOMS)]), ("implants", rows[~rows.cohort.isin(PHANTOMS)])):
         if part.empty:
             continue
         seeds = part.groupby("cohort", sort=False).seed.nunique()
         names = ", ".join(f"{name} ({number})" for name, number in seeds.items())
-        text += (
-            f"\n**Means over {title}**, in brackets how many seeds: {names}. ±: standard deviation over seeds, mean over "
-        )
-        text += f"{title}.\n\n"
-        own, lines = [method for method in order if method in set(part.method)], []
+        text += f"\n**Means over {title}.** Seeds: {names}. ± is the standard deviation over seeds, mean over {title}.\n\n"
+        own, lines = one_level(list(part.method.unique())), []
         for method in own:
             by_cohort = part[part.method == method].groupby("cohort")[list(MEASURES)].agg(["mean", "std"])
             cells = {name: cell(by_cohort[key], digits) for key, (name, digits) in MEASURES.items()}
@@ -110,12 +108,22 @@ def tables(rows: pd.DataFrame) -> str:
     return f"{text}\n**Average precision** by cohort, means over seeds:\n\n{markdown(by_cohort.reset_index())}"
 
 
+def one_level(methods: list[str]) -> list[str]:
+    """Of the levels of a method only the transformer's output, where it has one, else the last."""
+    found: dict[str, str] = {}
+    for name in methods:
+        base = max((key for key in EXPLAINERS if name == key or name.startswith(f"{key}_")), key=len, default=name)
+        if not found.get(base, "").endswith("_output"):
+            found[base] = name
+    return list(found.values())
+
+
 def cell(by_cohort: pd.DataFrame, digits: int) -> str:
     """Means of the columns mean and std, of which the latter is over seeds; None of them where there are none."""
     value, spread = by_cohort["mean"].mean(), by_cohort["std"].mean()
     if np.isnan(value):
         return "–"
-    return f"{value:.{digits}f}" + ("" if np.isnan(spread) else f" ± {spread:.{digits}f}")
+    return f"{value:.{digits}f}" + ("" if np.isnan(spread) else f"±{spread:.{digits}f}")
 
 
 def draw(path: Path, files: list[Path]) -> None:
