@@ -147,7 +147,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {e}")
     exit_on_sigterm()
     torch.set_flush_denormal(True)
-    logging.getLogger("monai.bundle.scripts").setLevel(logging.ERROR)  # its summaries would tear the progress bar
+    for name in ("scripts", "workflows"):  # whose summaries would tear the progress bar
+        logging.getLogger(f"monai.bundle.{name}").setLevel(logging.ERROR)
     wanted, failed = [(name, seed) for seed in args.seeds for name in names], 0
     done = [key for key in wanted if work.files(*key)[0].is_file()]
     with tqdm(total=len(wanted), initial=len(done), desc="explanations", unit="network") as bar:
