@@ -102,9 +102,10 @@ def test_results_are_those_of_the_command_line_whoever_else_asks(server, scans, 
         assert data["prediction"]["survival_curve"] == pytest.approx(1 - np.cumsum(expected["pmf"]), abs=1e-5)
         files = server.fetch(data)
         assert files["heat.nii.gz"] == (tmp_path / kind / "maps" / f"{record.stem}_heat.nii.gz").read_bytes()
-        report = (tmp_path / kind / "reports" / f"{record.stem}.html").read_text()
-        print(kind, [(a[:300], b[:300]) for a, b in zip(report.splitlines(), files["report.html"].decode().replace(job["id"], record.stem).splitlines(), strict=True) if a != b])
-        assert files["report.html"].decode().replace(job["id"], record.stem) == report or "DICOM" in kind
+        report = (tmp_path / kind / "reports" / f"{record.stem}.html").read_text().splitlines()
+        served = files["report.html"].decode().replace(job["id"], record.stem).splitlines()
+        other = [line for line, expected in zip(served, report, strict=True) if line != expected]
+        assert len(other) == (kind == "DICOM in a ZIP")  # the digest of the archive, not of the folder
         assert server.ask("GET", f"/jobs/{job['id']}")[0] == 404
     assert settled(server) and not list(tmp_path.parent.rglob("*Secret*"))
 
@@ -248,7 +249,8 @@ def page(server):
         page = browser.new_context(accept_downloads=True).new_page()
         page.set_default_timeout(300_000)
         page.said, page.asked = [], []
-        page.context.on("console", lambda message: page.said.append(message.text))
+        page.context.on("console", lambda message: message.type in ("error", "warning") and page.said.append(message.text))
+        page.context.on("weberror", lambda error: page.said.append(str(error.error)))
         page.context.on("request", lambda request: page.asked.append(request.url))
         page.goto(f"{server.address}#{server.token}")
         yield page
@@ -351,7 +353,8 @@ def test_results_are_kept_where_asked_and_expire_where_not(make_jobs, tmp_path):
         jobs.uploads = folder
         job = ran(jobs)
         assert set(job.files) == {"report.html", "heat.nii.gz"} and not job.folder.exists()
-        asyncio.run(asyncio.wait_for(wait(jobs), 30))
+        with ThreadPoolExecutor(1) as other:  # the thread of a browser has a loop already
+            other.submit(asyncio.run, wait(jobs)).result(30)
         assert job.results.exists() == bool(keep)
         shutil.rmtree(tmp_path / "uploads", ignore_errors=True)
         with pytest.raises(HTTPException):
@@ -386,6 +389,7 @@ def test_tokens_and_addresses(tmp_path, capsys):
             command.listen("0.0.0.0", taken.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_weights_that_cannot_be_used_end_the_start(tmp_path):
     with pytest.raises(RuntimeError, match="error: .*model.pt"), Server(tmp_path, ckpt=tmp_path / "model.pt"):
         pass

@@ -23,6 +23,7 @@ from bundle.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 SHORTEST_TOKEN = 16
+MOST_CONNECTIONS = 500
 
 
 def parser() -> argparse.ArgumentParser:
@@ -94,7 +95,10 @@ def serve(args: argparse.Namespace) -> None:
 
     token = read_token(args.token_file)
     if args.keep:
-        args.keep.mkdir(parents=True, exist_ok=True)
+        try:
+            args.keep.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--keep {args.keep} can't be made: {error.strerror} (expected a folder).") from error
     limits = Limits(
         upload_bytes=int(args.max_upload_mib * 2**20), jobs=args.max_jobs, seconds=args.job_seconds,
         memory=int(args.job_gib * 2**30), expire_seconds=60 * args.expire_minutes,
@@ -109,7 +113,7 @@ def serve(args: argparse.Namespace) -> None:
         print(f"Survival Map, for research use only: http://{host}:{listening.getsockname()[1]}/{fragment}", flush=True)
         config = uvicorn.Config(
             app, http="h11", ws="none", loop="asyncio", lifespan="on", headers=HEADERS, server_header=False,
-            proxy_headers=False, access_log=False, log_config=None, timeout_graceful_shutdown=5,
+            proxy_headers=False, access_log=False, limit_concurrency=MOST_CONNECTIONS, log_config=None, timeout_graceful_shutdown=5,
         )  # fmt: skip
         uvicorn.Server(config).run([listening])
 

@@ -12,9 +12,9 @@ import multiprocessing
 import os
 import re
 import resource
-import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def predict(pipe: Connection, folder: Path, ckpt: str, memory: int, image: Path,
     _work(pipe, folder, memory, infer)
 
 
-def _work(pipe: Connection, folder: Path, memory: int, call) -> None:
+def _work(pipe: Connection, folder: Path, memory: int, call: Callable[[], dict[str, Any]]) -> None:
     """Call with limits on the process, and tell what is returned, or one sentence on what was raised."""
     from tqdm import tqdm
 
@@ -91,11 +91,11 @@ def _work(pipe: Connection, folder: Path, memory: int, call) -> None:
         outcome = call()
     except Exception as error:
         fault = input_error_of(error)
-        outcome = {"failed": str(fault) if fault else f"{type(error).__name__} that nobody foresaw", "foreseen": bool(fault)}
-        if _NO_ROOM.search(f"{type(error).__name__}: {error}"):
-            outcome["failed"] = "out of memory"
+        outcome = {"failed": str(fault or f"{type(error).__name__}: {error}"), "foreseen": bool(fault)}
     if _NO_ROOM.search(outcome.get("failed", "")):
         outcome = {"failed": f"it needs more memory than the {memory / 2**30:g} GiB of a job (expected a smaller scan)"}
+    elif not outcome.get("foreseen", True):
+        outcome["failed"] = f"{outcome['failed'].partition(':')[0]} that nobody foresaw"  # what it says may name a patient
     elif "failed" in outcome:
         outcome["failed"] = " ".join(outcome["failed"].replace(f"{folder}{os.sep}", "").split())
     _tell(pipe, **outcome)
@@ -111,7 +111,6 @@ def _confine(folder: Path, memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.umask(0o077)
     tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
-    sys.stdout.flush(), sys.stderr.flush()
     with open(os.devnull, "r+b") as nothing:  # DICOM headers are in the log of an inference
         for descriptor in (0, 1, 2):
             os.dup2(nothing.fileno(), descriptor)
