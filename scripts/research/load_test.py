@@ -112,13 +112,13 @@ class Server:
         kind = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY.decode()}"}
         return self.ask("POST", "/dicom/files", body, **{**kind, **headers})
 
-    def result(self, job: dict):
-        """Status, message and data of a job when it has ended."""
+    def result(self, job: dict, every: float = 0.05):
+        """Status, message and data of a job when it has ended; it is asked for each so many seconds."""
         while True:
             status, message, data = self.ask("GET", f"/jobs/{job['id']}")
             if message or data["state"] == "done":
                 return status, message, data
-            time.sleep(0.05)
+            time.sleep(every)
 
     def fetch(self, data: dict) -> dict[str, bytes]:
         """The files of a job that is done."""
@@ -168,7 +168,7 @@ def load(server: Server, direct: Path, scans: list[Path], copies_of_bad: int) ->
         status, message, job = server.send(body)
         assert status == 202, (scan.name, status, message)
         sent = time.monotonic()
-        status, message, data = server.result(job)
+        status, message, data = server.result(job, every=1)
         assert status == 200, (scan.name, status, message)
         files, done = server.fetch(data), time.monotonic()
         patient = scan.name.removesuffix(".nii.gz")
@@ -182,7 +182,7 @@ def load(server: Server, direct: Path, scans: list[Path], copies_of_bad: int) ->
         start.wait()
         status, message, job = server.send(body, **headers)
         if status == 202:
-            status, message, _ = server.result(job)
+            status, message, _ = server.result(job, every=1)
         assert status == expected and message and "\n" not in message, (what, status, message)
 
     with ThreadPoolExecutor(len(scans) + len(bad)) as pool:

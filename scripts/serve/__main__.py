@@ -113,7 +113,8 @@ def serve(args: argparse.Namespace) -> None:
         print(f"Survival Map, for research use only: http://{host}:{listening.getsockname()[1]}/{fragment}", flush=True)
         config = uvicorn.Config(
             app, http="h11", ws="none", loop="asyncio", lifespan="on", headers=HEADERS, server_header=False,
-            proxy_headers=False, access_log=False, limit_concurrency=MOST_CONNECTIONS, log_config=None, timeout_graceful_shutdown=5,
+            proxy_headers=False, access_log=False, log_config=None, limit_concurrency=MOST_CONNECTIONS,
+            timeout_graceful_shutdown=5,
         )  # fmt: skip
         uvicorn.Server(config).run([listening])
 

@@ -73,9 +73,6 @@ class Job:
     process: multiprocessing.Process | None = None
     gone: bool = False
 
-    def fail(self, status: int, sentence: str) -> None:
-        self.state, self.status, self.message = "failed", status, sentence
-
 
 class Jobs:
     """The jobs of a server.
@@ -114,11 +111,10 @@ class Jobs:
         Raises:
             InputError: the weights can't be used.
         """
-        job = Job("about", self.uploads, self.results)
-        outcome = self._in_process(job, worker.about, time.monotonic() + MOST_START) or {}
-        if "done" not in outcome:
-            raise InputError(outcome.get("failed", "the process for jobs doesn't start (expected one within the limits)"))
-        return outcome["done"]
+        try:
+            return self._in_process(Job("about", self.uploads, self.results), worker.about, MOST_START)
+        except HTTPException as error:
+            raise InputError(f"jobs can't be done: {error.detail}") from error
 
     def open(self) -> Job:
         """A job to upload into.
@@ -180,7 +176,11 @@ class Jobs:
             job = await self.queue.get()
             if not job.gone:
                 job.state, job.started = "reading", time.monotonic()
-                await asyncio.to_thread(self._run, job)
+                try:
+                    await asyncio.to_thread(self._run, job)
+                except Exception as error:  # the next job may do
+                    logger.error(f"job {job.id}: {type(error).__name__} that nobody foresaw.")
+                    job.state, job.status, job.message = "failed", 500, "the server failed"
 
     async def expire(self) -> None:
         """Forget the jobs whose results nobody fetched, for ever."""
@@ -195,30 +195,37 @@ class Jobs:
             self.forget(job, "deleted")
 
     def _run(self, job: Job) -> None:
-        outcome = self._in_process(job, worker.predict, job.started + self.limits.seconds, job.image, job.results)
-        if outcome is None:
-            pass
-        elif "done" in outcome:
-            found = {name: job.results / path.format(id=job.id) for name, path in RESULTS.items()}
-            job.files = {name: path for name, path in found.items() if path.is_file()}
-            job.prediction, job.state = outcome["done"], "done"
-        else:
-            job.fail(422 if outcome.get("foreseen", True) else 500, outcome["failed"])
+        fault, prediction = None, None
+        try:
+            prediction = self._in_process(job, worker.predict, self.limits.seconds, job.image, job.results)
+        except HTTPException as error:
+            fault = error
+        shutil.rmtree(job.folder, ignore_errors=True)
         job.ended = time.monotonic()
         waited, ran = job.started - job.submitted, job.ended - job.started
+        what = "deleted" if job.gone else f"failed ({fault.status_code})" if fault else "done"
+        logger.info(f"job {job.id}: {what} in {ran:.1f} s, after {waited:.1f} s of waiting; {job.size / 2**20:.1f} MiB.")
         self.waits.observe(waited)
         self.times.observe(ran)
         if not job.gone:
-            self.events.labels(job.state).inc()
-        if job.gone or job.state == "failed":
-            self._clear(job)
+            self.events.labels("failed" if fault else "done").inc()
+        if fault:
+            job.status, job.message = fault.status_code, fault.detail
         else:
-            shutil.rmtree(job.folder, ignore_errors=True)
-        what = "deleted" if job.gone else job.state if job.state == "done" else f"{job.state} ({job.status})"
-        logger.info(f"job {job.id}: {what} in {ran:.1f} s, after {waited:.1f} s of waiting; {job.size / 2**20:.1f} MiB.")
+            found = {name: job.results / path.format(id=job.id) for name, path in RESULTS.items()}
+            job.files = {name: path for name, path in found.items() if path.is_file()}
+            job.prediction = prediction
+        job.state = "failed" if fault else "done"  # last: now others may see it
+        if fault or job.gone:
+            self._clear(job)
 
-    def _in_process(self, job: Job, target: Callable, deadline: float, *args) -> dict | None:
-        """Call `target` in a process, and follow what it tells; its last word, or None after its end without one."""
+    def _in_process(self, job: Job, target: Callable, seconds: float, *args: object) -> dict:
+        """Call `target` in a process, and follow what it tells; what it says is done.
+
+        Raises:
+            HTTPException: it says that it failed, or took too long, or died.
+        """
+        deadline = time.monotonic() + seconds
         ours, theirs = self.context.Pipe(duplex=False)
         job.process = self.context.Process(
             target=target, args=(theirs, job.folder, self.ckpt, self.limits.memory, *args), daemon=True
@@ -228,21 +235,22 @@ class Jobs:
             theirs.close()
             while not job.gone:
                 if not ours.poll(max(0.0, deadline - time.monotonic())):
-                    job.fail(504, f"it took longer than the {self.limits.seconds:g} s of a job (expected a smaller scan)")
-                    return None
+                    raise HTTPException(504, f"it took longer than the {seconds:g} s of a job (expected a smaller scan)")
                 told = json.loads(ours.recv_bytes(MOST_TOLD))
-                if "state" not in told:
-                    return told
-                if told["state"] in RUNNING:
+                if told.get("state") in RUNNING:
                     job.state = told["state"]
-        except (OSError, EOFError, ValueError):
-            job.fail(500, "the job's process died: out of memory, or a file that crashes its reader")
+                elif "done" in told:
+                    return told["done"]
+                else:
+                    raise HTTPException(422 if told["foreseen"] else 500, told["failed"])
+            raise HTTPException(404, "it was deleted")
+        except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:  # no word, or none of ours
+            raise HTTPException(500, "its process died: out of memory, or a file that crashes the reader") from error
         finally:
             ours.close()
             if job.process.pid:
                 job.process.kill()
                 job.process.join()
-        return None
 
     def _clear(self, job: Job) -> None:
         """Delete what is left of a job, but results that are to be kept."""

@@ -68,7 +68,7 @@ def predict(pipe: Connection, folder: Path, ckpt: str, memory: int, image: Path,
             job.run()
         except Exception:
             if faults := part("dataset").faults:
-                return {"failed": faults[0][1]}
+                return _failed(faults[0][1])
             raise
         found = part("writer").done.read(part("dataset").data[0]["patient_id"])
         row = {key: value for key, value in found["row"].items() if key not in ("patient_id", "status")}
@@ -91,14 +91,18 @@ def _work(pipe: Connection, folder: Path, memory: int, call: Callable[[], dict[s
         outcome = call()
     except Exception as error:
         fault = input_error_of(error)
-        outcome = {"failed": str(fault or f"{type(error).__name__}: {error}"), "foreseen": bool(fault)}
+        outcome = _failed(str(fault)) if fault else _failed(f"{type(error).__name__}: {error}", foreseen=False)
     if _NO_ROOM.search(outcome.get("failed", "")):
-        outcome = {"failed": f"it needs more memory than the {memory / 2**30:g} GiB of a job (expected a smaller scan)"}
+        outcome = _failed(f"it needs more memory than the {memory / 2**30:g} GiB of a job (expected a smaller scan)")
     elif not outcome.get("foreseen", True):
         outcome["failed"] = f"{outcome['failed'].partition(':')[0]} that nobody foresaw"  # what it says may name a patient
     elif "failed" in outcome:
         outcome["failed"] = " ".join(outcome["failed"].replace(f"{folder}{os.sep}", "").split())
     _tell(pipe, **outcome)
+
+
+def _failed(sentence: str, foreseen: bool = True) -> dict[str, Any]:
+    return {"failed": sentence, "foreseen": foreseen}
 
 
 def _tell(pipe: Connection, **what: Any) -> None:
