@@ -34,7 +34,7 @@ the lung. What each peer is given, and how its settings are chosen, is at the to
 
 AIMS = """
 A cell says in how many cohorts (disease and seed) the aim was met, then the mean over cohorts with the least and greatest.
-A peer is every other method but the ceiling, which learns from masks; the best peer is another one for each cohort and measure.
+A peer is every other method but the ceiling, which learns from masks; the best one differs by cohort and measure.
 """
 
 
@@ -93,9 +93,9 @@ def page(rows: pd.DataFrame, titles: dict[str, str], command: str, anatomies: li
                 lines.append({"method": title} | {MEASURES[name]: cell(own[name], digits[name]) for name in MEASURES})
         same = part.drop_duplicates("seed")
         seeds = ", ".join(map(str, sorted(same.seed)))
-        about = f"Seeds {seeds}. {same.test_scans.iloc[0]} test scans, {cell(same.test_diseased, 0)} of them diseased. C-index of the oracle"
-        about += f" {cell(same.c_index_oracle, 2)}, share of the lung that is diseased {cell(same.base_rate, 4)}."
-        text.append(f"\n## {disease.replace('_', ' ').capitalize()}, {num} training scans\n\n{about}\n")
+        text.append(f"\n## {disease.replace('_', ' ').capitalize()}, {num} training scans\n\nSeeds {seeds}.")
+        text.append(f" {same.test_scans.iloc[0]} test scans, {cell(same.test_diseased, 0)} of them diseased. C-index of the oracle")
+        text.append(f" {cell(same.c_index_oracle, 2)}, share of the lung that is diseased {cell(same.base_rate, 4)}.\n")
         text.append("\n" + markdown(pd.DataFrame(lines)))
     return "".join(text) + NOTES
 
