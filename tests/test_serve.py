@@ -33,7 +33,7 @@ from bundle.errors import InputError
 from scripts.research.load_test import BOUNDARY, WANTED, Server, form
 from scripts.serve import __main__ as command
 from scripts.serve import jobs as serve_jobs
-from scripts.serve.app import page_policy
+from scripts.serve.app import page_policy, upload_page_text
 from scripts.serve.jobs import Jobs, Limits, scratch
 
 from .commands import run
@@ -264,7 +264,7 @@ def test_the_page_sends_a_scan_and_opens_its_report(page, server, scans):
     page.wait_for_selector("li a")
     assert HOSTILE.replace("/", ":") in page.inner_text("li b").replace("/", ":") and page.title() == "Survival Map"
     page.wait_for_selector("li a >> text=heat")
-    assert "Median" in page.inner_text("li p") and settled(server)
+    assert "median" in page.inner_text("li p") and settled(server)
     with page.expect_download() as download:
         page.click("li a >> text=heat")
     saved = gzip.decompress(download.value.path().read_bytes())
@@ -393,6 +393,11 @@ def test_tokens_and_addresses(tmp_path, capsys):
 def test_weights_that_cannot_be_used_end_the_start(tmp_path):
     with pytest.raises(RuntimeError, match="error: .*model.pt"), Server(tmp_path, ckpt=tmp_path / "model.pt"):
         pass
+
+
+def test_the_page_says_whether_results_are_kept():
+    assert "keeps the results" in upload_page_text(True)
+    assert "keeps" not in upload_page_text(False) and "a result when it is here" in upload_page_text(False)
 
 
 def test_the_page_may_run_its_own_script_and_that_of_reports_alone():

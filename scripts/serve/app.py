@@ -44,7 +44,7 @@ def make_app(jobs: Jobs, token: str, version: str, about: dict[str, Any]) -> Fas
         version: of this software.
         about: of :meth:`Jobs.about`.
     """
-    page = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+    page = upload_page_text(bool(jobs.keep))
     policy = page_policy(page, about["report_policy"])
     known = {key: value for key, value in about.items() if key != "report_policy"}
 
@@ -165,6 +165,12 @@ def told(jobs: Jobs, job: Job) -> dict[str, Any]:
     """What a client is told of a job."""
     known = {"id": job.id, "state": job.state, "ahead": jobs.ahead(job), "prediction": job.prediction}
     return known | {"files": [f"/jobs/{job.id}/{name}" for name in job.files]}
+
+
+def upload_page_text(keeps: bool) -> str:
+    """The upload page, which says what becomes of results."""
+    page = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+    return page.replace("<!-- results -->", "<b>keeps the results</b>" if keeps else "a result when it is here")
 
 
 def page_policy(page: str, report: str) -> str:
