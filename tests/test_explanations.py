@@ -72,6 +72,14 @@ def test_a_stopped_command_goes_on_and_measures_nothing_twice(made, monkeypatch)
     assert (folder / "runs" / "central-sphere_1" / "trained" / "model.pt").stat().st_mtime_ns == trained
 
 
+def test_what_is_there_can_be_drawn_alone(made, monkeypatch):
+    folder, words = made
+    monkeypatch.setattr(command.Work, "measure", lambda *args: 1 / 0)
+    (folder / "table.csv").unlink()
+    command.main([*words, "--seeds", "0", "1", "2", "--draw"])
+    assert set(pd.read_csv(folder / "table.csv").seed) == {0, 1}
+
+
 def test_a_network_that_fails_does_not_take_the_others_with_it(made, monkeypatch, capsys):
     monkeypatch.setattr(command.Work, "train", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(SystemExit, match="1 of 2 networks are missing"):

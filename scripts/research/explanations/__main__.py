@@ -131,6 +131,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, default=Path("runs/explanations"), help="work folder (default %(default)s)")
     p.add_argument("--table", type=Path, default=Path("docs/results/explanations.csv"), help="default %(default)s")
     p.add_argument("--page", type=Path, default=Path("docs/explanations.md"), help="its tables are replaced; with a .png")
+    p.add_argument("--draw", action="store_true", help="write the table, the page and its picture of what is there, no more")
     return p
 
 
@@ -153,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     done = [key for key in wanted if work.files(*key)[0].is_file()]
     with tqdm(total=len(wanted), initial=len(done), desc="explanations", unit="network") as bar:
         for key in wanted:
-            if key in done:
+            if key in done or args.draw:
                 continue
             bar.set_postfix_str(f"{key[0]}, seed {key[1]}")
             try:
