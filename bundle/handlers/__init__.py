@@ -5,7 +5,7 @@
 from bundle.handlers.evaluation import ScoreScans, score_maps
 from bundle.handlers.explanations import ExplainScans
 from bundle.handlers.failed import failed_scans
-from bundle.handlers.figures import draw_training, report_evaluation, save_figure
+from bundle.handlers.figures import draw_reconstructions, draw_training, report_evaluation, save_figure
 from bundle.handlers.metrics_writer import MetricsWriter, format_metrics_table
 from bundle.handlers.tracking import HistoryWriter, Progress, WandbHandler, loss_of
 from bundle.handlers.training import EpochSeed, GradientClip, geometric
@@ -19,6 +19,7 @@ __all__ = [
     "Progress",
     "ScoreScans",
     "WandbHandler",
+    "draw_reconstructions",
     "draw_training",
     "failed_scans",
     "format_metrics_table",

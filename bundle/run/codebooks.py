@@ -106,16 +106,20 @@ def shares_of(words: Tensor, size: int) -> Tensor:
     return torch.stack([torch.bincount(book.long(), minlength=size) for book in words.unbind(1)]) / len(words)
 
 
-def fit_hazards(shares: Tensor, outcome: Tensor, adjust: Tensor | None = None, penalty: float = 1.0) -> Tensor:
+def fit_hazards(
+    shares: Tensor, outcome: Tensor, adjust: Tensor | None = None, penalty: float = 1.0, toward: Tensor | None = None
+) -> Tensor:
     """Hazards (books, size) of the words from their shares (N, books, size) in the lungs of a cohort.
 
-    The fourth root brings a rare word's share nearer to normal. A word that hardly varies has its deviation floored.
+    The fourth root brings a rare word's share nearer to normal. A word that hardly varies has its deviation floored. Where
+    hazards of another cohort are given (`toward`), few scans move them little.
     """
     x = (shares + 1e-4) ** 0.25
     x = x - x.mean(0)
     spread = x.std(0).nan_to_num(0)
     spread = (spread.square() + spread.median(1, keepdim=True).values.square()).sqrt().clamp_min(1e-6)
-    slope = ridge_cox((x / spread).flatten(1), outcome, penalty, adjust).view(shares.shape[1:])
+    toward = None if toward is None else toward.flatten()
+    slope = ridge_cox((x / spread).flatten(1), outcome, penalty, adjust, toward).view(shares.shape[1:])
     return slope / slope.abs().max().clamp_min(1e-12)
 
 
@@ -163,20 +167,26 @@ def fit_months(network: CodebookNet, risk: Tensor, outcome: Tensor, objective: O
 
 
 def out_of_fold(
-    network: CodebookNet, words: Sequence[Tensor], scans: Sequence[Tokens], outcome: Tensor, folds: Tensor, adjust: Tensor
+    network: CodebookNet,
+    words: Sequence[Tensor],
+    scans: Sequence[Tokens],
+    outcome: Tensor,
+    folds: Tensor,
+    adjust: Tensor,
+    toward: Tensor | None = None,
 ) -> Tensor:
     """Risk of each scan (N,) by hazards that were fitted without its fold; the network is left with those of all.
 
-    The books are the same throughout: they have seen no outcome.
+    The books are the same throughout: they have seen no outcome. Nor have hazards of another cohort, `toward`, seen these.
     """
     shares = torch.stack([shares_of(w, network.centres.shape[1]) for w in words])
     risk = torch.zeros(len(scans))
     for fold in folds.unique():
         inside = folds != fold
-        network.hazard.data.copy_(fit_hazards(shares[inside], outcome[inside], adjust[inside]))
+        network.hazard.data.copy_(fit_hazards(shares[inside], outcome[inside], adjust[inside], toward=toward))
         for i in (~inside).nonzero()[:, 0].tolist():
             risk[i] = risk_of(network, words[i], scans[i].index)
-    network.hazard.data.copy_(fit_hazards(shares, outcome, adjust))
+    network.hazard.data.copy_(fit_hazards(shares, outcome, adjust, toward=toward))
     return risk
 
 
@@ -221,6 +231,8 @@ class CodebookStage:
         objective: what the readout is; its variance is fitted to out-of-fold predictions.
         ckpt_dir: folder of the run.
         seed: of k-means and folds.
+        given: the network has the books and hazards of another cohort. Its books stay, and its hazards are fitted anew
+            from there.
 
     Raises:
         InputError: another recipe; a recipe "codebook" for an objective that has neither months nor hazards.
@@ -235,6 +247,7 @@ class CodebookStage:
         objective: Objective,
         ckpt_dir: str,
         seed: int = 0,
+        given: bool = False,
     ) -> None:
         if recipe not in RECIPES:
             raise InputError(f'recipe must be one of {", ".join(RECIPES)}, got "{recipe}".')
@@ -243,6 +256,7 @@ class CodebookStage:
         self.train, self.val = train, val
         self.path = Path(ckpt_dir) / "codebooks.pt"
         self.seed = seed
+        self.toward = network.hazard.detach().clone() if given else None
         plain = not objective.extra and not getattr(objective, "mixture", False)
         self.readable = plain and (hasattr(objective, "variance") or hasattr(objective, "fit_baseline"))
         if recipe == "codebook" and not self.readable:
@@ -286,7 +300,8 @@ class CodebookStage:
         told = ("patient_id", "time", "event", "clinical", "site")
         scans = [[self.train.key(r).decode(), *(str(r.get(name)) for name in told)] for r in self.train.data]
         code = code_digest("networks/*.py", "run/codebooks.py", "survival/*.py", "maps/familiarity.py", "data/splits.py")
-        return [scans, self.network.arguments, self.recipe, self.asked, self.seed, code]
+        given = None if self.toward is None else self.toward.tolist()
+        return [scans, self.network.arguments, self.recipe, self.asked, self.seed, code, given]
 
     def fit(self) -> None:
         """Fit all there is to fit, and write it."""
@@ -310,13 +325,14 @@ class CodebookStage:
             raise InputError('the recipe "codebook" needs two patients or more to train on, to leave each out once.')
         if self.recipe != "network" and self.readable and several:
             self.folds = folds
-            fit_books(self.network, self.scans, self.seed)
+            if self.toward is None:
+                fit_books(self.network, self.scans, self.seed)
             self.words = [words_of(self.network, scan) for scan in tqdm(self.scans, desc="codebooks", unit="scan")]
 
     def learn(self) -> None:
         """Hazards, months and readout from the outcomes of the training scans."""
         clinical, outcome = clinical_of(self.train.data), outcomes(self.train.data)
-        risk = out_of_fold(self.network, self.words, self.scans, outcome, self.folds, clinical)
+        risk = out_of_fold(self.network, self.words, self.scans, outcome, self.folds, clinical, self.toward)
         self.network.base.copy_((risk**4).median())  # half of the patients have more evidence than base
         variance = fit_months(self.network, risk, outcome, self.objective, clinical)
         if variance is not None:

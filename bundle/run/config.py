@@ -23,7 +23,7 @@ from monai.utils import ensure_tuple, str2bool
 
 from bundle.errors import InputError
 
-PATHS = ("bundle_root", "cohort", "image", "ckpt", "lungmask_weights")
+PATHS = ("bundle_root", "cohort", "image", "ckpt", "lungmask_weights", "pretrained")
 PATHS += ("ckpt_dir", "output_dir", "cache_dir", "maps_dir")
 # The least value of each key that is a whole number, and of each that is any.
 COUNTS = {"tmax": 2, "fold": 0, "num_workers": 0, "seed": 0}

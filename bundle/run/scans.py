@@ -46,10 +46,35 @@ def training_cohort(
     return parts
 
 
+def image_cohort(cohort: str | None, seed: int, on_fault: str) -> dict[str, list[dict]]:
+    """Records by part (train, val) of a checked cohort whose outcomes are not asked; both empty while none is named.
+
+    The parts are those of the column ``split``, whose test scans are left out; else a tenth of the patients validates.
+    """
+    if cohort is None:
+        return {"train": [], "val": []}
+    records = read_cohort(cohort, need_outcome=False, on_fault=on_fault)
+    if all("split" in record for record in records):
+        part = {record["patient_id"]: record["split"] for record in records}
+    else:
+        patients = sorted({patient_of(record) for record in records})
+        order = torch.randperm(len(patients), generator=torch.Generator().manual_seed(seed)).tolist()
+        validate = {patients[i] for i in order[: max(1, len(patients) // 10)]}
+        part = {record["patient_id"]: "val" if patient_of(record) in validate else "train" for record in records}
+    parts = {name: [record for record in records if part[record["patient_id"]] == name] for name in ("train", "val")}
+    sizes = ", ".join(f"{len(rows)} {name}" for name, rows in parts.items())
+    if not all(parts.values()):
+        raise InputError(f"{cohort}: {sizes} scans (expected at least 1 of each).")
+    logger.info(f"images: {sizes} scans; no outcome is asked.")
+    return parts
+
+
 def cohort_identity(parts: dict[str, list[dict]]) -> dict:
     """Who is in a cohort and what became of them, for `settings.json`: digests that name nobody and no image."""
     records = [(part, record) for part in ("train", "val") for record in parts[part]]
-    known = [[part, r["patient_id"], r["time"], r["event"], *r.get("covariates", {}).values()] for part, r in records]
+    known = [
+        [part, r["patient_id"], r.get("time"), r.get("event"), *r.get("covariates", {}).values()] for part, r in records
+    ]
     return {
         "cohort_sha256": hashlib.sha256(json.dumps(known).encode()).hexdigest(),
         "trained_on": sorted({patient_digest(patient_of(record)) for _, record in records}),
