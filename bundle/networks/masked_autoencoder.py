@@ -65,10 +65,9 @@ class MaskedAutoencoder(nn.Module):
         self.position = Position(dim)
         self.blocks = nn.ModuleList([Block(dim, window, 0) for _ in range(depth)])
         self.hidden = nn.Parameter(torch.zeros(dim))
-        last = nn.Linear(dim, patch_size**3)
-        nn.init.zeros_(last.weight)  # an untrained network tells the mean of what was seen
-        nn.init.zeros_(last.bias)
-        self.to_voxels = nn.Sequential(nn.LayerNorm(dim), last)
+        self.to_voxels = nn.Linear(dim, patch_size**3)
+        nn.init.zeros_(self.to_voxels.weight)  # an untrained network tells the mean of what was seen
+        nn.init.zeros_(self.to_voxels.bias)
         self.quantizer = EMAQuantizer(2, codes, dim) if vector_quantisation else None
 
     def forward(self, image: Tensor, lung: Tensor | None = None, clinical: Tensor | None = None) -> Tensor:
