@@ -8,10 +8,8 @@ is kept in --out: a command that was stopped goes on where it was.
 """
 
 import argparse
-import itertools
 import json
 import math
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,18 +39,19 @@ OWN = ("lidc-idri_0028", "lidc-idri_0295")
 TEST = ("lidc-idri_0350", "pyradiomics_lung1")
 SCANS = 100  # of either hospital
 TRAIN = "configs/train.json"
+SMALL = {"network_def#patch_size": 2, "network_def#dim": 32}  # 12 mm, as shipped, where voxels have 6 mm
 # Weights that are given: by what config, and with which options.
 GIVEN: dict[str, tuple[str, dict[str, Any]]] = {
-    "images": ("configs/pretrain.json", {}),
-    "images_codes": ("configs/pretrain.json", {"vector_quantisation": True}),
+    "images": ("configs/pretrain.json", SMALL),
+    "images_codes": ("configs/pretrain.json", {**SMALL, "vector_quantisation": True}),
     "other_codebooks": (TRAIN, {"recipe": "codebook"}),
-    "other_network": (TRAIN, {"recipe": "network"}),
+    "other_network": (TRAIN, {**SMALL, "recipe": "network"}),
 }
 # Ways to begin: what they are called, from which given weights, and with which options.
 ARMS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "codebooks": ("codebooks, from scratch", None, {"recipe": "codebook"}),
     "codebooks_given": ("codebooks, fine-tuned", "other_codebooks", {}),
-    "network": ("network, from scratch", None, {"recipe": "network"}),
+    "network": ("network, from scratch", None, {**SMALL, "recipe": "network"}),
     "network_images": ("network, pre-trained on scans alone", "images", {"recipe": "network"}),
     "network_codes": ("network, pre-trained on scans alone, with codes", "images_codes", {"recipe": "network"}),
     "network_given": ("network, fine-tuned", "other_network", {}),
@@ -65,10 +64,13 @@ AS_GIVEN = {
 HEAD = """\
 # What given weights bring
 
-Made by `{command}`. Disease ({disease}) in real chests; {spacing:g} mm voxels and {steps} steps a training to keep it small.
+Made by `python -m scripts.research.pretraining`. Disease ({disease}) in real chests, log T has noise of {noise:g}. Voxels
+of {spacing:g} mm, patches of 12 mm and {steps} steps a training keep it small.
+
 Another hospital has {scans} scans with outcomes ({other}). One's own has {scans} ({own}), of which the outcomes of as many
 as the column says are known; a fifth of these validates. Measured on {test} scans of {tested}. Pre-training sees all
-{both} scans of both hospitals and no outcome. A cell is the mean over {seeds} seeds (least–greatest).
+{both} scans of both hospitals and no outcome. A cell is the mean over seeds (least–greatest); one number is of one seed, and
+an empty cell was not run: the command may be given some of `--seeds`, `--arms` and `--labelled` at a time.
 
 """
 
@@ -101,7 +103,7 @@ class Experiment:
             raise InputError(f"{self.args.backgrounds} lacks some of {', '.join(anatomies)}.")
         write_text(self.out / f"{name}.csv", table.to_csv(index=False))
         options = ["--backgrounds", self.out / f"{name}.csv", "--disease", self.args.disease, "--num", num]
-        options += ["--spacing", self.args.spacing, "--out", self.out / name, *words]
+        options += ["--noise", self.args.noise, "--spacing", self.args.spacing, "--out", self.out / name, *words]
         make_implants.main([str(word) for word in options])
         return table_of(self.out / name / "cohort.csv").drop(columns="site")
 
@@ -183,17 +185,17 @@ def measure(model: TrainedModel, table: pd.DataFrame) -> dict[str, float]:
     return {**found, "average_precision": float(np.mean(precisions))}
 
 
-def page(args: argparse.Namespace, rows: pd.DataFrame, command: str) -> str:
-    """The page of results."""
+def page(args: argparse.Namespace, rows: pd.DataFrame) -> str:
+    """The page of all results that are there."""
     names = {"other": OTHER, "own": OWN, "tested": TEST}
-    told = {"scans": SCANS, "both": 2 * SCANS, "test": args.test_scans, "seeds": rows["seed"].nunique()}
-    text = HEAD.format(**vars(args) | told | {k: ", ".join(v) for k, v in names.items()} | {"command": command})
+    told = {"scans": SCANS, "both": 2 * SCANS, "test": args.test_scans}
+    text = HEAD.format(**vars(args) | told | {k: ", ".join(v) for k, v in names.items()})
     titles = {**{arm: title for arm, (title, *_) in ARMS.items()}, **AS_GIVEN}
     oracle = rows.groupby("seed")["oracle"].first().mean()
     for measured, title in (("c_index", f"C-index (of the true diseased share: {oracle:.2f})"), ("average_precision", "AP")):
         table = []
         for arm, name in titles.items():
-            cells = {}
+            cells: dict[str, str] = {}
             for labelled, of in rows[rows["arm"] == arm].groupby("labelled"):
                 values = of[measured]
                 spread = f" ({values.min():.2f}–{values.max():.2f})" if len(values) > 1 else ""
@@ -212,6 +214,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--labelled", type=int, nargs="+", default=[12, 25, 50, 100], metavar="N", help="default 12 25 50 100")
     p.add_argument("--arms", nargs="+", default=[*ARMS, *AS_GIVEN], choices=[*ARMS, *AS_GIVEN], help="default all")
     p.add_argument("--test_scans", type=int, default=40, metavar="N", help="default 40")
+    p.add_argument("--noise", type=float, default=0.1, help="of log T; with much the network learns nothing (default 0.1)")
     p.add_argument("--spacing", type=float, default=6.0, metavar="MM", help="of all voxels (default 6)")
     p.add_argument("--steps", type=int, default=300, metavar="N", help="of a training (default 300)")
     p.add_argument("--backgrounds", type=Path, default=Path("demo/anatomies.csv"), metavar="CSV")
@@ -221,9 +224,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    words = sys.argv[1:] if argv is None else argv
-    args = parser().parse_args(words)
-    command = shlex.join(["python", "-m", "scripts.research.pretraining", *words])
+    args = parser().parse_args(argv)
     runs = [(arm, 0) for arm in args.arms if arm in AS_GIVEN]
     runs += [(arm, n) for n in args.labelled for arm in args.arms if arm in ARMS]
     try:
@@ -234,9 +235,8 @@ def main(argv: list[str] | None = None) -> None:
                 for arm, labelled in runs:
                     experiment.run(arm, labelled)
                     bar.update()
-        keys = itertools.product(args.seeds, runs)
-        rows = [json.loads(Experiment(args, seed).result(*run).read_text()) for seed, run in keys]
-        write_text(args.page, page(args, pd.DataFrame(rows), command))
+        done = [json.loads(path.read_text()) for path in sorted(args.out.glob(f"{args.disease}_seed*/results/*.json"))]
+        write_text(args.page, page(args, pd.DataFrame(done)))
     except InputError as e:
         sys.exit(f"error: {e}")
 
