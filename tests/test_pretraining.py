@@ -178,7 +178,7 @@ def test_hazards_are_pulled_toward_a_multiple_of_those_given():
     expected = own[:300] / 300**0.5 + own[300] * given / (x @ given).std()
     torch.testing.assert_close(pulled, expected, atol=2e-3, rtol=2e-2)
     shares = torch.rand(12, 2, 10, generator=generator)
-    kept = fit_hazards(shares, torch.tensor([[1.0 + i, 0.0] for i in range(12)]), toward=torch.ones(2, 10))
+    kept = fit_hazards(shares, torch.tensor([[1.0 + i, 0.0] for i in range(12)]), given=torch.ones(2, 10))
     assert not kept.any()  # nobody died: nothing is known, not even which way is dangerous
 
 

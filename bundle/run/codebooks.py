@@ -5,6 +5,7 @@
 import copy
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +37,7 @@ FOLDS = 10
 SAMPLE = 40_000  # tokens of a cohort that k-means sees
 BOOK_SAMPLE = 20_000  # of them for each book
 ROUNDS = 8  # of k-means
+LEAST_AT_SITE = 10  # patients that a site must have to be a stratum of its own
 
 
 class Tokens(NamedTuple):
@@ -107,20 +109,26 @@ def shares_of(words: Tensor, size: int) -> Tensor:
 
 
 def fit_hazards(
-    shares: Tensor, outcome: Tensor, adjust: Tensor | None = None, penalty: float = 1.0, toward: Tensor | None = None
+    shares: Tensor,
+    outcome: Tensor,
+    adjust: Tensor | None = None,
+    strata: Tensor | None = None,
+    given: Tensor | None = None,
 ) -> Tensor:
     """Hazards (books, size) of the words from their shares (N, books, size) in the lungs of a cohort.
 
-    The fourth root brings a rare word's share nearer to normal. A word that hardly varies has its deviation floored. Where
-    hazards of another cohort are given (`toward`), few scans move them little.
+    The fourth root brings a rare word's share nearer to normal. A word that hardly varies has its deviation floored. A
+    hazard is the square of a coefficient above 0, 1 for the largest: most words are of harmless tissue, and their noise
+    would outweigh the few that tell. Where hazards of another cohort are `given`, few scans move them little.
     """
     x = (shares + 1e-4) ** 0.25
     x = x - x.mean(0)
     spread = x.std(0).nan_to_num(0)
     spread = (spread.square() + spread.median(1, keepdim=True).values.square()).sqrt().clamp_min(1e-6)
-    toward = None if toward is None else toward.flatten()
-    slope = ridge_cox((x / spread).flatten(1), outcome, penalty, adjust, toward).view(shares.shape[1:])
-    return slope / slope.abs().max().clamp_min(1e-12)
+    toward = None if given is None else given.sqrt().flatten()  # coefficients again
+    slope = ridge_cox((x / spread).flatten(1), outcome, adjust=adjust, strata=strata, toward=toward)
+    slope = slope.view(shares.shape[1:]).clamp_min(0)
+    return (slope / slope.max().clamp_min(1e-12)).square()
 
 
 @torch.no_grad()
@@ -173,20 +181,21 @@ def out_of_fold(
     outcome: Tensor,
     folds: Tensor,
     adjust: Tensor,
-    toward: Tensor | None = None,
+    strata: Tensor,
+    given: Tensor | None = None,
 ) -> Tensor:
     """Risk of each scan (N,) by hazards that were fitted without its fold; the network is left with those of all.
 
-    The books are the same throughout: they have seen no outcome. Nor have hazards of another cohort, `toward`, seen these.
+    The books are the same throughout: they have seen no outcome. Nor have `given` hazards seen any of these scans.
     """
     shares = torch.stack([shares_of(w, network.centres.shape[1]) for w in words])
     risk = torch.zeros(len(scans))
     for fold in folds.unique():
         inside = folds != fold
-        network.hazard.data.copy_(fit_hazards(shares[inside], outcome[inside], adjust[inside], toward=toward))
+        network.hazard.data.copy_(fit_hazards(shares[inside], outcome[inside], adjust[inside], strata[inside], given))
         for i in (~inside).nonzero()[:, 0].tolist():
             risk[i] = risk_of(network, words[i], scans[i].index)
-    network.hazard.data.copy_(fit_hazards(shares, outcome, adjust, toward=toward))
+    network.hazard.data.copy_(fit_hazards(shares, outcome, adjust, strata, given))
     return risk
 
 
@@ -215,6 +224,16 @@ def site_folds(records: Sequence[dict], seed: int) -> list[int]:
         return [patients.index(patient_of(record)) for record in records]
     deaths = sum(record["event"] for record in records)
     return draw_folds(records, int(min(FOLDS, max(2, deaths))), seed)
+
+
+def strata_of(records: Sequence[dict]) -> Tensor:
+    """Stratum of each patient (N,): its `site`, where that has enough patients to compare; all others together are one.
+
+    Each site has its own baseline hazard: that its scanner or its patients differ from others' must not pass for disease.
+    """
+    sites = [str(record.get("site", "")) for record in records]
+    large = [site for site, count in sorted(Counter(sites).items()) if count >= LEAST_AT_SITE]
+    return torch.tensor([large.index(site) if site in large else -1 for site in sites])
 
 
 class CodebookStage:
@@ -256,7 +275,7 @@ class CodebookStage:
         self.train, self.val = train, val
         self.path = Path(ckpt_dir) / "codebooks.pt"
         self.seed = seed
-        self.toward = network.hazard.detach().clone() if given else None
+        self.given = network.hazard.detach().clone() if given else None
         plain = not objective.extra and not getattr(objective, "mixture", False)
         self.readable = plain and (hasattr(objective, "variance") or hasattr(objective, "fit_baseline"))
         if recipe == "codebook" and not self.readable:
@@ -300,7 +319,7 @@ class CodebookStage:
         told = ("patient_id", "time", "event", "clinical", "site")
         scans = [[self.train.key(r).decode(), *(str(r.get(name)) for name in told)] for r in self.train.data]
         code = code_digest("networks/*.py", "run/codebooks.py", "survival/*.py", "maps/familiarity.py", "data/splits.py")
-        given = None if self.toward is None else self.toward.tolist()
+        given = None if self.given is None else self.given.tolist()
         return [scans, self.network.arguments, self.recipe, self.asked, self.seed, code, given]
 
     def fit(self) -> None:
@@ -325,15 +344,16 @@ class CodebookStage:
             raise InputError('the recipe "codebook" needs two patients or more to train on, to leave each out once.')
         if self.recipe != "network" and self.readable and several:
             self.folds = folds
-            if self.toward is None:
+            if self.given is None:
                 fit_books(self.network, self.scans, self.seed)
             self.words = [words_of(self.network, scan) for scan in tqdm(self.scans, desc="codebooks", unit="scan")]
 
     def learn(self) -> None:
         """Hazards, months and readout from the outcomes of the training scans."""
         clinical, outcome = clinical_of(self.train.data), outcomes(self.train.data)
-        risk = out_of_fold(self.network, self.words, self.scans, outcome, self.folds, clinical, self.toward)
-        self.network.base.copy_((risk**4).median())  # half of the patients have more evidence than base
+        strata = strata_of(self.train.data)
+        risk = out_of_fold(self.network, self.words, self.scans, outcome, self.folds, clinical, strata, self.given)
+        self.network.base.copy_(risk.square().median())  # half of the patients have more evidence than base
         variance = fit_months(self.network, risk, outcome, self.objective, clinical)
         if variance is not None:
             self.objective.variance = variance
