@@ -67,15 +67,18 @@ HEAD = """\
 Made by `python -m scripts.research.pretraining`. Disease ({disease}) in real chests, log T has noise of {noise:g}. Voxels
 of {spacing:g} mm, patches of 12 mm and {steps} steps a training keep it small.
 
-Another hospital has {scans} scans with outcomes ({other}). One's own has {scans} ({own}), of which the outcomes of as many
-as the column says are known; a fifth of these validates. Measured on {test} scans of {tested}. Pre-training sees all
-{both} scans of both hospitals and no outcome. A cell is the mean over seeds (least–greatest); one number is of one seed, and
-an empty cell was not run: the command may be given some of `--seeds`, `--arms` and `--labelled` at a time.
+- The other hospital: {scans} scans with outcomes, anatomies {other}.
+- One's own: {scans} scans, anatomies {own}. The outcomes of as many as the column says are known; a fifth validates.
+- Measured on {test} scans of anatomies {tested}.
+- Pre-training on scans alone sees the {both} scans of both hospitals and no outcome.
+
+A cell is the mean over seeds (least–greatest); one number is of one seed. An empty cell was not run: `--seeds`, `--arms` and
+`--labelled` name what to run.
 
 """
 
 
-def bundle_run(log: Path, configs: Sequence[str], **override: Any) -> None:
+def bundle_run(configs: Sequence[str], **override: Any) -> None:
     """`monai.bundle run` in this process, which has imported all already.
 
     Raises:
@@ -126,7 +129,7 @@ class Experiment:
         epochs = math.ceil(self.args.steps / math.ceil((table["split"] == "train").sum() / 4))
         where = {"cohort": folder / "cohort.csv", "ckpt_dir": folder, "cache_dir": self.out / "cache"}
         options = {**{key: str(path) for key, path in where.items()}, "max_epochs": epochs, "seed": self.seed, **override}
-        bundle_run(folder / "log.txt", configs, **options)
+        bundle_run(configs, **options)
         return folder / "model.pt"
 
     def given(self, name: str) -> Path:
