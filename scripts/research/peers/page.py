@@ -83,7 +83,7 @@ def cell(values: pd.Series, digits: int) -> str:
 def page(rows: pd.DataFrame, titles: dict[str, str], command: str, anatomies: list[str]) -> str:
     """A table for each disease and number of training scans, a method a row."""
     text = [HEAD.format(command=command, anatomies=", ".join(anatomies))]
-    if "ours" in titles:
+    if (rows.method == "ours").any():
         text.append(f"\n## Survival Map against what was aimed at\n{AIMS}\n{markdown(targets(rows))}")
     for (disease, num), part in rows.groupby(["disease", "num"], sort=False):
         lines = []
