@@ -109,14 +109,17 @@ def shares_of(words: Tensor, size: int) -> Tensor:
 def fit_hazards(shares: Tensor, outcome: Tensor, adjust: Tensor | None = None, penalty: float = 1.0) -> Tensor:
     """Hazards (books, size) of the words from their shares (N, books, size) in the lungs of a cohort.
 
-    The fourth root brings a rare word's share nearer to normal. A word that hardly varies has its deviation floored.
+    The fourth root brings a rare word's share nearer to normal. A word that hardly varies has its deviation floored. A
+    hazard is the square of a coefficient above 0, 1 for the largest: most words are of harmless tissue, and their noise
+    would outweigh the few that tell.
     """
     x = (shares + 1e-4) ** 0.25
     x = x - x.mean(0)
     spread = x.std(0).nan_to_num(0)
     spread = (spread.square() + spread.median(1, keepdim=True).values.square()).sqrt().clamp_min(1e-6)
     slope = ridge_cox((x / spread).flatten(1), outcome, penalty, adjust).view(shares.shape[1:])
-    return slope / slope.abs().max().clamp_min(1e-12)
+    slope = slope.clamp_min(0)
+    return (slope / slope.max().clamp_min(1e-12)).square()
 
 
 @torch.no_grad()
@@ -317,7 +320,7 @@ class CodebookStage:
         """Hazards, months and readout from the outcomes of the training scans."""
         clinical, outcome = clinical_of(self.train.data), outcomes(self.train.data)
         risk = out_of_fold(self.network, self.words, self.scans, outcome, self.folds, clinical)
-        self.network.base.copy_((risk**4).median())  # half of the patients have more evidence than base
+        self.network.base.copy_(risk.square().median())  # half of the patients have more evidence than base
         variance = fit_months(self.network, risk, outcome, self.objective, clinical)
         if variance is not None:
             self.objective.variance = variance

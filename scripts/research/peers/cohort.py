@@ -62,12 +62,12 @@ class Scan:
 
 
 class Cohort:
-    """Scans to fit on (splits train and val) and to measure on (test)."""
+    """Scans to fit on (the first `num` of splits train and val) and to measure on (test)."""
 
-    def __init__(self, table: Path) -> None:
-        self.path = table
+    def __init__(self, table: Path, num: int | None = None) -> None:
+        self.folder = table.parent
         rows = [row for _, row in pd.read_csv(table).iterrows()]
-        self.train = [Scan(table.parent, row) for row in rows if row.split != "test"]
+        self.train = [Scan(table.parent, row) for row in rows if row.split != "test"][:num]
         self.test = [Scan(table.parent, row) for row in rows if row.split == "test"]
         self.time, self.event = outcome(self.train)
 
