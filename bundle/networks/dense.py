@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bundle.errors import InputError
 from bundle.networks.attention import Tokens
-from bundle.networks.codebook_net import CodebookNet, nearest
+from bundle.networks.codebook_net import CodebookNet, nearest, root_mean
 from bundle.networks.descriptors import blur, describe
 from bundle.networks.patches import share_of_lung
 from bundle.networks.survival_map_net import SurvivalMapNet
@@ -96,8 +96,7 @@ class DenseCodebooks(nn.Module):
         evidence = (total / len(net.hazard)).view(grid) * keep
         sigma = 0.5 * net.smoothing
         near, count = blur(evidence, sigma), blur(keep.to(image.dtype), sigma)
-        risk = (near / count.clamp_min(1e-6)).clamp_min(0).square().square() * keep
-        patient = net.months((risk.sum() / inside.sum()).clamp_min(1e-24) ** 0.25)
+        patient = net.months(root_mean(near / count.clamp_min(1e-6), keep))
         for axis in range(3):  # to voxels: between two tokens, the mean of both; beyond the last, the last
             end = torch.where(inside, cells[:, axis], -1).amax(0)
             voxel = torch.arange(image.shape[axis], device=image.device)
@@ -106,14 +105,11 @@ class DenseCodebooks(nn.Module):
             within = (voxel <= 2 * end + 1).to(image.dtype).view(shape)
             near = 0.5 * (near.index_select(axis, low) + near.index_select(axis, high)) * within
             count = 0.5 * (count.index_select(axis, low) + count.index_select(axis, high)) * within
-        evidence = (near / count.clamp_min(1e-6)).clamp_min(0)
-        weight = (net.base + evidence**4) * lung
-        weight = weight / weight.sum()
-        location = net.months(evidence)
-        location = location + patient - (location * weight).sum()
+        found = net.read((near / count.clamp_min(1e-6)).clamp_min(0), patient, lung)
         if clinical is not None:
-            location = location + (clinical[0].to(image.dtype) * net.clinical_months).sum()
-        return torch.stack([location * lung, weight]).unsqueeze(0)
+            months = (clinical[0].to(image.dtype) * net.clinical_months).sum()
+            found = torch.stack([found[0] + months * lung, found[1]])
+        return found.unsqueeze(0)
 
 
 def level_and_spread(described: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
