@@ -67,9 +67,10 @@ def test_jacobis_eigenvalues_are_those_of_torch():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HERE, reason="needs requirements-onnx.txt")
-@pytest.mark.parametrize("name", ["map", "codebooks"])
-def test_onnxruntime_gives_the_networks_map(name, tmp_path):
-    assert export_onnx(made(name), tmp_path / "m.onnx") < 1e-4
+@pytest.mark.parametrize("name, most", [("map", 1e-4), ("codebooks", 1e-2)])  # a voxel may lie between two words
+def test_onnxruntime_gives_the_networks_map(name, most, tmp_path):
+    voxels, months = export_onnx(made(name), tmp_path / "m.onnx")
+    assert voxels < most and months < 1e-4
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 
