@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from lifelines import CoxPHFitter
 from scipy import ndimage
 
+from bundle.survival.cox import partial_log_likelihood
 from scripts.research.peers import (
     __main__ as command,
 )
@@ -121,8 +123,19 @@ def test_residuals_and_ridge_are_those_of_other_code():
     assert torch.allclose(residual, event - torch.stack(hazard)) and abs(residual.sum()) < 1e-9
     table = pd.DataFrame({"a": x[:, 0], "b": x[:, 1], "c": x[:, 2], "time": time, "event": event})
     lifelines = CoxPHFitter(penalizer=0.2).fit(table, "time", "event")
-    own = ridge.ridge_cox((x - x.mean(0)) / 1.0, time, event, 0.2)
+    one = SimpleNamespace(log_likelihood=lambda risk, scans: partial_log_likelihood(risk, time[scans], event[scans]))
+    own = ridge.ridge_cox((x - x.mean(0)) / 1.0, one, 0.2, torch.arange(40))
     assert np.corrcoef(own, lifelines.params_)[0, 1] > 0.99 and np.abs(own - lifelines.params_.to_numpy()).max() < 0.05
+
+
+def test_patients_are_compared_within_their_anatomy(cohort):
+    risk, scans = torch.randn(len(cohort.train)).double(), torch.arange(0, len(cohort.train), 2)
+    moved = risk + torch.tensor([0.0, 10.0, 30.0])[cohort.stratum]
+    for which in (torch.arange(len(cohort.train)), scans):
+        assert torch.allclose(cohort.log_likelihood(risk[which], which), cohort.log_likelihood(moved[which], which))
+    batches = resnet.drawn_within(cohort.stratum)
+    assert sorted(torch.cat(batches).tolist()) == list(range(len(cohort.train)))
+    assert all(len(cohort.stratum[batch].unique()) == 1 for batch in batches)
 
 
 @pytest.mark.parametrize("method", [attention, ceiling, codebooks, density, resnet, ridge])
