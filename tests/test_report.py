@@ -76,7 +76,7 @@ def chest() -> ScanViews:
 
 
 def report_of(path, views, settings=None, **row):
-    about = dict(risk=0.9, horizon=60, hu_window=(-1000.0, 200.0), lung_mask_source="threshold", notes=[HOSTILE])
+    about = dict(risk=0.9, horizon=60, hu_window=(-1000.0, 200.0), lung_mask_source="threshold", notes=[HOSTILE], read=HOSTILE)
     about |= dict(picture=png(picture(1.0)), provenance={"Survival Map": "1", HOSTILE: HOSTILE})
     write_scan_report(path, ROW | row, np.full(100, 0.01), views, about, settings or {})
     return path
@@ -147,8 +147,8 @@ def test_report_places_the_patient_in_the_training_cohort(tmp_path):
     settings = {"outcomes": {"pmf": [0.02] * 50 + [0.0] * 50, "last_death": 50.0}, "network": {"dim": "<b>"}}
     settings |= {"trained_on": ["secret"]}
     page = shown(report_of(tmp_path / "a.html", chest(), settings, patient_id=HOSTILE, familiarity=0.0))
-    assert "By that median 60% of the training cohort had died" in page and "unlike the training scans" in page
-    assert re.search(r"training cohort</td><td>24.0%</td><td>48.0%</td><td>72.0%</td><td>–</td>", page)
+    assert "By that median 60 % of the training cohort had died" in page and "unlike the training scans" in page
+    assert re.search(r"training cohort</td><td>24.0 %</td><td>48.0 %</td><td>72.0 %</td><td>–</td>", page)
     assert "secret" not in page and "&lt;b&gt;" in page and page.count("Show ") == 2
 
 

@@ -67,7 +67,7 @@ def test_sliders_and_switches_change_pixels(scan):
     for name, value in (("opacity", 0), ("opacity", 30), ("opacity", 100), ("threshold", 40), ("threshold", 90)):
         scan.slide(name, value)
         shown.append(scan.pixels())
-    scan.page.uncheck("#outline")
+    scan.page.uncheck("#outline-lung")
     shown.append(scan.pixels())
     assert len(set(shown)) == len(shown)
 
