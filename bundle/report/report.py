@@ -59,7 +59,7 @@ PAGES.globals["COLUMNS"] = COLUMNS
 PAGES.filters |= {"data_uri": data_uri, "percent": percent}
 
 
-def _write(path: str | Path, template: str, **content: Any) -> None:
+def write_page(path: str | Path, template: str, **content: Any) -> None:
     """Write a page piece by piece to a temporary name, then rename."""
     page = PAGES.get_template(template).stream(**content)
     write_atomically(path, lambda temporary: page.dump(str(temporary), encoding="utf-8"))
@@ -107,7 +107,7 @@ def write_scan_report(
     volumes, spacing = viewer.volumes(views, about["hu_window"])
     data = {**volumes, "hu_window": about["hu_window"], "regions": [r.mm for r in regions], "start": start}
     known = {name: value for name, value in settings.items() if name not in LONG}
-    _write(
+    write_page(
         path, "scan.html", row=row, **about, **believed(settings), **survival_content(row, pmf, settings),
         familiarity=familiarity_in_words(row.get("familiarity")), fault=fault_of(heat, views.lung), regions=regions,
         lungs=lungs_in_words(about["lung_mask_source"]), overlays=data["overlays"],
@@ -133,8 +133,8 @@ def write_cohort_page(folder: str | Path, rows: list[dict], settings: dict, outc
     page = {"script": viewer.script("cohort.js"), "policy": viewer.policy("cohort.js")}
     known = outcomes or {"said": [], "metrics": None, "pictures": {}}
     known |= {"groups": metric_groups({"survival": known["metrics"]})}
-    _write(Path(folder) / "cohort.html", "cohort.html", done=links, failed=failed, **known, **page, **believed(settings))
-    _write(Path(folder) / "report.html", "opener.html", target=links[0][2] if links else "cohort.html")
+    write_page(Path(folder) / "cohort.html", "cohort.html", done=links, failed=failed, **known, **page, **believed(settings))
+    write_page(Path(folder) / "report.html", "opener.html", target=links[0][2] if links else "cohort.html")
 
 
 def survival_content(row: dict, pmf: np.ndarray, settings: dict) -> dict:
@@ -228,7 +228,7 @@ def write_evaluation_report(
     """
     failed = metrics.get("failed", {}).get("scans", [])
     said = believed(settings) if settings else {"verdict": "", "doubtful": False}
-    _write(path, "evaluation.html", groups=metric_groups(metrics), pictures=pictures, failed=failed, **said)
+    write_page(path, "evaluation.html", groups=metric_groups(metrics), pictures=pictures, failed=failed, **said)
 
 
 def write_implant_test(path: str | Path, **content: Any) -> None:
@@ -240,7 +240,7 @@ def write_implant_test(path: str | Path, **content: Any) -> None:
             PNGs; `tables`, by title a list of rows, each a mapping from heading to text; `found`, the share of the way from
             base rate to ceiling that counts as found; `command`.
     """
-    _write(path, "implant_test.html", **content)
+    write_page(path, "implant_test.html", **content)
 
 
 class MetricGroup(NamedTuple):
