@@ -76,7 +76,13 @@ def chest() -> ScanViews:
 
 
 def report_of(path, views, settings=None, **row):
-    about = dict(risk=0.9, horizon=60, hu_window=(-1000.0, 200.0), lung_mask_source="threshold", notes=[HOSTILE])
+    about = dict(
+        risk=0.9,
+        horizon=60,
+        hu_window=(-1000.0, 200.0),
+        lung_mask_source="threshold" if views.masked else "none",
+        notes=[HOSTILE],
+    )
     about |= dict(read=HOSTILE, picture=png(picture(1.0)), provenance={"Survival Map": "1", HOSTILE: HOSTILE})
     write_scan_report(path, ROW | row, np.full(100, 0.01), views, about, settings or {})
     return path

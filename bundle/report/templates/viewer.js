@@ -35,8 +35,9 @@ function adjust() {
   const from = Math.max(overlay().most * $("threshold").value / 100, overlay().most * 1e-6);
   $("from").textContent = from.toPrecision(2);
   map.cal_min = from;
-  planes.setOpacity(1, $("opacity").value / 100);
-  outlines.forEach((outline, i) => planes.setOpacity(2 + i, outline.switch.checked ? 0.7 : 0));
+  map.opacity = $("opacity").value / 100;
+  for (const outline of outlines) outline.volume.opacity = outline.switch.checked ? 0.7 : 0;
+  planes.updateGLVolume();
   render(from / overlay().most, $("opacity").value / 100);
 }
 
