@@ -136,6 +136,7 @@ def test_cohort_sorts_and_turns_pages(browser, tmp_path):
     opened = Opened(browser, tmp_path / "cohort.html", "#scans button")
     page = opened.page
     assert page.locator("#scans tbody tr").count() == 50 and page.inner_text("#page") == "1 to 50 of 120"
+    assert len(opened.requests) <= 51  # the page, and pictures of these rows
     page.click("#next")
     page.click("#next")
     assert page.locator("#scans tbody tr").count() == 20 and page.is_disabled("#next")

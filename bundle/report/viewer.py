@@ -69,7 +69,7 @@ def volumes(views: "ScanViews", hu_window: tuple[float, float]) -> tuple[dict[st
     outlines = {"lung": views.lung} | views.masks
     outlines = [{"name": name, "base64": _outline(mask, blocks, affine)} for name, mask in outlines.items()]
     ct = volume_text(block_means(views.hu, blocks), affine, *hu_window)
-    overlays, left_out, room = [], [], MOST_BYTES - len(ct)
+    overlays, left_out, room = [], [], MOST_BYTES - len(ct) - sum(len(each["base64"]) for each in outlines)
     for name, (voxels, unit) in views.overlays.items():
         small = np.nan_to_num(block_means(voxels, blocks), posinf=0, neginf=0)
         most = max(float(small.max()), 1e-30)

@@ -1,8 +1,9 @@
 "use strict";
-// The table of scans: a click on a heading sorts by it, and 50 rows at a time are in the page.
+// The table of scans: a click on a heading sorts by it, and 50 rows at a time are in the page. All are in a template, which a
+// browser neither lays out nor loads the pictures of.
 const SIZE = 50;
 const body = document.querySelector("#scans tbody");
-const rows = [...body.rows];
+const rows = [...document.getElementById("rows").content.children];
 let first = 0;
 
 function show() {
