@@ -94,10 +94,11 @@ def source_in_words(meta: dict, series: str | None) -> str:
 
         >>> source_in_words({"filename_or_obj": "a.nii.gz", "spatial_shape": (512, 512, 30),
         ...                  "original_affine": np.diag([0.7, 0.7, 8.0, 1.0])}, None)
-        'a file .nii.gz of 512 × 512 × 30 voxels, 0.7 × 0.7 × 8 mm'
+        'a .nii.gz file of 512 × 512 × 30 voxels, 0.7 × 0.7 × 8 mm'
     """
     path = str(meta["filename_or_obj"])
-    what = f"a file {''.join(Path(path).suffixes[-2:] if path.lower().endswith('.gz') else Path(path).suffixes[-1:])}"
+    suffixes = Path(path.lower()).suffixes
+    what = f"a {''.join(suffixes[-2:] if suffixes[-1:] == ['.gz'] else suffixes[-1:])} file"
     if is_archive(path) or Path(path).is_dir():
         what = f"the DICOM series {series}" if series else "DICOM slices"
     spacing = np.linalg.norm(np.asarray(meta["original_affine"])[:3, :3], axis=0)
