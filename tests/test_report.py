@@ -149,6 +149,19 @@ def test_maps_without_room_are_named(tmp_path, monkeypatch):
     assert "Too large for this page: other." in report_of(tmp_path / "a.html", views).read_text()
 
 
+def test_explanations_that_are_constant_or_no_numbers_are_said_to_be_so(tmp_path):
+    voxels = np.ones((12, 10, 8), np.float32)
+    affine = np.diag([3.0, 3.0, 3.0, 1])
+    nib.Nifti1Image(voxels, affine).to_filename(tmp_path / "p_even.nii.gz")
+    voxels[3, 3, 3] = np.nan
+    nib.Nifti1Image(voxels, affine).to_filename(tmp_path / "p_torn.nii.gz")
+    maps = maps_on_grid(sorted(tmp_path.iterdir()), "p", affine, voxels.shape)
+    assert maps["even"][1] == "" and maps["torn"][1] == "(0 where it is no number)" and maps["torn"][0][3, 3, 3] == 0
+    heat = np.random.default_rng(0).random(voxels.shape)
+    views = ScanViews(heat, heat > 0, True, affine, {"heat": (heat, "per mL"), **maps})
+    assert "The same everywhere, so that there is nothing to see: even." in report_of(tmp_path / "a.html", views).read_text()
+
+
 def test_report_places_the_patient_in_the_training_cohort(tmp_path):
     settings = {"outcomes": {"pmf": [0.02] * 50 + [0.0] * 50, "last_death": 50.0}, "network": {"dim": "<b>"}}
     settings |= {"trained_on": ["secret"]}

@@ -69,15 +69,17 @@ def volumes(views: "ScanViews", hu_window: tuple[float, float]) -> tuple[dict[st
     outlines = {"lung": views.lung} | views.masks
     outlines = [{"name": name, "base64": _outline(mask, blocks, affine)} for name, mask in outlines.items()]
     ct = volume_text(block_means(views.hu, blocks), affine, *hu_window)
-    overlays, left_out, room = [], [], MOST_BYTES - len(ct) - sum(len(each["base64"]) for each in outlines)
+    overlays, left_out, flat, room = [], [], [], MOST_BYTES - len(ct) - sum(len(each["base64"]) for each in outlines)
     for name, (voxels, unit) in views.overlays.items():
         small = np.nan_to_num(block_means(voxels, blocks), posinf=0, neginf=0)
         most = max(float(small.max()), 1e-30)
+        flat += [name] if small.min() == small.max() else []
         overlay = {"name": name, "unit": unit, "most": most}
         overlay["base64"] = volume_text(small, affine, min(0.0, float(small.min())), most)
         room -= len(overlay["base64"])
         overlays.append(overlay) if room > 0 or not overlays else left_out.append(name)
-    content = {"ct": ct, "outlines": outlines, "masked": views.masked, "overlays": overlays, "left_out": left_out}
+    content = {"ct": ct, "outlines": outlines, "masked": views.masked, "overlays": overlays}
+    content |= {"left_out": left_out, "flat": flat}
     return content, times(np.linalg.norm(affine[:3, :3], axis=0))
 
 

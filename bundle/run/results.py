@@ -77,13 +77,15 @@ def _write_nifti(path: Path, voxels: np.ndarray, affine: torch.Tensor) -> None:
 def maps_on_grid(
     files: list[Path], patient_id: str, affine: np.ndarray, shape: tuple[int, ...]
 ) -> dict[str, tuple[np.ndarray, str]]:
-    """By name, the maps `<patient_id>_<name>.nii.gz` of one number a voxel on another grid, without a unit."""
+    """By name, the maps `<patient_id>_<name>.nii.gz` of one number a voxel on another grid, each with what to say of it."""
     maps = {}
     for path in files:
         if path.name.endswith(".nii.gz") and (found := nib.load(path)).get_data_dtype() == np.float32:
-            voxels = torch.from_numpy(np.nan_to_num(found.get_fdata(dtype=np.float32)))[None]
+            voxels = found.get_fdata(dtype=np.float32)
+            said = "" if np.isfinite(voxels).all() else "(0 where it is no number)"
+            voxels = torch.from_numpy(np.nan_to_num(voxels))[None]
             name = path.name.removeprefix(f"{patient_id}_").removesuffix(".nii.gz")
-            maps[name] = np.asarray(interpolated(MetaTensor(voxels, affine=found.affine), affine, shape)[0]), ""
+            maps[name] = np.asarray(interpolated(MetaTensor(voxels, affine=found.affine), affine, shape)[0]), said
     return maps
 
 
