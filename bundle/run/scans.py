@@ -87,18 +87,23 @@ def scans_to_evaluate(cohort: str | None, settings: dict | None, split: str | No
         if split not in splits:
             raise InputError(f'{cohort} has no scan with split "{split}".')
         records = [r for r in records if r.get("split") == split]
-    seen = set(settings["trained_on"])
     if settings.get("trained_on_left_out"):
         logger.warning("whom the weights were trained on was left out of the bundle: be sure that none is evaluated here.")
-    unseen = [r for r in records if patient_digest(patient_of(r)) not in seen]
+    unseen = without_trained_on(records, settings)
     if len(unseen) < len(records):
         logger.info(f"evaluating {len(unseen)} of {len(records)} scans; the weights were trained on the others.")
     if not unseen:
         raise InputError(f"the weights were trained on every one of the {len(records)} scans to evaluate in {cohort}.")
-    return encode_clinical(_censored_at(tmax, unseen), settings["clinical"])
+    return encode_clinical(censored_at(tmax, unseen), settings["clinical"])
 
 
-def _censored_at(tmax: int | None, records: list[dict]) -> list[dict]:
+def without_trained_on(records: list[dict], settings: dict) -> list[dict]:
+    """The records of patients on whom weights with these settings were not trained."""
+    seen = set(settings["trained_on"])
+    return [r for r in records if patient_digest(patient_of(r)) not in seen]
+
+
+def censored_at(tmax: int | None, records: list[dict]) -> list[dict]:
     """The records with who was followed beyond `tmax` months censored there."""
     if not (beyond := sum(r["time"] > tmax for r in records) if tmax else 0):
         return records
