@@ -207,7 +207,10 @@ class _Writer:
         heat = np.asarray(to_scan_space(heat, source.affine, source.shape, scan["lung"])[0]) / _ml(source.affine)
         months = self._location(scan, output)
         # Another machine may compute other numbers of the same scan: then these are other objects.
-        self.content = hashlib.sha256(self.about.key.encode() + heat.tobytes() + months.tobytes()).hexdigest()
+        numbers = hashlib.sha256(self.about.key.encode())
+        for volume in (heat, months):
+            numbers.update(np.ascontiguousarray(volume.T))
+        self.content = numbers.hexdigest()
         notes = [f"no heat is drawn in the DICOM pictures, {fault}"] if fault else []
         if np.isfinite(heat).all():
             most = max(float(heat.max()), EVEN * float(density[lung].mean()))  # an even map isn't stretched
@@ -300,7 +303,9 @@ class _Writer:
         most = 0.0 if fault else float(heat.max())
         columns, rows, _ = source.shape
         width = max(columns, _LEAST_COLUMNS)
-        below = legend(width, most, about.horizon, [f"No heat is drawn: {fault}" if fault else "", about.doubt])
+        doubts = [f"No heat is drawn: {fault}."] * bool(fault)
+        doubts += [f"Don't rely on this map: {about.doubt}."] * bool(about.doubt)
+        below = legend(width, most, about.horizon, doubts)
         for k in range(len(source.slices)):
             picture = np.zeros((rows + len(below), width, 3), np.uint8)
             picture[:rows, :columns] = heat_over_ct(source.hu[:, :, k].T, heat[:, :, k].T, most)
@@ -315,8 +320,9 @@ class _Writer:
             for keyword in ("FrameOfReferenceUID", "ImagePositionPatient", "ImageOrientationPatient", "SliceThickness"):
                 setattr(made, keyword, header[keyword].value)
             made.PositionReferenceIndicator, made.BodyPartExamined = "", "CHEST"
-            if "StudyDescription" in header:
-                made.StudyDescription = header.StudyDescription
+            for keyword in _OTHERS:
+                if keyword in header:
+                    setattr(made, keyword, header[keyword].value)
             made.BurnedInAnnotation = made.RecognizableVisualFeatures = "NO"  # no text of the patient
             made.DerivationDescription = "Research use only. Heat over CT, lung window, legend below"
             made.SourceImageSequence = [self._reference(k)]
@@ -376,8 +382,7 @@ def legend(width: int, most: float, horizon: int, doubts: Iterable[str]) -> np.n
         axes.tick_params(colors="white", labelsize=0.8 * size, length=2 * scale, pad=scale)
         what = f"share of the {horizon}-month risk of death per mL"
         figure.text(0.35, 0.68, what, color="white", size=size, va="center")
-    text = "\n".join(filter(None, doubts))
-    figure.text(0.01, 0.35, text, color="#ffb000", size=0.85 * size, va="top", wrap=True)
+    figure.text(0.01, 0.35, "\n".join(doubts), color="#ffb000", size=0.85 * size, va="top", wrap=True)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
