@@ -275,6 +275,7 @@ class _Writer:
         anatomy = Dataset()
         anatomy.FrameLaterality, anatomy.AnatomicRegionSequence = "B", [hd.sr.CodedConcept.from_code(_LUNG)]
         made.SharedFunctionalGroupsSequence[0].FrameAnatomySequence = [anatomy]  # dcmqi reads no map without it
+        _reverse(made)
         self._save(made, kind, f"{kind}.dcm")
 
     def _segments(
@@ -390,6 +391,19 @@ def legend(width: int, most: float, horizon: int, doubts: Iterable[str]) -> np.n
 def _ml(affine: np.ndarray) -> float:
     """Volume of a voxel."""
     return float(abs(np.linalg.det(np.asarray(affine, dtype=float)[:3, :3]))) / 1000
+
+
+def _reverse(made: hd.pm.ParametricMap) -> None:
+    """Put the frames of a map in the order of their places along the slices' normal.
+
+    dcmqi, by which 3D Slicer reads maps, takes that order for granted, and mirrors the map in highdicom's, the reverse.
+    """
+    frames = list(reversed(made.PerFrameFunctionalGroupsSequence))
+    for number, frame in enumerate(frames, 1):
+        frame.FrameContentSequence[0].DimensionIndexValues = number
+    made.PerFrameFunctionalGroupsSequence = frames
+    pixels = np.frombuffer(made.FloatPixelData, "<f4").reshape(len(frames), -1)
+    made.FloatPixelData = pixels[::-1].tobytes()
 
 
 def _part(header: Dataset, *keywords: str) -> Dataset:
