@@ -203,24 +203,19 @@ class _Writer:
         affine, hu = np.asarray(image.affine, dtype=float), np.asarray(image[0])
         lung, masked = np.asarray(scan["lung"][0]) > 0, scan["lung_mask_source"] != "none"
         density = np.asarray(heat[0]) / _ml(affine)
-        fault = fault_of(density, lung)
-        heat = np.asarray(to_scan_space(heat, source.affine, source.shape, scan["lung"])[0]) / _ml(source.affine)
-        months = self._location(scan, output)
         # Another machine may compute other numbers of the same scan: then these are other objects.
         numbers = hashlib.sha256(self.about.key.encode())
-        for volume in (heat, months):
-            numbers.update(np.ascontiguousarray(volume.T))
+        for volume in (density, output["pred"].cpu()):
+            numbers.update(np.ascontiguousarray(volume))
         self.content = numbers.hexdigest()
-        notes = [f"no heat is drawn in the DICOM pictures, {fault}"] if fault else []
-        if np.isfinite(heat).all():
-            most = max(float(heat.max()), EVEN * float(density[lung].mean()))  # an even map isn't stretched
-            meaning = f"share of the risk of death within {self.about.horizon} months"
-            self._map("heat", heat, _PER_ML, (0.0, most), meaning)
+        notes = []
+        months = self._location(scan, output)
         if np.isfinite(months).all():
             inside = months[months > 0] if (months > 0).any() else months
             self._map("location", months, _MONTH, (float(inside.min()), float(inside.max())), "months, 0 outside the lung")
         else:
             notes.append("no months in DICOM, the location has values that are no numbers")
+        del months  # of a large CT a quarter of a gigabyte
         ranks, names, colours = segments(density, hu, lung, affine, masked)
         if names:
             ranks = mask_on_grid(MetaTensor(ranks[None], affine=affine), source.affine, source.shape)
@@ -229,7 +224,15 @@ class _Writer:
             mask = mask_on_grid(scan["lung_mask"], source.affine, source.shape)
             how = f"{NAME}, lung mask: {scan['lung_mask_source']}"
             self._segments("lung", mask, ["Lung"], [LUNG_COLOUR], (_ANATOMY, _LUNG), how)
-        self._pictures(heat, fault)
+        per_ml = np.asarray(to_scan_space(heat, source.affine, source.shape, scan["lung"])[0])
+        per_ml /= _ml(source.affine)
+        if np.isfinite(per_ml).all():
+            most = max(float(per_ml.max()), EVEN * float(density[lung].mean()))  # an even map isn't stretched
+            meaning = f"share of the risk of death within {self.about.horizon} months"
+            self._map("heat", per_ml, _PER_ML, (0.0, most), meaning)
+        if fault := fault_of(density, lung):
+            notes.append(f"no heat is drawn in the DICOM pictures, {fault}")
+        self._pictures(per_ml, fault)
         return notes
 
     def _location(self, scan: dict, output: dict) -> np.ndarray:
@@ -268,7 +271,7 @@ class _Writer:
         )  # fmt: skip
         shown = hd.VOILUTTransformation((low + high) / 2, high - low or 1.0, voi_lut_function="LINEAR_EXACT")
         made = hd.pm.ParametricMap(
-            self.headers, self.source.frames(volume.astype(np.float32)), real_world_value_mappings=[mapping],
+            self.headers, self.source.frames(volume.astype(np.float32, copy=False)), real_world_value_mappings=[mapping],
             voi_lut_transformations=[shown], contains_recognizable_visual_features=False, content_label=kind.upper(),
             content_description=f"Research use only: {meaning}"[:64], **self._common(kind, title),
         )  # fmt: skip
