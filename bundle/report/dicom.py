@@ -55,6 +55,7 @@ _REGION = Code("heat", "99SURVIVALMAP", "Region with much of the predicted risk"
 _LUNG = Code("39607008", "SCT", "Lung")
 _LEARNED = Code("123110", "DCM", "Artificial Intelligence")
 _SOURCE = Code("121322", "DCM", "Source image for image processing operation")
+_TILTED = "tilted gantry: 3D Slicer (dcmqi) takes the frames of a DICOM map for a block and shears it, give it the NIfTI"
 _LEAST_COLUMNS, _LEGEND_ROWS = 512, 96  # of a picture, for its text
 
 logging.getLogger("highdicom").setLevel(logging.ERROR)  # its warnings hold patients' names
@@ -68,7 +69,7 @@ class About(NamedTuple):
     cell: int  # of the finished map, in voxels
     doubt: str  # why the maps may mean nothing
     version: str  # of this software
-    weights: str  # SHA-256
+    weights: str  # SHA-256, of an ensemble several
 
 
 def write_dicom(folder: Path, scan: dict, output: dict, series: str | None, about: About) -> tuple[list[Path], list[str]]:
@@ -119,7 +120,7 @@ class Source:
     """
 
     def __init__(self, series: Series, hu: np.ndarray, header: Dataset) -> None:
-        self.hu, self.shape = hu, series.shape
+        self.hu, self.shape, self.tilted = hu, series.shape, series.tilted
         self.affine = np.asarray(series.affine, dtype=np.float32).astype(float)  # as the scan itself is read
         self.slices, head = [place[0] for place in series.places], series.head
         self.multi_frame = header.get("SOPClassUID") in _ENHANCED
@@ -208,7 +209,7 @@ class _Writer:
         for volume in (density, output["pred"].cpu()):
             numbers.update(np.ascontiguousarray(volume))
         self.content = numbers.hexdigest()
-        notes = []
+        notes = [_TILTED] * self.source.tilted
         months = self._location(scan, output)
         if np.isfinite(months).all():
             inside = months[months > 0] if (months > 0).any() else months
@@ -249,6 +250,7 @@ class _Writer:
 
     def _common(self, kind: str, title: str, number: int = 1) -> dict[str, Any]:
         """What highdicom asks of every object."""
+        weights = self.about.weights or "unknown"
         return {
             "series_instance_uid": self._uid(kind),
             "series_number": _NUMBERS[kind],
@@ -258,7 +260,7 @@ class _Writer:
             "manufacturer": NAME,
             "manufacturer_model_name": NAME,
             "software_versions": self.about.version,
-            "device_serial_number": self.about.weights or "unknown",
+            "device_serial_number": weights if len(weights) <= 64 else hashlib.sha256(weights.encode()).hexdigest(),
             "transfer_syntax_uid": ExplicitVRLittleEndian,
         }
 
