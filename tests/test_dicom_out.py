@@ -345,9 +345,14 @@ def test_what_no_check_expected_costs_the_dicom_alone_and_names_nobody(tmp_path,
     files, (note,) = write_dicom(tmp_path / "out", scan, output, None, ABOUT)
     assert files == [] and not (tmp_path / "out").exists() and "Secret" not in caplog.text
     assert note == "no DICOM was written, ValueError at the slices' headers (expected those of a CT)"
+    monkeypatch.undo()
     (tmp_path / "out").write_text("a file is in the way")
     with pytest.raises(InputError, match="can't be written"):
         write_dicom(tmp_path / "out", scan, output, None, ABOUT)
+    shutil.rmtree(tmp_path / "in")
+    (tmp_path / "in").mkdir()
+    files, (note,) = write_dicom(tmp_path / "out", scan, output, None, ABOUT)
+    assert files == [] and note.startswith("no DICOM was written, its slices: the folder holds no DICOM series")
 
 
 def test_headers_of_a_hospital_go_back_as_they_are_and_nothing_more(tmp_path, caplog):

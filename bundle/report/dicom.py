@@ -90,8 +90,12 @@ def write_dicom(folder: Path, scan: dict, output: dict, series: str | None, abou
     if not is_dicom(path):
         return [], ["no DICOM was written, the scan is no DICOM series"]
     try:
+        read = read_source(path, "its slices", series, _KEYWORDS)
+    except InputError as error:  # they have changed since the scan was read
+        return [], [f"no DICOM was written, {error}"]
+    try:
         with _unchecked():
-            source = Source(*read_source(path, "the slices", series, _KEYWORDS))
+            source = Source(*read)
             if source.fault:
                 return [], [f"no DICOM was written, {source.fault}"]
             writer = _Writer(folder, source, about)
