@@ -19,8 +19,8 @@ Each cohort is real chest CTs, deformed, into which known disease was put (`pyth
 learns from the months and events of the training scans alone, but for the ceiling, which is given the masks; it is
 measured by the same code on test scans of anatomies that no method has seen: {anatomies}. The oracle's C-index is that of
 the true share of diseased lung. Of a seed, the smaller cohort is the first scans of the larger, and the test scans are the
-same. Every method compares patients within their anatomy alone, as within a site. A cell is the mean over seeds, with the least
-and greatest.
+same. Every method compares patients within their anatomy alone, as within a site. A cell is the mean over seeds, with the
+least and greatest.
 
     {command}
 """
@@ -83,7 +83,7 @@ def cell(values: pd.Series, digits: int) -> str:
 def page(rows: pd.DataFrame, titles: dict[str, str], command: str, anatomies: list[str]) -> str:
     """A table for each disease and number of training scans, a method a row."""
     text = [HEAD.format(command=command, anatomies=", ".join(anatomies))]
-    if "ours" in titles:
+    if (rows.method == "ours").any():
         text.append(f"\n## Survival Map against what was aimed at\n{AIMS}\n{markdown(targets(rows))}")
     for (disease, num), part in rows.groupby(["disease", "num"], sort=False):
         lines = []
@@ -96,7 +96,8 @@ def page(rows: pd.DataFrame, titles: dict[str, str], command: str, anatomies: li
         seeds = ", ".join(map(str, sorted(same.seed)))
         text.append(f"\n## {disease.replace('_', ' ').capitalize()}, {num} training scans\n\nSeeds {seeds}.")
         text.append(f" {same.test_scans.iloc[0]} test scans, {cell(same.test_diseased, 0)} of them diseased.")
-        text.append(f" C-index of the oracle {cell(same.c_index_oracle, 2)}, share of the lung that is diseased {cell(same.base_rate, 4)}.\n")
+        text.append(f" C-index of the oracle {cell(same.c_index_oracle, 2)},")
+        text.append(f" share of the lung that is diseased {cell(same.base_rate, 4)}.\n")
         text.append("\n" + markdown(pd.DataFrame(lines)))
     return "".join(text) + NOTES
 
