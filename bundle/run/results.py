@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,9 @@ from bundle.maps.scan_space import interpolated
 from bundle.metrics.verdict import in_words
 from bundle.reading.zipped import is_archive
 from bundle.report import ScanViews, write_cohort_page, write_scan_report
+from bundle.report.dicom import About, write_dicom
 from bundle.report.pictures import heat_figure, write_png
+from bundle.report.slicer import write_segmentation
 from bundle.report.viewer import times
 from bundle.run.outcomes import against_outcomes
 from bundle.survival.readout import death_by, mean_months, quantile_months, survival_curve
@@ -39,6 +42,7 @@ __all__ = ["DoneScans", "PredictionWriter", "ScanFiles", "prediction_row", "writ
 logger = logging.getLogger(__name__)
 
 METADATA = Path(__file__).parents[2] / "configs" / "metadata.json"
+VERSION = json.loads(METADATA.read_text())["version"] if METADATA.is_file() else "of unknown version"
 DEATH_BY = (12, 24, 36, 60)  # months
 MASKS = ("gt_mask", "confounder_mask")  # that a report shows where they are given
 
@@ -180,7 +184,8 @@ class DoneScans:
         write_json(self._path(scan["patient_id"]), {**content, "files": digests})
 
     def remove(self, patient_id: str) -> None:
-        """Delete what an earlier run left of a scan that has failed since."""
+        """Delete what an earlier run left of a scan that is done anew, or that has failed since."""
+        shutil.rmtree(self.output_dir / "dicom" / patient_id, ignore_errors=True)
         paths = [self._path(patient_id), *ScanFiles.of(self.output_dir, patient_id)]
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no record, or a torn one
             paths += [self.output_dir / "maps" / Path(name).name for name in self.read(patient_id)["files"]]
@@ -207,6 +212,9 @@ class PredictionWriter:
         hu_window: HU that are 0 and 1 in the image.
         options: all else that a map depends on: preprocessing and inferer.
         explanations: that `maps/` gets as well.
+        dicom_out: whether scans that are DICOM get their maps as DICOM, in `dicom/<patient_id>/`.
+        nrrd_out: whether `maps/` gets regions and lung for 3D Slicer.
+        cell: of the finished map, in voxels.
     """
 
     def __init__(
@@ -218,16 +226,23 @@ class PredictionWriter:
         hu_window: tuple[float, float],
         options: dict | None = None,
         explanations: Explanations | None = None,
+        dicom_out: bool = False,
+        nrrd_out: bool = False,
+        cell: int = 1,
     ) -> None:
         self.output_dir = Path(output_dir)
+        self.dicom_out, self.nrrd_out, self.cell = dicom_out, nrrd_out, cell
         self.explanations = explanations
         self.stream = stream
         self.settings = settings
         self.horizon = horizon
         self.hu_window = hu_window
         explained = explanations.options if explanations and explanations.chosen else None
-        described = describe([hu_window, options, stream.transform, *filter(None, [explained])])
+        more = [name for name, wanted in (("dicom", dicom_out), ("nrrd", nrrd_out)) if wanted]
+        described = describe([hu_window, options, stream.transform, *filter(None, [explained, more])])
         self.done = DoneScans(self.output_dir, [settings, horizon, described, code_digest("**/*.py", "report/templates/*")])
+        weights = settings.get("weights_sha256", "")
+        self.weights = weights if isinstance(weights, str) else ", ".join(weights)
         self.scans = {record["patient_id"]: record for record in stream.data}
         self.last_death = settings.get("outcomes", {}).get("last_death")
         learnt = settings.get("learnt")  # older weights have no verdict
@@ -251,8 +266,10 @@ class PredictionWriter:
         """Write the files of a batch's scans, and last their records."""
         for scan, output in zip(engine.state.batch, engine.state.output):  # no output of a scan without a prediction
             patient_id, pmf = scan["patient_id"], output["pmf"].cpu()
+            self.done.remove(patient_id)
             files = ScanFiles.of(self.output_dir, patient_id).write(scan, output, self.hu_window, self.horizon, self.doubt)
             explained = self.explanations.write(self.output_dir, scan, output) if self.explanations else []
+            files += self.others(scan, output)
             message = "; ".join(filter(None, [self.doubt, self.scans[patient_id].get("imputed"), scan.get("notes")]))
             familiarity = float(scan["familiarity"]) if "familiarity" in scan else None
             row = prediction_row(patient_id, pmf, familiarity, self.last_death) | {"message": message}
@@ -264,6 +281,20 @@ class PredictionWriter:
                 f"{patient_id}: median {found['row']['median_months']:.1f} months, "
                 f"P(death by {self.horizon} months) {found['risk']:.2f}, lung mask: {scan['lung_mask_source']}."
             )
+
+    def others(self, scan: dict, output: dict) -> list[Path]:
+        """Write what other programs want of a scan; what they can't have is added to its notes."""
+        patient_id, files = scan["patient_id"], []
+        if self.nrrd_out:
+            files += write_segmentation(self.output_dir / "maps" / f"{patient_id}_segments.seg.nrrd", scan, output)
+        if self.dicom_out:
+            record = self.scans[patient_id]
+            about = About(self.done.key(record), self.horizon, self.cell, self.doubt, VERSION, self.weights)
+            folder = self.output_dir / "dicom" / patient_id
+            written, notes = write_dicom(folder, scan, output, record.get("series"), about)
+            scan["notes"] = "; ".join(filter(None, [scan.get("notes"), *notes]))
+            files += written
+        return files
 
     def finish(self, engine: Engine | None) -> None:
         """Write the tables and the report about all scans, those of earlier runs among them."""
@@ -297,10 +328,8 @@ class PredictionWriter:
         overlays = {"heat": (density, "per mL")} | maps_on_grid(others, scan["patient_id"], affine, hu.shape)
         masks = {name: mask_on_grid(scan[name], affine, hu.shape) > 0 for name in MASKS if name in scan}
         views = ScanViews(hu, lung, source != "none", affine, overlays, masks)
-        weights = self.settings.get("weights_sha256", "")
-        version = json.loads(METADATA.read_text())["version"] if METADATA.is_file() else "of unknown version"
-        provenance = {"Survival Map": version, "MONAI": monai.__version__, "torch": torch.__version__}
-        provenance |= {"weights, SHA-256": weights if isinstance(weights, str) else ", ".join(weights)}
+        provenance = {"Survival Map": VERSION, "MONAI": monai.__version__, "torch": torch.__version__}
+        provenance |= {"weights, SHA-256": self.weights}
         provenance |= {"heat map, SHA-256": file_sha256(files.heat)}
         provenance |= {"scan, options and code, SHA-256": found["key"]}
         notes = [self.scans[scan["patient_id"]].get("imputed"), *(scan.get("notes") or "").split("; ")]

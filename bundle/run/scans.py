@@ -13,7 +13,7 @@ from bundle.data import encode_clinical, longest_follow_up, patient_of, read_coh
 from bundle.data.clinical import clinical_kinds
 from bundle.data.cohort import patient_digest
 from bundle.errors import InputError
-from bundle.reading.zipped import is_archive
+from bundle.reading.dicom import is_dicom
 
 USUAL_TMAX = 100  # months
 
@@ -114,7 +114,9 @@ def censored_at(tmax: int | None, records: list[dict]) -> list[dict]:
     ]
 
 
-def scans_to_infer(image: str | None, cohort: str | None, encoding: dict, series: str | None = None) -> list[dict]:
+def scans_to_infer(
+    image: str | None, cohort: str | None, encoding: dict, series: str | None = None, dicom_out: bool = False
+) -> list[dict]:
     """The scans to predict: one image or the rows of a cohort; empty while none is named.
 
     Args:
@@ -122,16 +124,19 @@ def scans_to_infer(image: str | None, cohort: str | None, encoding: dict, series
         cohort: CSV file.
         encoding: of covariates, from the settings of the weights.
         series: SeriesInstanceUID to take from a DICOM folder; None lets the folder's chest CT be chosen.
+        dicom_out: whether maps are to be written as DICOM.
 
     Raises:
-        InputError: both are named, or a series of what is no folder.
+        InputError: both are named, or a series of what is no folder, or DICOM is to be written of what is none.
     """
     if image is not None and cohort is not None:
         raise InputError("give --image or --cohort, not both.")
-    if series is not None and not (image is not None and (os.path.isdir(image) or is_archive(image))):
+    if series is not None and not (image is not None and is_dicom(image)):
         raise InputError("--series names one of the DICOM series of a folder: give the folder as --image.")
     records = []
     if image is not None:
+        if dicom_out and os.path.exists(image) and not is_dicom(image):
+            raise InputError("--dicom_out true needs the slices of a DICOM series: give their folder or ZIP as --image.")
         records = [record | {"series": series} for record in single_scan(image)]
     elif cohort is not None:
         kinds = clinical_kinds(encoding)
