@@ -129,7 +129,7 @@ def test_a_key_that_an_expression_reads_and_a_note_are_welcome():
     assert parser.get_parsed_content("learning_rate") == 0.001
 
 
-@pytest.mark.parametrize("name", [*OVERRIDES, *(f"configs/{name}.json" for name in ("finetune", "multi_gpu_train", "pretrain"))])
+@pytest.mark.parametrize("name", [*OVERRIDES, *(f"configs/{n}.json" for n in ("finetune", "multi_gpu_train", "pretrain"))])
 def test_shipped_overrides_of_training_pass(name):
     checked(["configs/train.json", name])
 
