@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bundle.errors import InputError
-from bundle.federated.site import OF_THE_JOB, ROOT, bundle_digest, checked_job
+from bundle.federated.site import OF_THE_JOB, ROOT, bundle_digest, checked_job, training_rounds
 from bundle.files import write_json
 from bundle.run import make_folder
 from scripts.jobs import literal
@@ -26,14 +26,13 @@ examples:
 """
 
 
-def flare_job(names: Sequence[str], settings: dict, min_sites: int, wait: int) -> Any:
+def flare_job(settings: dict, min_sites: int, wait: int) -> Any:
     """The job as FLARE's `Recipe`, for `SimEnv` or to be exported. Only the executor is ours, and is named, not sent.
 
     The server's part is FLARE's own: `ScatterAndGather`, which makes do with `min_sites` answers a round (`FedAvg` waits
     for all), and the mean weighted by scans. No model is kept there: each site writes the last one.
 
     Args:
-        names: of the sites.
         settings: from :func:`~bundle.federated.site.checked_job`.
         min_sites: answers that a round needs; with fewer in reach the job is aborted.
         wait: seconds that a round waits for the others once it has these.
@@ -51,16 +50,17 @@ def flare_job(names: Sequence[str], settings: dict, min_sites: int, wait: int) -
     job.job.set_app_packages(["bundle"])  # every site has its own copy
     controller = ScatterAndGather(
         min_clients=min_sites,
-        num_rounds=settings["rounds"] + 2,
+        num_rounds=training_rounds(settings) + 2,
         wait_time_after_min_received=wait,
         allow_empty_global_weights=True,
         snapshot_every_n_rounds=0,
         task_check_period=0.1,
     )
     job.to_server(controller)
-    job.to_server(InTimeAccumulateWeightedAggregator(None, dict.fromkeys(names, 1.0), DataKind.WEIGHTS), id="aggregator")
+    alike = dict.fromkeys(settings["sites"], 1.0)  # beyond the number of scans, which comes with each answer
+    job.to_server(InTimeAccumulateWeightedAggregator(None, alike, DataKind.WEIGHTS), id="aggregator")
     job.to_server(FullModelShareableGenerator(), id="shareable_generator")
-    for name in names:
+    for name in settings["sites"]:
         job.to(SiteExecutor(settings), name, tasks=["train"])
     return Recipe(job)
 
@@ -69,9 +69,9 @@ def simulate(sites: Sequence[Path], out: Path, settings: dict, min_sites: int | 
     """Run a federation of cohorts on this machine, a process each; the folders of the sites, with their `model.pt`.
 
     Raises:
-        InputError: FLARE is missing, names are not unique, or a round had too few answers.
+        InputError: FLARE is missing, or a round had too few answers.
     """
-    names = checked_names([path.stem for path in sites])
+    names = settings["sites"]
     require_flare()
     out = Path(make_folder(str(out))).resolve()
     own = {name: {"cohort": str(path.resolve()), "ckpt_dir": str(out / name)} for name, path in zip(names, sites)}
@@ -84,7 +84,7 @@ def simulate(sites: Sequence[Path], out: Path, settings: dict, min_sites: int | 
 
     # As a hospital would: FLARE's own classes and this one, and no code that a job brings along.
     policy = {"format_version": 2, "class_allow_list": [*DEFAULT_CLASS_ALLOW_LIST, EXECUTOR]}
-    recipe = flare_job(names, settings, min_sites or usual_minimum(names), wait)
+    recipe = flare_job(settings, min_sites or usual_minimum(names), wait)
     write_json(out / "flare" / recipe.name / "local" / "resources.json.default", policy)
     before = {name: stamp(out / name / "model.pt") for name in names}
     try:
@@ -140,7 +140,8 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--names", nargs="+", required=True, metavar="NAME", help="of the sites, as in FLARE's project")
     for command in (simulation, export):
         command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
-        command.add_argument("--rounds", type=int, default=60, help="of training (default 60)")
+        command.add_argument("--recipe", choices=("codebook", "network"), default="codebook", help="(default codebook)")
+        command.add_argument("--rounds", type=int, default=60, help="of a network's training (default 60)")
         command.add_argument("--local_epochs", type=int, default=1, help="of each site in a round (default 1)")
         command.add_argument("--min_sites", type=int, help="answers that a round needs (default: all but one, at least 2)")
         command.add_argument("--wait", type=int, default=600, help="seconds a round waits for others then (default 600)")
@@ -157,8 +158,9 @@ def parser() -> argparse.ArgumentParser:
 def job_settings(args: argparse.Namespace) -> dict:
     """What the sites are told, from the command line."""
     given = {key: value for key in OF_THE_JOB if (value := getattr(args, key)) is not None}
-    told = {"rounds": args.rounds, "local_epochs": args.local_epochs, "clinical": args.clinical, "bundle": bundle_digest()}
-    return checked_job({**given, **told})
+    names = checked_names([path.stem for path in args.sites] if args.command == "simulate" else args.names)
+    told = {key: getattr(args, key) for key in ("recipe", "rounds", "local_epochs", "clinical")}
+    return checked_job({**given, **told, "sites": names, "bundle": bundle_digest()})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -168,9 +170,9 @@ def main(argv: list[str] | None = None) -> None:
             for folder in simulate(args.sites, args.out, job_settings(args), args.min_sites, args.wait):
                 print(folder / "model.pt")
             return
-        names = checked_names(args.names)
+        settings = job_settings(args)
         require_flare()
-        flare_job(names, job_settings(args), args.min_sites or usual_minimum(names), args.wait).export(str(args.out))
+        flare_job(settings, args.min_sites or usual_minimum(args.names), args.wait).export(str(args.out))
         print(json.dumps({"job": str(args.out / "survival_map"), "allow at each site": EXECUTOR}))
     except InputError as e:
         sys.exit(f"error: {e}")

@@ -53,7 +53,8 @@ def mean(answers: list[tuple[dict, int]]) -> dict:
 
 
 def job(**settings) -> dict:
-    whole = {"rounds": 3, "local_epochs": 1, "tmax": 100, "clinical": {"age": "numeric"}, "bundle": bundle_digest()}
+    whole = {"sites": ["north", "south", "west", "east"], "recipe": "network", "rounds": 3, "local_epochs": 1}
+    whole |= {"tmax": 100, "clinical": {"age": "numeric"}, "bundle": bundle_digest()}
     return checked_job({**whole, "spacing": "native", "lung_mask": "none", "margin": 0.0, **settings})
 
 
@@ -70,7 +71,8 @@ def cohorts(tmp_path_factory) -> dict[str, Path]:
                 volume[2 : 2 + size, 3 : 3 + size, 4 : 4 + size] = 0
             write_scan(folder / f"{i}.nii.gz", volume)
             time = 41.37 - 4 * size + rng.uniform() if i % 2 == 0 else 90.73 + rng.uniform()
-            rows.append([f"{name}_Ahab{i}", f"{i}.nii.gz", time, 1 - i % 2, 50 + 30 * rng.random(), "val" if i in (2, 3) else "train"])
+            split = "val" if i in (2, 3) else "train"
+            rows.append([f"{name}_Ahab{i}", f"{i}.nii.gz", time, 1 - i % 2, 50 + 30 * rng.random(), split])
         table = pd.DataFrame(rows, columns=["patient_id", "image", "time", "event", "age", "split"])
         table.to_csv(folder / f"{name}.csv", index=False)
         found[name] = folder / f"{name}.csv"
@@ -186,7 +188,7 @@ def test_all_start_alike_and_a_missed_round_is_no_harm(cohorts, tmp_path):
         message = mean([north.answer(message, number)])
     (answer, _), (again, _) = south.answer(message, 3), north.answer(message, 3)
     for site in (north, south):
-        scheduler, steps = site.part(site.algo, "lr_scheduler"), len(site.part(site.algo, "train#dataloader"))
+        scheduler, steps = site.part("lr_scheduler"), len(site.part("train#dataloader"))
         assert site.algo.trainer.state.epoch == 3
         assert scheduler.last_epoch == 3 * steps
         assert scheduler.get_last_lr()[0] == pytest.approx(scheduler.base_lrs[0] * scheduler.lr_lambda(3 * steps))
@@ -218,7 +220,7 @@ def test_names_and_settings_of_sites(cohorts):
     with pytest.raises(InputError, match="expected letters"):
         federate.checked_names(["a", "b c"])
     with pytest.raises(InputError, match="expected cohort, ckpt_dir"):
-        Site("a", job(), {"cohort": str(cohorts["north"]), "ckpt_dir": "x", "network": "theirs"})
+        Site("north", job(), {"cohort": str(cohorts["north"]), "ckpt_dir": "x", "network": "theirs"})
     assert [federate.usual_minimum("ab"), federate.usual_minimum("abcd")] == [2, 3]
 
 
@@ -289,7 +291,7 @@ def test_simulator_goes_on_without_sites_that_fail_or_hang(cohorts, tmp_path, mo
         table.to_csv(tmp_path / f"{name}.csv", index=False)
         there[name] = tmp_path / f"{name}.csv"
     out = tmp_path / "out"
-    done = federate.simulate(list(there.values()), out, job(), min_sites=2, wait=5)
+    done = federate.simulate(list(there.values()), out, job(sites=list(there)), min_sites=2, wait=5)
     assert [folder.name for folder in done] == ["north", "south"]
     alone = sites(there, tmp_path / "loop")
     message = mean([site.answer({}, 0) for site in alone.values()])

@@ -18,6 +18,7 @@ from monai.fl.utils.exchange_object import ExchangeObject
 
 from bundle.data.fingerprint import code_digest
 from bundle.errors import InputError
+from bundle.federated.codebooks import PHASES, SharedCodebooks
 from bundle.federated.sums import clinical_encoding, death_priors, kinds, site_sums
 from bundle.files import file_sha256
 from bundle.run.scans import training_cohort
@@ -53,32 +54,42 @@ def checked_job(job: Mapping[str, Any]) -> dict:
         named = isinstance(value, str) and re.fullmatch(r"\w[\w .+-]*", value) is not None
         return named or (isinstance(value, (bool, int, float)) and np.isfinite(value))
 
+    known = (*OF_THE_JOB, "sites", "recipe", "rounds", "local_epochs", "clinical", "bundle")
     for key, value in job.items():
-        if key not in (*OF_THE_JOB, "rounds", "local_epochs", "clinical", "bundle"):
-            raise InputError(f"the job sets {key} (expected one of {', '.join(OF_THE_JOB)}).")
+        if key not in known:
+            raise InputError(f"the job sets {key} (expected one of {', '.join(known)}).")
         if not plain(value):
             raise InputError(f"the job sets {key} to {value!r} (expected numbers and plain names).")
     if job["bundle"] != bundle_digest():
         raise InputError("the job was made by another version of this bundle: all sites and the job need the same one.")
+    if job["recipe"] not in ("codebook", "network"):
+        raise InputError(f'the job has the recipe "{job["recipe"]}" (expected codebook or network).')
     return dict(job)
+
+
+def training_rounds(job: Mapping[str, Any]) -> int:
+    """Rounds between the one of sums and the one of finishing."""
+    return len(PHASES) if job["recipe"] == "codebook" else job["rounds"]
 
 
 class Site:
     """A hospital in a federated training: it answers one message a round, and keeps all else to itself.
 
     - Round 0: the message is empty; the answer is :func:`~bundle.federated.sums.site_sums`.
-    - Rounds 1 to `rounds`: the message has the mean of all sites' sums and, from round 2 on, the mean of their networks.
-      The site trains `local_epochs` by MONAI's `MonaiAlgo` and answers with its network.
-    - After these the message has the network of all. The site finishes it on its own scans (months, verdict,
-      familiarity) and writes `model.pt` and `settings.json` into its own `ckpt_dir`. It answers what it was told.
+    - Then the message has the mean of all sites' sums, and of what they answered last. With the recipe "network" the
+      site trains the mean of their networks for `local_epochs` by MONAI's `MonaiAlgo`, and answers with the weights; with
+      "codebook" it answers as :class:`~bundle.federated.codebooks.SharedCodebooks`.
+    - In the last round the site finishes the network of all on its own scans (verdict, familiarity, and months where the
+      recipe is "network"). It writes `model.pt` and `settings.json` into its own `ckpt_dir`, and answers what it was told.
 
     Each answer comes with the number of scans that the site trains on, by which a mean is weighted. A site that missed
     rounds, or was started again, goes on with the next one. Risk sets and likelihoods are those of the site's patients.
 
     Args:
         name: of the site.
-        job: settings that all sites share, from :func:`checked_job`: `rounds`, `local_epochs`, `tmax`, `clinical` (each
-            column "numeric", or its categories), `seed` and others of :data:`OF_THE_JOB`.
+        job: settings that all sites share, from :func:`checked_job`: `sites` (their names), `recipe`, `rounds` and
+            `local_epochs` of a network, `clinical` (each column "numeric", or its categories), `tmax`, `seed` and
+            others of :data:`OF_THE_JOB`.
         own: settings of this site, of :data:`OF_THE_SITE`.
 
     Raises:
@@ -89,6 +100,8 @@ class Site:
         unknown = own.keys() - set(OF_THE_SITE)
         if unknown or not {"cohort", "ckpt_dir"} <= own.keys():
             raise InputError(f"site {name} sets {', '.join(own)} (expected cohort, ckpt_dir and any of {OF_THE_SITE[2:]}).")
+        if name not in job["sites"]:
+            raise InputError(f"the job is of {', '.join(job['sites'])}, not of {name}.")
         self.name = name
         self.job, self.own = dict(job), dict(own)
         self.clinical = self.job["clinical"]
@@ -96,6 +109,7 @@ class Site:
         cohort = training_cohort(self.own["cohort"], None, seed, kinds(self.clinical), self.job["tmax"], on_fault)
         self.records = cohort["train"]
         self.algo: MonaiAlgo | None = None
+        self.shared: SharedCodebooks | None = None
 
     def answer(self, message: Message, number: int) -> tuple[Message, int]:
         """The answer to the message of round `number`, and its weight in the mean.
@@ -109,14 +123,25 @@ class Site:
             raise InputError(f"round {number} came without the sums of round 0.")
         if self.algo is None:
             self.build(message[SUMS])
-        weights = {key.removeprefix(NET): torch.as_tensor(value) for key, value in message.items() if key.startswith(NET)}
-        if not weights and number > 1:
-            raise InputError(f"round {number} came without a network.")
-        if number > self.job["rounds"]:
-            self.finish(weights)
+        last = number > training_rounds(self.job)
+        if self.shared is not None:
+            rest = {key: value for key, value in message.items() if key != SUMS}
+            found = self.shared.finish(rest) if last else self.shared.answer(rest, number)
+        else:
+            weights = {key.removeprefix(NET): torch.as_tensor(value) for key, value in message.items() if key != SUMS}
+            if not weights and number > 1:
+                raise InputError(f"round {number} came without a network.")
+            if last:
+                found = self.part("network_def").load_state_dict(weights)
+            else:
+                trained = self.train(weights or self.first_weights(), number)
+                found = {NET + key: value for key, value in trained.items()}
+        if last:
+            self.part("train#best").finish(self.part("train#finish"))
             return message, len(self.records)
-        trained = self.train(weights or self.first_weights(), number)
-        return {SUMS: message[SUMS], **{NET + key: value for key, value in trained.items()}}, len(self.records)
+        if not all(np.isfinite(value).all() for value in found.values()):
+            raise InputError(f"the answer of site {self.name} to round {number} is not finite.")
+        return {SUMS: message[SUMS], **found}, len(self.records)
 
     def build(self, sums: np.ndarray) -> None:
         """Make the training of this site's own config, with what all sites share; preprocess the scans."""
@@ -124,7 +149,7 @@ class Site:
         priors = death_priors(sums, job["tmax"])
         options = {key: job[key] for key in OF_THE_JOB if key in job} | self.own
         options |= {
-            "recipe": "network",
+            "recipe": job["recipe"],
             "max_epochs": job["rounds"] * job["local_epochs"],
             "clinical": kinds(self.clinical),
             "clinical_encoding": clinical_encoding(sums, self.clinical),
@@ -142,24 +167,26 @@ class Site:
         )
         algo.initialize({ExtraItems.CLIENT_NAME: self.name})
         algo.train_workflow.run()
-        if any(True for _ in self.part(algo, "objective").parameters()):
-            raise InputError("the objective learns parameters of its own, which sites do not share.")
         self.algo = algo
+        if any(True for _ in self.part("objective").parameters()):
+            raise InputError("the objective learns parameters of its own, which sites do not share.")
+        if job["recipe"] == "codebook":
+            self.shared = SharedCodebooks(self.part("train#codebooks"), job["sites"].index(self.name), len(job["sites"]))
 
-    @staticmethod
-    def part(algo: MonaiAlgo, name: str) -> Any:
-        return algo.train_workflow.parser.get_parsed_content(name)
+    def part(self, name: str) -> Any:
+        """A part of the site's training, by its id in the config."""
+        return self.algo.train_workflow.parser.get_parsed_content(name)
 
     def first_weights(self) -> dict[str, torch.Tensor]:
         """Those that every site starts from: by the seed alone, whatever else the site has drawn."""
-        network = self.part(self.algo, "network_def")
+        network = self.part("network_def")
         torch.manual_seed(self.job.get("seed", 0))
         return type(network)(**network.arguments).state_dict()
 
     def train(self, weights: dict[str, torch.Tensor], number: int) -> Message:
         """The network's weights after the local epochs of round `number`, from the weights of all."""
-        trainer, scheduler = self.algo.trainer, self.part(self.algo, "lr_scheduler")
-        steps = len(self.part(self.algo, "train#dataloader"))
+        trainer, scheduler = self.algo.trainer, self.part("lr_scheduler")
+        steps = len(self.part("train#dataloader"))
         trainer.state.epoch = (number - 1) * self.job["local_epochs"]
         trainer.state.iteration = done = trainer.state.epoch * steps
         if scheduler.last_epoch != done:  # rounds were missed
@@ -167,15 +194,7 @@ class Site:
             for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_lr(), strict=True):
                 group["lr"] = rate
         self.algo.train(ExchangeObject(weights=weights))
-        found = {key: value.numpy() for key, value in self.algo.get_weights().weights.items()}
-        if not all(np.isfinite(value).all() for value in found.values()):
-            raise InputError(f"the network of site {self.name} is no longer finite after round {number}.")
-        return found
-
-    def finish(self, weights: dict[str, torch.Tensor]) -> None:
-        """Write the network of all, finished on this site's scans, into this site's folder."""
-        self.part(self.algo, "network_def").load_state_dict(weights)
-        self.part(self.algo, "train#best").finish(self.part(self.algo, "train#finish"))
+        return {key: value.numpy() for key, value in self.algo.get_weights().weights.items()}
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def site_sums(records: Sequence[dict], clinical: Clinical) -> np.ndarray:
         InputError: the site has too few patients.
     """
     if len(records) < MINIMUM:
-        raise InputError(f"the site trains on {len(records)} scans (expected {MINIMUM} or more: sums of fewer tell of each).")
+        raise InputError(f"the site trains on {len(records)} scans (expected {MINIMUM} or more: fewer are told apart).")
     x = np.array([quantities(record, clinical) for record in records])
     known = ~np.isnan(x)
     x = np.where(known, x, 0.0)

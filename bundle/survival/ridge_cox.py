@@ -28,19 +28,24 @@ def ridge_cox(x: Tensor, outcome: Tensor, penalty: float = 1.0, adjust: Tensor |
     kernel = (x @ x.T / x.shape[1]).double()
     if adjust is not None:
         kernel = kernel + (adjust @ adjust.T).double()
-    order = outcome[:, 0].argsort(descending=True, stable=True)
-    time, died = outcome[order, 0], outcome[order, 1].double()
-    last = torch.searchsorted(-time.contiguous(), -time, right=True) - 1  # of those tied with each: all are at risk
     a = torch.zeros(len(x), dtype=torch.float64, device=x.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([a], max_iter=60, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
         risk = kernel @ a
-        value = 0.5 * penalty * (a @ risk) - ((risk[order] - risk[order].logcumsumexp(0)[last]) * died).sum()
+        value = 0.5 * penalty * (a @ risk) - breslow(risk, outcome)
         value.backward()
         return value
 
     with torch.enable_grad():
         optimizer.step(loss)
     return x.T @ a.detach().to(x.dtype) / x.shape[1]
+
+
+def breslow(risk: Tensor, outcome: Tensor) -> Tensor:
+    """Cox's log partial likelihood with Breslow's ties, the sum over deaths, of log hazards (N,) and outcomes (N, 2)."""
+    order = outcome[:, 0].argsort(descending=True, stable=True)
+    time, died = outcome[order, 0], outcome[order, 1].to(risk.dtype)
+    last = torch.searchsorted(-time.contiguous(), -time, right=True) - 1  # of those tied with each: all are at risk
+    return ((risk[order] - risk[order].logcumsumexp(0)[last]) * died).sum()
