@@ -84,7 +84,7 @@ def simulate(sites: Sequence[Path], out: Path, settings: dict, min_sites: int | 
 
     # As a hospital would: FLARE's own classes and this one, and no code that a job brings along.
     policy = {"format_version": 2, "class_allow_list": [*DEFAULT_CLASS_ALLOW_LIST, EXECUTOR]}
-    recipe = flare_job(settings, min_sites or usual_minimum(names), wait)
+    recipe = flare_job(settings, checked_minimum(min_sites, names), wait)
     write_json(out / "flare" / recipe.name / "local" / "resources.json.default", policy)
     before = {name: stamp(out / name / "model.pt") for name in names}
     try:
@@ -102,11 +102,6 @@ def stamp(path: Path) -> int | None:
     return path.stat().st_mtime_ns if path.is_file() else None
 
 
-def usual_minimum(names: Sequence[str]) -> int:
-    """All sites but one, and two at least."""
-    return max(2, len(names) - 1)
-
-
 def checked_names(names: Sequence[str]) -> list[str]:
     """Names of sites as FLARE takes them.
 
@@ -118,6 +113,18 @@ def checked_names(names: Sequence[str]) -> list[str]:
     if wrong := [name for name in names if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]:
         raise InputError(f"the sites' names have {', '.join(wrong)} (expected letters, digits, - and _).")
     return list(names)
+
+
+def checked_minimum(min_sites: int | None, names: Sequence[str]) -> int:
+    """Answers that a round needs; without one given all sites' but one, and two at least.
+
+    Raises:
+        InputError: fewer than two, whose mean would be one site's own, or more than there are.
+    """
+    least = max(2, len(names) - 1) if min_sites is None else min_sites
+    if not 2 <= least <= len(names):
+        raise InputError(f"--min_sites is {least} (expected 2 to {len(names)}, the number of sites).")
+    return least
 
 
 def require_flare() -> None:
@@ -172,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         settings = job_settings(args)
         require_flare()
-        flare_job(settings, args.min_sites or usual_minimum(args.names), args.wait).export(str(args.out))
+        flare_job(settings, checked_minimum(args.min_sites, args.names), args.wait).export(str(args.out))
         print(json.dumps({"job": str(args.out / "survival_map"), "allow at each site": EXECUTOR}))
     except InputError as e:
         sys.exit(f"error: {e}")

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import logging
@@ -18,9 +19,13 @@ import torch
 
 from bundle.data import fit_clinical
 from bundle.errors import InputError
+from bundle.federated.codebooks import SharedCodebooks
 from bundle.federated.site import Site, bundle_digest, checked_job, kept_at_site
 from bundle.federated.sums import MINIMUM, clinical_encoding, death_priors, moments, site_sums
+from bundle.run import TrainedModel
+from bundle.run.codebooks import fit_months
 from bundle.survival import location_range, softmin_beta
+from bundle.survival.cox import minimise, partial_log_likelihood
 from bundle.survival.priors import location_bounds
 from scripts import federate
 
@@ -221,7 +226,98 @@ def test_names_and_settings_of_sites(cohorts):
         federate.checked_names(["a", "b c"])
     with pytest.raises(InputError, match="expected cohort, ckpt_dir"):
         Site("north", job(), {"cohort": str(cohorts["north"]), "ckpt_dir": "x", "network": "theirs"})
-    assert [federate.usual_minimum("ab"), federate.usual_minimum("abcd")] == [2, 3]
+    assert [federate.checked_minimum(least, "abcd") for least in (None, 2, 4)] == [3, 2, 4]
+    for least in (1, 5):
+        with pytest.raises(InputError, match="expected 2 to 4"):
+            federate.checked_minimum(least, "abcd")
+
+
+def parts_of(x: list[torch.Tensor], outcome: list[torch.Tensor]) -> list[SharedCodebooks]:
+    """Sites that know the features of their patients (n, D) and their outcomes, and nothing else."""
+    found = []
+    for index, (features, own) in enumerate(zip(x, outcome, strict=True)):
+        part = SharedCodebooks.__new__(SharedCodebooks)
+        part.index, part.sites, part.outcome, part.scans = index, len(x), own, [None] * len(own)
+        part.features = lambda state, features=features: features
+        found.append(part)
+    return found
+
+
+def test_hazards_are_those_of_stratified_ridge_cox(monkeypatch):
+    """Against L-BFGS and Efron's likelihood, each site a stratum; a site that misses rounds is heard again later."""
+    monkeypatch.setattr("bundle.federated.codebooks.PHASES", ["hazards"] * 60)
+    g = torch.Generator().manual_seed(0)
+    x = [torch.randn(n, 70, generator=g, dtype=torch.float64) * 0.3 for n in (31, 24, 12)]
+    outcome = []
+    for number, features in enumerate(x):  # the base risk differs by site
+        time = torch.rand(len(features), generator=g) * 9 + 40 * number + 5 - 3 * features[:, 0]
+        outcome.append(torch.stack([time.float(), (torch.rand(len(features), generator=g) > 0.3).float()], 1))
+    parts = parts_of(x, outcome)
+    zero = np.zeros((4, 70))
+    message = {f"state.{name}": zero for name in ("c", "c_before", "g_before")}
+    message |= {"own.g": zero, "own.present": np.array([1.0, 1, 1]) / 67}
+    for number in range(2, 61):
+        present = parts[:2] if number in (9, 10) else parts
+        message = mean([(part.answer(message, number), len(part.scans)) for part in present])
+    found = parts[0].next(message, 61)["state.c"]
+    for fit in range(4):
+        strata = [k for k in range(3) if k != fit - 1]
+
+        def loss(c, strata=strata):
+            own = [partial_log_likelihood(x[k] @ c, *outcome[k].double().unbind(1)) for k in strata]
+            return 0.5 * (c @ c) - sum(own)
+
+        np.testing.assert_allclose(found[fit], minimise(loss, torch.zeros(70, dtype=torch.float64)), atol=2e-4)
+    one_set = minimise(
+        lambda c: 0.5 * (c @ c) - partial_log_likelihood(torch.cat(x) @ c, *torch.cat(outcome).double().unbind(1)),
+        torch.zeros(70, dtype=torch.float64),
+    )
+    assert np.abs(found[0] - one_set.numpy()).max() > 0.01  # one risk set of all would be another fit
+
+
+def test_a_site_of_few_deaths_tells_no_gradient():
+    x = torch.randn(8, 5, dtype=torch.float64)
+    outcome = torch.stack([torch.arange(8.0) + 1, (torch.arange(8) < MINIMUM - 1).float()], 1)
+    state = {"state.c": np.zeros((3, 5))}
+    assert not parts_of([x, x], [outcome, outcome])[0].tell_hazards(state)["g"].any()
+    outcome[MINIMUM - 1, 1] = 1
+    told = parts_of([x, x], [outcome, outcome])[0].tell_hazards(state)["g"]
+    assert [bool(row.any()) for row in told] == [True, False, True]
+
+
+@pytest.mark.slow
+def test_codebooks_of_sites(cohorts, tmp_path, monkeypatch):
+    """From start to end in this process: all sites get one network, whose months have the pooled likelihood's maximum."""
+    phases = ["tokens", *["words"] * 3, "shares", *["hazards"] * 20, "risk", *["months"] * 16]
+    for module in ("site", "codebooks"):
+        monkeypatch.setattr(f"bundle.federated.{module}.PHASES", phases)
+    there = dict(cohorts)
+    federation = sites(there, tmp_path, recipe="codebook", sites=list(there), clinical={})
+    message, left = {}, []
+    for number in range(len(phases) + 2):
+        answers = [site.answer(message, number) for site in federation.values()]
+        left += answers
+        message = mean(answers)
+    networks = [torch.load(tmp_path / name / "model.pt", weights_only=True) for name in there]
+    for other in networks[1:]:
+        assert all(torch.allclose(networks[0][key], other[key], rtol=1e-5) for key in networks[0])
+    parts = [site.shared for site in federation.values()]
+    state = parts[0].next({key: value for key, value in message.items() if key != "sums"}, len(phases) + 1)
+    risk = torch.cat([part.unseen_risk(state) for part in parts])
+    outcome = torch.cat([part.outcome for part in parts])
+    pooled = copy.deepcopy(parts[0].network)
+    variance = fit_months(pooled, risk, outcome, parts[0].stage.objective, torch.zeros(len(risk), 0))
+    model = TrainedModel(tmp_path / "south" / "model.pt", torch.device("cpu"))
+    evidence = torch.linspace(0, float(risk.max()), 20)
+    np.testing.assert_allclose(model.network.months(evidence).detach(), pooled.months(evidence), atol=2.0)
+    assert model.objective.variance == pytest.approx(variance, rel=0.1)
+    secrets = np.array([record["time"] for site in federation.values() for record in site.records])
+    sizes = {2, 3, 4, 6, 29, 36, 250, 9000}  # sites, words, books, descriptors: no axis is of patients
+    for message, weight in left:
+        for key, value in message.items():
+            assert set(value.shape) - {1, 3} <= sizes, key
+            for scale in (1.0, weight):
+                assert not (np.abs(scale * value.ravel()[:, None] / secrets - 1) < 1e-9).any(), key
 
 
 @needs_flare

@@ -26,7 +26,8 @@ from bundle.run.scans import training_cohort
 ROOT = Path(__file__).parents[2]  # this site's own copy of the bundle
 CONFIGS = ["configs/train.json", "configs/federated.json"]
 # What a job may set, and what belongs to the site alone. Nothing else of a config is anybody's to change.
-OF_THE_JOB = ("tmax", "horizon", "seed", "learning_rate", "batch_size", "spacing", "hu_window", "lung_mask", "margin")
+OF_THE_JOB = ("tmax", "horizon", "seed", "learning_rate", "batch_size", "spacing", "hu_window", "lung_mask")
+OF_THE_JOB += ("margin", "severity")
 OF_THE_SITE = ("cohort", "ckpt_dir", "device", "num_workers", "on_fault", "lungmask_weights", "lung_mask_fill")
 SUMS, NET = "sums", "net."
 

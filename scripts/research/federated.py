@@ -24,7 +24,8 @@ FIRST = {"size": 24, "spacing": 3.0, "noise": 0.2}
 OTHER = {"size": 20, "spacing": 3.6, "noise": 0.8}  # a scanner with other voxels and four times the noise
 SITES = {"a": (24, FIRST), "b": (24, OTHER), "c": (12, FIRST)}
 TEST = {"test_first": (24, FIRST), "test_other": (12, OTHER)}
-COMMON = {"lung_mask": "none", "margin": 0.0}
+COMMON = {"lung_mask": "none", "margin": 0.0, "severity": False}
+LOCAL_EPOCHS = 2  # of a round
 WAYS = {"pooled": "all scans in one place", "federated": "federated"} | {name: f"site {name} alone" for name in SITES}
 PAGE = """\
 # Federated training
@@ -37,8 +38,8 @@ phantoms, `{phantom}`, of 20 or 24 voxels a side. A cell is the mean over seeds 
     {command}
 
 {table}
-A federated network has {rounds} rounds of one epoch at each site. The others have {epochs} epochs or, alone, as many steps.
-AP is of the scans with disease. The last column is the difference from all scans in one place, seed by seed.
+A federated network has {rounds} rounds of {local_epochs} epochs at each site; the others have {epochs} epochs or, alone, as many
+steps. AP is of the scans with disease. The last column is the difference from all scans in one place, seed by seed.
 """
 
 
@@ -79,11 +80,11 @@ class Runner:
         folder, options = self.work / f"{recipe}_{way}", {"recipe": recipe, "seed": self.seed, **COMMON}
         if way == "federated":
             sites = [str(self.work / f"{name}.csv") for name in SITES]
-            words = overrides({"out": folder, "rounds": self.rounds, **options})
+            words = overrides({"out": folder, "rounds": self.rounds, "local_epochs": LOCAL_EPOCHS, **options})
             self.python("scripts.federate", "simulate", "--sites", *sites, *words)
             return folder / "a" / "model.pt"
         share = 1.0 if way == "pooled" else SITES[way][0] / sum(num for num, _ in SITES.values())
-        options |= {"severity": False, "max_epochs": round(self.epochs / share)}
+        options["max_epochs"] = round(self.epochs / share)
         where = {"config_file": "configs/train.json", "cohort": self.work / f"{way}.csv", "ckpt_dir": folder}
         self.python("monai.bundle", "run", *overrides(where | options))
         return folder / "model.pt"
@@ -110,9 +111,9 @@ def cell(values: pd.Series, sign: str = "") -> str:
 def page(rows: pd.DataFrame, args: argparse.Namespace, command: str) -> str:
     lines = []
     for recipe in args.recipes:
-        of = {way: rows[(rows.recipe == recipe) & (rows.way == way)].set_index("seed") for way in WAYS}
-        for way, title in WAYS.items():
-            line = {"recipe": recipe, "trained on": title, "C-index": cell(of[way].c_index), "AP": cell(of[way].ap)}
+        of = {way: rows[(rows.recipe == recipe) & (rows.way == way)].set_index("seed") for way in args.ways}
+        for way in args.ways:
+            line = {"recipe": recipe, "trained on": WAYS[way], "C-index": cell(of[way].c_index), "AP": cell(of[way].ap)}
             gap = None if way == "pooled" else of[way][["c_index", "ap"]] - of["pooled"][["c_index", "ap"]]
             line["C-index, AP less"] = "" if gap is None else f"{cell(gap.c_index, '+')}, {cell(gap.ap, '+')}"
             lines.append(line)
@@ -123,6 +124,7 @@ def page(rows: pd.DataFrame, args: argparse.Namespace, command: str) -> str:
         command=command,
         table=markdown(pd.DataFrame(lines)),
         rounds=args.rounds,
+        local_epochs=LOCAL_EPOCHS,
         epochs=args.epochs,
     )
 
@@ -132,6 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--phantom", default="spheres-honeycomb", help="which one (default %(default)s)")
     p.add_argument("--recipes", nargs="+", default=["codebook", "network"], help="(default codebook network)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0], help="of network and data (default 0)")
+    p.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="of training (default: all)")
     p.add_argument("--epochs", type=int, default=40, help="of a network trained in one place (default 40)")
     p.add_argument("--rounds", type=int, default=60, help="of the federation (default 60)")
     p.add_argument("--work", type=Path, default=Path("runs/federated"), help="phantoms and weights (default %(default)s)")
@@ -142,7 +145,9 @@ def main(argv: list[str] | None = None) -> None:
         for seed in args.seeds:
             runner = Runner(args.work, args.phantom, seed, args.epochs, args.rounds)
             runner.cohorts()
-            rows += [runner.row(recipe, way) for recipe, way in tqdm(list(product(args.recipes, WAYS)), desc=f"seed {seed}")]
+            rows += [
+                runner.row(recipe, way) for recipe, way in tqdm(list(product(args.recipes, args.ways)), desc=f"seed {seed}")
+            ]
     except (InputError, RuntimeError) as e:
         sys.exit(f"error: {e}")
     command = shlex.join(["python", "-m", "scripts.research.federated", *(sys.argv[1:] if argv is None else argv)])
