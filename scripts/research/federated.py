@@ -38,8 +38,8 @@ phantoms, `{phantom}`, of 20 or 24 voxels a side. A cell is the mean over seeds 
     {command}
 
 {table}
-A federated network has {rounds} rounds of {local_epochs} epochs at each site; the others have {epochs} epochs or, alone, as many
-steps. AP is of the scans with disease. The last column is the difference from all scans in one place, seed by seed.
+A federated network has {rounds} rounds of {local_epochs} epochs at each site; the others have {epochs} epochs or, alone,
+as many steps. AP is of the scans with disease. The last column is the difference from all scans in one place, seed by seed.
 """
 
 
@@ -134,7 +134,9 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--phantom", default="spheres-honeycomb", help="which one (default %(default)s)")
     p.add_argument("--recipes", nargs="+", default=["codebook", "network"], help="(default codebook network)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0], help="of network and data (default 0)")
-    p.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="of training (default: all)")
+    p.add_argument(
+        "--ways", nargs="+", default=list(WAYS), choices=WAYS, help="of training, pooled among them (default: all)"
+    )
     p.add_argument("--epochs", type=int, default=40, help="of a network trained in one place (default 40)")
     p.add_argument("--rounds", type=int, default=60, help="of the federation (default 60)")
     p.add_argument("--work", type=Path, default=Path("runs/federated"), help="phantoms and weights (default %(default)s)")
@@ -145,9 +147,8 @@ def main(argv: list[str] | None = None) -> None:
         for seed in args.seeds:
             runner = Runner(args.work, args.phantom, seed, args.epochs, args.rounds)
             runner.cohorts()
-            rows += [
-                runner.row(recipe, way) for recipe, way in tqdm(list(product(args.recipes, args.ways)), desc=f"seed {seed}")
-            ]
+            todo = list(product(args.recipes, args.ways))
+            rows += [runner.row(recipe, way) for recipe, way in tqdm(todo, desc=f"seed {seed}")]
     except (InputError, RuntimeError) as e:
         sys.exit(f"error: {e}")
     command = shlex.join(["python", "-m", "scripts.research.federated", *(sys.argv[1:] if argv is None else argv)])
