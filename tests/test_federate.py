@@ -326,10 +326,12 @@ def test_an_executor_says_that_it_failed_and_not_why(cohorts, tmp_path, monkeypa
     from nvflare.apis.fl_constant import ReservedKey, ReturnCode
     from nvflare.apis.fl_context import FLContext
     from nvflare.apis.signal import Signal
+    from nvflare.app_common.decomposers import common_decomposers
     from nvflare.fuel.utils import fobs
 
     from bundle.federated.executor import SiteExecutor
 
+    common_decomposers.register()
     own = {"north": {"cohort": str(cohorts["north"]), "ckpt_dir": str(tmp_path / "north")}}
     table = pd.read_csv(cohorts["south"])
     table["image"] = [str(cohorts["south"].parent / name) for name in table["image"]]

@@ -195,7 +195,7 @@ class Site:
             for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_lr(), strict=True):
                 group["lr"] = rate
         self.algo.train(ExchangeObject(weights=weights))
-        return {key: value.numpy() for key, value in self.algo.get_weights().weights.items()}
+        return {key: value.numpy().copy() for key, value in self.algo.get_weights().weights.items()}
 
 
 @contextmanager
