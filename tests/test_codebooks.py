@@ -27,7 +27,17 @@ from bundle.networks import CodebookNet
 from bundle.networks.descriptors import describe, tokens_at
 from bundle.report import pictures
 from bundle.run import TrainedModel
-from bundle.run.codebooks import CodebookStage, Tokens, fit_hazards, fit_months, risk_of, site_folds, unseen_months, words_of
+from bundle.run.codebooks import (
+    CodebookStage,
+    Tokens,
+    fit_hazards,
+    fit_months,
+    risk_of,
+    site_folds,
+    strata_of,
+    unseen_months,
+    words_of,
+)
 from bundle.run.results import prediction_row
 from bundle.run.training import Finish
 from bundle.survival import CenTime, Cox
@@ -181,6 +191,32 @@ def test_ridge_cox_is_the_minimum_of_the_penalised_partial_likelihood(penalty):
     alone = optimize.minimize(lambda b: loss(np.append(b, [0, 0])), np.zeros(4), tol=1e-10).x
     np.testing.assert_allclose(ridge_cox(x, outcome, penalty), alone, atol=2e-4)
     assert (ridge_cox(x, outcome * torch.tensor([1, 0])) == 0).all()
+
+    strata = torch.arange(25) % 3
+
+    def stratified(b):
+        eta = x.double().numpy() @ b
+        same = strata.numpy()[:, None] == strata.numpy()
+        partial = sum(eta[i] - np.log(np.exp(eta[(time >= time[i]) & same[i]]).sum()) for i in range(25) if event[i])
+        return penalty * 4 * b @ b / 2 - partial
+
+    expected = optimize.minimize(stratified, np.zeros(4), tol=1e-10).x
+    np.testing.assert_allclose(ridge_cox(x, outcome, penalty, strata=strata), expected, atol=2e-4)
+    shifted = x + 100 * torch.nn.functional.one_hot(strata, 4)
+    np.testing.assert_allclose(ridge_cox(shifted, outcome, penalty, strata=strata), expected, atol=2e-3)
+
+
+def test_a_site_is_a_stratum_if_it_has_patients_to_compare():
+    records = [{"site": "a"}] * 10 + [{"site": "b"}] * 12 + [{"site": "c"}] * 9 + [{}]
+    assert strata_of(records).tolist() == [0] * 10 + [1] * 12 + [-1] * 10
+    assert strata_of([{}] * 12).unique().tolist() == [0]
+
+
+def test_tissue_that_does_not_shorten_life_has_no_hazard():
+    shares = torch.rand(40, 2, 3)
+    shares = shares / shares.sum(2, keepdim=True)
+    hazard = fit_hazards(shares, torch.stack([60 - 40 * shares[:, 0, 1], torch.ones(40)], 1))
+    assert hazard.min() == 0 and hazard.max() == 1 and hazard[0].argmax() == 1
 
 
 def test_hazards_stay_numbers_where_nothing_varies():

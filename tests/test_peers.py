@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from lifelines import CoxPHFitter
 from scipy import ndimage
 
+from bundle.survival.cox import partial_log_likelihood
 from scripts.research.peers import (
     __main__ as command,
 )
@@ -46,7 +48,12 @@ def cohort(tmp_path_factory):
         lesion, like = ball[0] & lung & (i % 3 > 0), ball[1] & lung & ~ball[0]
         image = np.where(lung, -850 + 10 * (i % 4), 40) + 20 * rng.normal(size=SHAPE)
         image = np.where(lesion, -400, np.where(like, -990, image))
-        row = {"patient_id": f"p{i:02d}", "anatomy": f"a{i % 4}", "split": "test" if i % 4 == 3 else "train"}
+        row = {
+            "patient_id": f"p{i:02d}",
+            "anatomy": f"a{i % 4}",
+            "site": f"a{i % 4}",
+            "split": "test" if i % 4 == 3 else "train",
+        }
         volumes = {"image": image, "lung_mask": lung, "gt_mask": lesion, "confounder_mask": like}
         for name, volume in volumes.items():
             row[name] = f"{row['patient_id']}_{name}.nii.gz"
@@ -116,8 +123,19 @@ def test_residuals_and_ridge_are_those_of_other_code():
     assert torch.allclose(residual, event - torch.stack(hazard)) and abs(residual.sum()) < 1e-9
     table = pd.DataFrame({"a": x[:, 0], "b": x[:, 1], "c": x[:, 2], "time": time, "event": event})
     lifelines = CoxPHFitter(penalizer=0.2).fit(table, "time", "event")
-    own = ridge.ridge_cox((x - x.mean(0)) / 1.0, time, event, 0.2)
+    one = SimpleNamespace(log_likelihood=lambda risk, scans: partial_log_likelihood(risk, time[scans], event[scans]))
+    own = ridge.ridge_cox((x - x.mean(0)) / 1.0, one, 0.2, torch.arange(40))
     assert np.corrcoef(own, lifelines.params_)[0, 1] > 0.99 and np.abs(own - lifelines.params_.to_numpy()).max() < 0.05
+
+
+def test_patients_are_compared_within_their_anatomy(cohort):
+    risk, scans = torch.randn(len(cohort.train)).double(), torch.arange(0, len(cohort.train), 2)
+    moved = risk + torch.tensor([0.0, 10.0, 30.0])[cohort.stratum]
+    for which in (torch.arange(len(cohort.train)), scans):
+        assert torch.allclose(cohort.log_likelihood(risk[which], which), cohort.log_likelihood(moved[which], which))
+    batches = resnet.drawn_within(cohort.stratum)
+    assert sorted(torch.cat(batches).tolist()) == list(range(len(cohort.train)))
+    assert all(len(cohort.stratum[batch].unique()) == 1 for batch in batches)
 
 
 @pytest.mark.parametrize("method", [attention, ceiling, codebooks, density, resnet, ridge])
@@ -172,9 +190,9 @@ def test_survival_map_is_called_by_its_commands_and_sees_no_mask(cohort, monkeyp
     monkeypatch.setattr(ours, "run_module", run_module)
     risk, heat = ours.fit(cohort, 3)(cohort.test[0])
     assert (risk, heat.shape) == (2.5, SHAPE)
-    assert (
-        called[0]["--seed"] == "3" and called[0]["--cohort"] == str(cohort.path) and called[1]["--ckpt"].endswith("model.pt")
-    )
+    assert called[0]["--seed"] == "3" and called[1]["--ckpt"].endswith("model.pt")
+    learnt = pd.read_csv(called[0]["--cohort"])
+    assert list(learnt.patient_id) == [scan.row.patient_id for scan in cohort.train] and learnt.site.nunique() == 3
 
 
 def test_the_command_goes_on_where_it_stopped_and_writes_page_and_picture(cohort, tmp_path, monkeypatch, capsys):
@@ -194,9 +212,9 @@ def test_the_command_goes_on_where_it_stopped_and_writes_page_and_picture(cohort
     monkeypatch.setattr(command, "cohort_of", lambda args, backgrounds, *which: cohort)
     table = tmp_path / "backgrounds.csv"
     columns = ["patient_id", "image", "lung_mask"]
-    pd.read_csv(cohort.path)[columns].assign(image=lambda t: [str(cohort.path.parent / i) for i in t.image]).assign(
-        lung_mask=lambda t: [str(cohort.path.parent / i) for i in t.lung_mask]
-    ).to_csv(table, index=False)
+    pd.read_csv(cohort.folder / "cohort.csv")[columns].assign(
+        image=lambda t: [str(cohort.folder / i) for i in t.image]
+    ).assign(lung_mask=lambda t: [str(cohort.folder / i) for i in t.lung_mask]).to_csv(table, index=False)
     words = ["--diseases", "nodules", "--seeds", "0", "--num", "18", "--methods", "density", "codebooks"]
     words += ["--backgrounds", str(table), "--out", str(tmp_path / "out"), "--page", str(tmp_path / "peers.md")]
     with pytest.raises(SystemExit, match="1 of 2 results are missing"):
@@ -212,6 +230,29 @@ def test_the_command_goes_on_where_it_stopped_and_writes_page_and_picture(cohort
     assert (tmp_path / "peers.png").stat().st_size > 1000
     with pytest.raises(SystemExit, match="results of other test_anatomies"):
         command.main([*words, "--test_anatomies", "p01"])
+    with pytest.raises(SystemExit, match="results of other num"):
+        command.main([*words, "--num", "18", "30"])
+
+
+def test_a_smaller_cohort_is_the_first_scans_of_the_larger(cohort):
+    smaller = Cohort(cohort.folder / "cohort.csv", 7)
+    assert [s.row.patient_id for s in smaller.train] == [s.row.patient_id for s in cohort.train[:7]]
+    assert len(smaller.test) == len(cohort.test) and len(smaller.time) == 7
+
+
+def test_targets_are_judged_cohort_by_cohort():
+    numbers = {"c_index_less_oracle": -0.05, "lookalike_heat": 1.0, "healthy_heat": 0.2, "pointing_game": 0.9}
+    rows = pd.DataFrame(
+        [
+            {"disease": "nodules", "num": 120, "seed": seed, "method": method, "average_precision": ap, **numbers}
+            for seed, aps in ((2, (0.9, 0.8, 1.0)), (3, (0.6, 0.7, 1.0)))
+            for method, ap in zip(("ours", "ridge", "ceiling"), aps)
+        ]
+    )
+    found = page.targets(rows).set_index("measure")["120 scans"]
+    assert found["AP less the best peer's"] == "1 of 2; 0.00 (-0.10 to 0.10)"
+    assert found["AP over the ceiling's"] == "1 of 2; 0.75 (0.60 to 0.90)"
+    assert found["pointing"].startswith("2 of 2")
 
 
 def test_a_cell_is_the_mean_with_least_and_greatest():

@@ -26,6 +26,7 @@ from bundle.run.codebooks import (
     Tokens,
     clinical_of,
     floored,
+    hazards_of,
     risk_of,
     rooted,
     shares_of,
@@ -187,7 +188,7 @@ class SharedCodebooks:
     def put_hazards(self, state: Arrays, fit: int) -> None:
         """Hazards of one of the fits: 0 is of all sites, 1 + k without site k."""
         slope = torch.as_tensor(state["state.c"][fit])[: self.network.hazard.numel()].view_as(self.network.hazard)
-        self.network.hazard.copy_(slope / slope.abs().max().clamp_min(1e-12))
+        self.network.hazard.copy_(hazards_of(slope))
 
     def unseen_risk(self, state: Arrays) -> Tensor:
         """Risk of each of the site's scans by the hazards that were fitted without the site, (n,)."""

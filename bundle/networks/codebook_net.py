@@ -21,11 +21,11 @@ class CodebookNet(nn.Module):
        this scan.
     2. Each codebook has words, found by k-means on a few of the descriptors, which no outcome has shaped. A voxel has
        one word of every book.
-    3. Each word has a hazard. A voxel's evidence is the mean of its words' hazards, smoothed over 5 mm. It is told at
-       every second voxel an axis, and interpolated between.
-    4. The weight is a base that all voxels have plus the fourth power of the evidence above 0, as a share of the whole
-       lung's: a lung without evidence is evenly lit. The fourth root of the mean fourth power is the patient's risk, on
-       the scale of the evidence, and tells the months.
+    3. Each word has a hazard, 0 for tissue that doesn't shorten life. A voxel's evidence is the mean of its words' hazards,
+       smoothed over 5 mm. It is told at every second voxel an axis, and interpolated between.
+    4. The weight is a base that all voxels have plus the square of the evidence, as a share of the whole lung's: a lung
+       without evidence is evenly lit. The root of the mean square is the patient's risk, on the scale of the evidence,
+       and tells the months.
 
     :class:`bundle.run.CodebookStage` fits books, hazards and months from a cohort at once. That is a convex problem, and
     needs far fewer patients than the steps of a transformer.
@@ -124,7 +124,7 @@ class CodebookNet(nn.Module):
         cells = torch.div(tokens, 2, rounding_mode="floor")
         patient = self.months(root_mean(smoothed(evidence, cells, 0.5 * self.smoothing)))
         evidence = between_tokens(evidence, cells, 0.5 * self.smoothing, lung).clamp_min(0)
-        weight = (self.base + evidence**4) * lung
+        weight = (self.base + evidence.square()) * lung
         weight = weight / weight.sum()
         location = self.months(evidence)
         location = (location + patient - (location * weight).sum()) * lung
@@ -164,5 +164,5 @@ def between_tokens(values: Tensor, cells: Tensor, sigma: float, lung: Tensor) ->
 
 
 def root_mean(evidence: Tensor) -> Tensor:
-    """The fourth root of the mean fourth power of what lies above 0: a steep mean, which a small lesion can move."""
-    return evidence.clamp_min(0).square().square().mean().clamp_min(1e-24) ** 0.25
+    """The root of the mean square of the evidence above 0: a steep mean, which a small lesion can move."""
+    return evidence.clamp_min(0).square().mean().clamp_min(1e-24).sqrt()

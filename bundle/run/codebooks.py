@@ -5,6 +5,7 @@
 import copy
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +37,7 @@ FOLDS = 10
 SAMPLE = 40_000  # tokens of a cohort that k-means sees
 BOOK_SAMPLE = 20_000  # of them for each book
 ROUNDS = 8  # of k-means
+LEAST_AT_SITE = 10  # patients that a site must have to be a stratum of its own
 
 
 class Tokens(NamedTuple):
@@ -106,12 +108,20 @@ def shares_of(words: Tensor, size: int) -> Tensor:
     return torch.stack([torch.bincount(book.long(), minlength=size) for book in words.unbind(1)]) / len(words)
 
 
-def fit_hazards(shares: Tensor, outcome: Tensor, adjust: Tensor | None = None, penalty: float = 1.0) -> Tensor:
+def fit_hazards(shares: Tensor, outcome: Tensor, adjust: Tensor | None = None, strata: Tensor | None = None) -> Tensor:
     """Hazards (books, size) of the words from their shares (N, books, size) in the lungs of a cohort."""
     x = rooted(shares)
     x = (x - x.mean(0)) / floored(x.std(0).nan_to_num(0))
-    slope = ridge_cox(x.flatten(1), outcome, penalty, adjust).view(shares.shape[1:])
-    return slope / slope.abs().max().clamp_min(1e-12)
+    return hazards_of(ridge_cox(x.flatten(1), outcome, adjust=adjust, strata=strata).view(shares.shape[1:]))
+
+
+def hazards_of(slope: Tensor) -> Tensor:
+    """Hazards of words from their coefficients: the square of one above 0, 1 for the largest.
+
+    Most words are of harmless tissue, and their noise would outweigh the few that tell.
+    """
+    slope = slope.clamp_min(0)
+    return (slope / slope.max().clamp_min(1e-12)).square()
 
 
 def rooted(shares: Tensor) -> Tensor:
@@ -197,7 +207,13 @@ class MonthsFit:
 
 
 def out_of_fold(
-    network: CodebookNet, words: Sequence[Tensor], scans: Sequence[Tokens], outcome: Tensor, folds: Tensor, adjust: Tensor
+    network: CodebookNet,
+    words: Sequence[Tensor],
+    scans: Sequence[Tokens],
+    outcome: Tensor,
+    folds: Tensor,
+    adjust: Tensor,
+    strata: Tensor,
 ) -> Tensor:
     """Risk of each scan (N,) by hazards that were fitted without its fold; the network is left with those of all.
 
@@ -207,10 +223,10 @@ def out_of_fold(
     risk = torch.zeros(len(scans))
     for fold in folds.unique():
         inside = folds != fold
-        network.hazard.data.copy_(fit_hazards(shares[inside], outcome[inside], adjust[inside]))
+        network.hazard.data.copy_(fit_hazards(shares[inside], outcome[inside], adjust[inside], strata[inside]))
         for i in (~inside).nonzero()[:, 0].tolist():
             risk[i] = risk_of(network, words[i], scans[i].index)
-    network.hazard.data.copy_(fit_hazards(shares, outcome, adjust))
+    network.hazard.data.copy_(fit_hazards(shares, outcome, adjust, strata))
     return risk
 
 
@@ -239,6 +255,16 @@ def site_folds(records: Sequence[dict], seed: int) -> list[int]:
         return [patients.index(patient_of(record)) for record in records]
     deaths = sum(record["event"] for record in records)
     return draw_folds(records, int(min(FOLDS, max(2, deaths))), seed)
+
+
+def strata_of(records: Sequence[dict]) -> Tensor:
+    """Stratum of each patient (N,): its `site`, where that has enough patients to compare; all others together are one.
+
+    Each site has its own baseline hazard: that its scanner or its patients differ from others' must not pass for disease.
+    """
+    sites = [str(record.get("site", "")) for record in records]
+    large = [site for site, count in sorted(Counter(sites).items()) if count >= LEAST_AT_SITE]
+    return torch.tensor([large.index(site) if site in large else -1 for site in sites])
 
 
 class CodebookStage:
@@ -350,8 +376,8 @@ class CodebookStage:
     def learn(self) -> None:
         """Hazards, months and readout from the outcomes of the training scans."""
         clinical, outcome = clinical_of(self.train.data), outcomes(self.train.data)
-        risk = out_of_fold(self.network, self.words, self.scans, outcome, self.folds, clinical)
-        self.network.base.copy_((risk**4).median())  # half of the patients have more evidence than base
+        risk = out_of_fold(self.network, self.words, self.scans, outcome, self.folds, clinical, strata_of(self.train.data))
+        self.network.base.copy_(risk.square().median())  # half of the patients have more evidence than base
         variance = fit_months(self.network, risk, outcome, self.objective, clinical)
         if variance is not None:
             self.objective.variance = variance

@@ -6,16 +6,19 @@ import torch
 from torch import Tensor
 
 
-def ridge_cox(x: Tensor, outcome: Tensor, penalty: float = 1.0, adjust: Tensor | None = None) -> Tensor:
+def ridge_cox(
+    x: Tensor, outcome: Tensor, penalty: float = 1.0, adjust: Tensor | None = None, strata: Tensor | None = None
+) -> Tensor:
     """Coefficients (D,) of covariates (N, D) that minimise  -log partial likelihood + penalty * D * |b|^2 / 2.
 
-    By the representer theorem b = X'a / D, which leaves N unknowns, whatever D is. Ties as Breslow has them.
+    By the representer theorem b = X'a / D, which leaves N unknowns, whatever D is.
 
     Args:
         x: covariates, standardised; D may be thousands.
         outcome: (time in months, event), (N, 2).
         penalty: weight of the prior; with 1 all D covariates together have the variance of one.
         adjust: covariates (N, K) to adjust for, each with the prior of all of `x`; their coefficients are not returned.
+        strata: stratum of each patient (N,), a baseline hazard each: patients are compared within theirs alone.
 
     Source: Cox, J R Stat Soc B 34 (1972) 187; van Houwelingen et al., Stat Med 25 (2006) 3201.
 
@@ -28,13 +31,14 @@ def ridge_cox(x: Tensor, outcome: Tensor, penalty: float = 1.0, adjust: Tensor |
     kernel = (x @ x.T / x.shape[1]).double()
     if adjust is not None:
         kernel = kernel + (adjust @ adjust.T).double()
+    groups = [torch.arange(len(x))] if strata is None else [(strata == k).nonzero()[:, 0] for k in strata.unique()]
     a = torch.zeros(len(x), dtype=torch.float64, device=x.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([a], max_iter=60, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
         risk = kernel @ a
-        value = 0.5 * penalty * (a @ risk) - breslow(risk, outcome)
+        value = 0.5 * penalty * (a @ risk) - sum(breslow(risk[group], outcome[group]) for group in groups)
         value.backward()
         return value
 

@@ -165,6 +165,8 @@ def _read_file(path: str, where: str) -> tuple[np.ndarray, np.ndarray, list[str]
             array = np.asarray(array, dtype=np.float32)
     except InputError as fault:
         raise InputError(f"{where}: {fault}") from fault
+    except MemoryError:  # no fault of the file
+        raise
     except Exception as error:  # each reader has its own kinds
         raise InputError(f"{where}: cannot be read, truncated or damaged (expected a whole scan)") from error
     return array, affine, notes

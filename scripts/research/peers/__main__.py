@@ -47,28 +47,30 @@ def merge(tables: list[Path], out: Path) -> Path:
     return path
 
 
-def check(args: argparse.Namespace, anatomies: list[str]) -> None:
-    """Results of one folder are of the same backgrounds and test scans.
+def check(args: argparse.Namespace, anatomies: list[str]) -> int:
+    """Results of one folder are of the same scans; how many a cohort has to train on: the most that were ever asked for.
 
     Raises:
-        InputError: they aren't.
+        InputError: they aren't, or cohorts would have to grow.
     """
     record = args.out / "peers.json"
     wanted = {"backgrounds": anatomies, "test_anatomies": args.test_anatomies, "test_scans": args.test_scans}
-    if record.is_file() and (found := json.loads(record.read_text())) != wanted:
-        changed = ", ".join(key for key in wanted if found.get(key) != wanted[key])
-        raise InputError(f"{args.out} holds results of other {changed}; choose another --out.")
-    write_json(record, wanted)
+    found = json.loads(record.read_text()) if record.is_file() else {**wanted, "num": max(args.num)}
+    changed = [key for key in wanted if found.get(key) != wanted[key]] + ["num"] * (found["num"] < max(args.num))
+    if changed:
+        raise InputError(f"{args.out} holds results of other {', '.join(changed)}; choose another --out.")
+    write_json(record, found)
+    return found["num"]
 
 
-def cohort_of(args: argparse.Namespace, backgrounds: Path, disease: str, seed: int, num: int) -> Cohort:
-    """Make the implants and their tokens, unless they are there."""
-    folder, scans = args.out / "cohorts" / f"{disease}_{seed}_{num}", num + args.test_scans
+def cohort_of(args: argparse.Namespace, backgrounds: Path, most: int, disease: str, seed: int, num: int) -> Cohort:
+    """Make the implants and their tokens, unless they are there; a smaller cohort is the first scans of the largest."""
+    folder, scans = args.out / "cohorts" / f"{disease}_{seed}", most + args.test_scans
     words = ["--backgrounds", backgrounds, "--disease", disease, "--seed", seed, "--num", scans, "--out", folder]
     words += ["--test_share", args.test_scans / scans, "--jobs", args.jobs]
     words += ["--test_anatomies", *args.test_anatomies]
     make_implants.main([str(word) for word in words])
-    cohort = Cohort(folder / "cohort.csv")
+    cohort = Cohort(folder / "cohort.csv", num)
     cohort.describe(args.jobs)
     return cohort
 
@@ -131,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         backgrounds = merge(args.backgrounds, args.out)
-        check(args, sorted(record["patient_id"] for record in read_cohort(backgrounds, need_outcome=False)))
+        most = check(args, sorted(record["patient_id"] for record in read_cohort(backgrounds, need_outcome=False)))
     except InputError as e:
         sys.exit(f"error: {e}")
     command, failed = shlex.join(["python", "-m", "scripts.research.peers", *words]), 0
@@ -140,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     with tqdm(total=len(wanted), initial=len(results(args.out, wanted)), desc="peers", unit="result") as bar:
         for which in cohorts:
             todo = [key for key in wanted if tuple(key.values())[:3] == which and not results(args.out, [key])]
-            cohort = cohort_of(args, backgrounds, *which) if todo else None
+            cohort = cohort_of(args, backgrounds, most, *which) if todo else None
             for key in todo:
                 bar.set_postfix_str(" ".join(map(str, key.values())))
                 try:

@@ -13,7 +13,6 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from bundle.survival.cox import partial_log_likelihood
 from scripts.research.peers.cohort import Cohort, Predict, Scan, scaler
 
 TITLE = "attention MIL"
@@ -48,13 +47,13 @@ def train(x: Tensor, cohort: Cohort, rest: Tensor, own: Tensor, g: torch.Generat
     for step in range(STEPS):
         drawn = torch.randint(x.shape[1], (TOKENS,), generator=g)
         risk = network.train().risk(x[rest][:, drawn])
-        loss = -partial_log_likelihood(risk, cohort.time[rest], cohort.event[rest]) / len(rest)
+        loss = -cohort.log_likelihood(risk, rest) / len(rest)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if step % CHECK == CHECK - 1:
             with torch.no_grad():
-                value = partial_log_likelihood(network.eval().risk(x[own]), cohort.time[own], cohort.event[own])
+                value = cohort.log_likelihood(network.eval().risk(x[own]), own)
             if value > best:
                 best, kept = value, copy.deepcopy(network)
     return kept

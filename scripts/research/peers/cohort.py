@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bundle.files import file_sha256, load_checked, save_checked
+from bundle.survival.cox import partial_log_likelihood
 from scripts.research.peers import descriptors
 
 Predict = Callable[["Scan"], tuple[float, np.ndarray]]  # risk, and heat >= 0 on the scan's grid
@@ -62,12 +63,12 @@ class Scan:
 
 
 class Cohort:
-    """Scans to fit on (splits train and val) and to measure on (test)."""
+    """Scans to fit on (the first `num` of splits train and val) and to measure on (test)."""
 
-    def __init__(self, table: Path) -> None:
-        self.path = table
+    def __init__(self, table: Path, num: int | None = None) -> None:
+        self.folder = table.parent
         rows = [row for _, row in pd.read_csv(table).iterrows()]
-        self.train = [Scan(table.parent, row) for row in rows if row.split != "test"]
+        self.train = [Scan(table.parent, row) for row in rows if row.split != "test"][:num]
         self.test = [Scan(table.parent, row) for row in rows if row.split == "test"]
         self.time, self.event = outcome(self.train)
 
@@ -93,11 +94,24 @@ class Cohort:
             inside.append(lesion[drawn])
         return torch.stack(tokens), torch.stack(inside)
 
+    @cached_property
+    def stratum(self) -> Tensor:
+        """Number of each training scan's anatomy, (N,)."""
+        anatomy = [scan.row.anatomy for scan in self.train]
+        return torch.tensor([sorted(set(anatomy)).index(name) for name in anatomy])
+
+    def log_likelihood(self, log_hazard: Tensor, scans: Tensor | None = None) -> Tensor:
+        """Cox's log partial likelihood of training scans, all or those of these numbers; a baseline hazard each anatomy."""
+        scans = torch.arange(len(self.train)) if scans is None else scans
+        total, stratum = log_hazard.new_zeros(()), self.stratum[scans]
+        for k in stratum.unique():
+            own = stratum == k
+            total = total + partial_log_likelihood(log_hazard[own], self.time[scans[own]], self.event[scans[own]])
+        return total
+
     def folds(self, most: int = 4) -> list[tuple[Tensor, Tensor]]:
         """Indices of training scans to fit on and to choose by, which share no anatomy."""
-        anatomy = [scan.row.anatomy for scan in self.train]
-        number = {name: i for i, name in enumerate(sorted(set(anatomy)))}
-        fold = torch.tensor([number[name] % most for name in anatomy])
+        fold = self.stratum % most
         return [((fold != k).nonzero()[:, 0], (fold == k).nonzero()[:, 0]) for k in fold.unique()]
 
 

@@ -28,19 +28,26 @@ def digest() -> str:
     return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()[:8]
 
 
+def write_table(path: Path, scans: list[Scan], columns: tuple[str, ...] = ()) -> Path:
+    """A cohort table of these scans, with these columns beside image and lung mask."""
+    table = pd.DataFrame([scan.row[["patient_id", "image", "lung_mask", *columns]] for scan in scans])
+    for column in ("image", "lung_mask"):
+        table[column] = [str((scan.folder / scan.row[column]).absolute()) for scan in scans]
+    write_text(path, table.to_csv(index=False))
+    return path
+
+
 def fit(cohort: Cohort, seed: int) -> Predict:
     """What a stopped training had reached is kept beside the cohort, and the same command goes on from there."""
-    folder = (cohort.path.parent / f"survival_map_{digest()}").absolute()
+    folder = (cohort.folder / f"survival_map_{digest()}_{len(cohort.train)}").absolute()
     folder.mkdir(exist_ok=True)
     # The recipe "auto" fits the transformer as well, four more minutes, and has kept the codebooks on implants.
-    where = {"ckpt_dir": folder, "output_dir": folder, "recipe": "codebook"}
-    bundle_run("train", folder / "log.txt", cohort=cohort.path.absolute(), seed=seed, **where)
-    table = pd.DataFrame([scan.row[["patient_id", "image", "lung_mask"]] for scan in cohort.test])
-    for column in ("image", "lung_mask"):
-        table[column] = [str((cohort.path.parent / name).absolute()) for name in table[column]]
-    write_text(folder / "test.csv", table.to_csv(index=False))
-    out = folder / "test"
-    bundle_run("inference", folder / "log.txt", cohort=folder / "test.csv", ckpt=folder / "model.pt", output_dir=out)
+    where = {"ckpt_dir": folder, "output_dir": folder, "cache_dir": cohort.folder.absolute() / "cache", "recipe": "codebook"}
+    log, out = folder / "log.txt", folder / "test"
+    train = write_table(folder / "train.csv", cohort.train, ("time", "event", "split", "site"))
+    bundle_run("train", log, cohort=train, seed=seed, **where)
+    test = write_table(folder / "test.csv", cohort.test)
+    bundle_run("inference", log, cohort=test, ckpt=folder / "model.pt", output_dir=out)
     risk = pd.read_csv(out / "predictions.csv", dtype={"patient_id": str}).set_index("patient_id").risk
 
     def predict(scan: Scan) -> tuple[float, np.ndarray]:

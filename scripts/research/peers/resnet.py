@@ -11,7 +11,6 @@ from monai.visualize import GradCAM
 from torch import Tensor
 from tqdm import tqdm
 
-from bundle.survival.cox import partial_log_likelihood
 from scripts.research.peers.cohort import Cohort, Predict, Scan
 
 TITLE = "3-D ResNet-10, Cox, Grad-CAM"
@@ -39,22 +38,31 @@ def batch_of(volumes: list[Tensor]) -> Tensor:
     return torch.stack([F.pad(v.float(), end) for v, end in zip(volumes, ends)])
 
 
+def drawn_within(stratum: Tensor) -> list[Tensor]:
+    """Numbers of scans in batches of one stratum each, in random order: patients are compared within it alone."""
+    batches = []
+    for k in stratum.unique():
+        own = (stratum == k).nonzero()[:, 0]
+        batches += own[torch.randperm(len(own))].tensor_split(-(-len(own) // BATCH))
+    return [batches[i] for i in torch.randperm(len(batches)).tolist()]
+
+
 def train(cohort: Cohort, device: torch.device) -> nn.Module:
     """Fixed epochs; a batch's partial likelihood, left and right swapped at random, some offset and contrast."""
     network = resnet10(
         spatial_dims=3, n_input_channels=2, num_classes=1, conv1_t_size=3, conv1_t_stride=2, widen_factor=0.5
     ).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.05)
-    steps = EPOCHS * -(-len(cohort.train) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
+    batches = sum(-(-int(count) // BATCH) for count in cohort.stratum.bincount())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=EPOCHS * batches)
     volumes = [volume(scan)[0].half() for scan in cohort.train]
     for _ in tqdm(range(EPOCHS), desc="ResNet-10", unit="epoch", leave=False):
-        for drawn in torch.randperm(len(volumes)).tensor_split(-(-len(volumes) // BATCH)):
+        for drawn in drawn_within(cohort.stratum):
             x = batch_of([volumes[i].flip(1) if torch.rand(()) < 0.5 else volumes[i] for i in drawn])
             shift, contrast = 0.02 * torch.randn(2, len(x), 1, 1, 1)
             x[:, 0] = x[:, 1] * (x[:, 0] * (1 + contrast) + shift)
             risk = network(x.to(device))[:, 0].cpu()
-            loss = -partial_log_likelihood(risk, cohort.time[drawn], cohort.event[drawn]) / len(drawn)
+            loss = -cohort.log_likelihood(risk, drawn) / len(drawn)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

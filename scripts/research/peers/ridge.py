@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bundle.survival.cox import minimise, partial_log_likelihood
+from bundle.survival.cox import minimise
 from scripts.research.peers.cohort import Cohort, Predict, Scan
 from scripts.research.peers.descriptors import NAMES
 
@@ -35,22 +35,20 @@ def cells(x: Tensor, edges: list[Tensor]) -> Tensor:
     return mean * BINS[1] + deviation
 
 
-def ridge_cox(x: Tensor, time: Tensor, event: Tensor, penalty: float) -> Tensor:
-    """Coefficients (K,) at the least of -partial likelihood / N + penalty |b|^2 / 2."""
+def ridge_cox(x: Tensor, cohort: Cohort, penalty: float, scans: Tensor) -> Tensor:
+    """Coefficients (K,) at the least of -partial likelihood / N + penalty |b|^2 / 2, of N scans."""
 
     def loss(b: Tensor) -> Tensor:
-        return 0.5 * penalty * b.square().sum() - partial_log_likelihood(x @ b, time, event) / len(x)
+        return 0.5 * penalty * b.square().sum() - cohort.log_likelihood(x[scans] @ b, scans) / len(scans)
 
     return minimise(loss, x.new_zeros(x.shape[1]))
 
 
 def left_out(x: Tensor, cohort: Cohort, penalty: float) -> float:
     """Partial likelihood of training anatomies that were left out of the fit, summed over folds."""
-    total = 0.0
-    for rest, own in cohort.folds():
-        b = ridge_cox(x[rest], cohort.time[rest], cohort.event[rest], penalty)
-        total += float(partial_log_likelihood(x[own] @ b, cohort.time[own], cohort.event[own]))
-    return total
+    return sum(
+        float(cohort.log_likelihood(x[own] @ ridge_cox(x, cohort, penalty, rest), own)) for rest, own in cohort.folds()
+    )
 
 
 def fit(cohort: Cohort, seed: int) -> Predict:
@@ -60,7 +58,7 @@ def fit(cohort: Cohort, seed: int) -> Predict:
     spread = (share.var(0) + (0.3 * share.std(0).median()) ** 2).sqrt()  # a cell that hardly varies has it floored
     x = (share - share.mean(0)) / spread
     penalty = max(PENALTIES, key=lambda p: left_out(x, cohort, p))
-    slope = (ridge_cox(x, cohort.time, cohort.event, penalty) / spread).float()
+    slope = (ridge_cox(x, cohort, penalty, torch.arange(len(x))) / spread).float()
 
     def predict(scan: Scan) -> tuple[float, np.ndarray]:
         x, place, _ = scan.tokens()
