@@ -73,8 +73,8 @@ class SharedCodebooks:
         self.scans = [Tokens.cached(dataset, i) for i in range(len(dataset.data))]
         self.outcome, self.clinical = outcomes(dataset.data), clinical_of(dataset.data)
         draw = torch.Generator().manual_seed(stage.seed)
-        each = [s[torch.randperm(len(s), generator=draw)[:TOKENS]] for s in (scan.centred() for scan in self.scans)]
-        self.samples = each
+        tokens = (scan.centred() for scan in self.scans)
+        self.samples = [s[torch.randperm(len(s), generator=draw)[:TOKENS]] for s in tokens]
         self.words: list[Tensor] | None = None
         draw.manual_seed(stage.seed)
         for chosen in self.network.chosen:
