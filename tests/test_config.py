@@ -187,10 +187,12 @@ def test_spacing_may_be_one_number(tiny_cohort, tmp_path):
     assert json.loads((model.parent / "settings.json").read_text())["preprocessing"]["spacing"] == [3.0, 3.0, 3.0]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("mlflow") is not None, reason="mlflow is installed")
-def test_mlflow_that_is_not_installed_is_one_sentence(tiny_cohort, tmp_path):
-    with pytest.raises(InputError, match="--tracking mlflow needs the package mlflow"):
-        run(TRAIN, cohort=str(tiny_cohort), ckpt_dir=str(tmp_path), output_dir=str(tmp_path), tracking="mlflow")
+@pytest.mark.parametrize("tracking", ["mlflow", "configs/tracking/mlflow.json"])
+def test_mlflow_that_is_not_installed_is_one_sentence(tracking, tiny_cohort, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "mlflow" else find(name, *more))
+    with pytest.raises(InputError, match="MLflow is not installed: pip install -r requirements-mlflow.txt"):
+        run(TRAIN, cohort=str(tiny_cohort), ckpt_dir=str(tmp_path), output_dir=str(tmp_path), tracking=tracking)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
