@@ -582,6 +582,29 @@ def test_wandb_offline_by_one_override(tiny_cohort, tmp_path):
     assert list((tmp_path / "wandb").glob("offline-run-*"))
 
 
+@pytest.mark.parametrize("recipe", ["network", "codebook"])
+def test_mlflow_by_one_override_has_settings_epochs_and_verdict(recipe, tiny_cohort, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed (requirements-mlflow.txt)")
+    pytest.importorskip("sqlalchemy", reason="its database needs sqlalchemy (requirements-mlflow.txt)")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    options = {"tracking": "configs/tracking/mlflow.json", "max_epochs": 2, "recipe": recipe}
+    train(tiny_cohort, tmp_path / "first", **options)
+    train(tiny_cohort, tmp_path / "first", **options)  # finished: no second run of it
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/first/mlruns.db")
+    (found,) = client.search_runs([client.get_experiment_by_name("survival-map").experiment_id])
+    settings = json.loads((tmp_path / "first" / "settings.json").read_text())
+    assert found.info.status == "FINISHED" and found.info.run_name.startswith("first-")
+    assert found.data.params["network.dim"] == "16" and found.data.params["training.seed"] == "0"
+    assert found.data.tags["verdict"] == settings["learnt"]["verdict"]
+    assert found.data.tags["weights_sha256"] == settings["weights_sha256"]
+    assert found.data.metrics["learnt_p_value"] == settings["learnt"]["p_value"]
+    rows = pd.read_csv(tmp_path / "first" / "history.csv") if recipe == "network" else pd.DataFrame({"train_loss": []})
+    logged = client.get_metric_history(found.info.run_id, "train_loss")
+    assert [(m.step, pytest.approx(m.value)) for m in logged] == list(enumerate(rows.train_loss, 1))
+    text = json.dumps([found.data.params, found.data.tags])
+    assert not any(digest in text for digest in settings["trained_on"]) and str(tiny_cohort.parent) not in text
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc")
 def test_freed_memory_is_kept_for_the_next_array(root):

@@ -248,11 +248,13 @@ def test_a_scan_at_fault_can_be_skipped_or_marked_but_the_table_cannot(write, ca
     assert len(read_cohort(write(HEADER, "A,lost.nii.gz,5,1"), check_files=False)) == 1
 
 
-def test_inference_passes_over_outcomes(write):
+def test_inference_takes_only_outcomes_that_are_valid(write):
     asked = {"need_outcome": False}
     assert read_cohort(write("patient_id,image", "A,a.nii.gz"), **asked)[0].keys() == {"patient_id", "image"}
-    for rest in ("0,", ",", "NA,2", "5,1"):
+    for rest in ("0,", ",", "5,", ",1", "NA,2", "-5,1", "2000,1"):
         assert read_cohort(write(HEADER, f"A,a.nii.gz,{rest}"), **asked)[0].keys() == {"patient_id", "image"}
+    known = read_cohort(write(HEADER, "A,a.nii.gz,5.5,alive"), **asked)[0]
+    assert (known["time"], known["event"]) == (5.5, 0)
     assert "time" not in read_cohort(write("patient_id,image,time", "A,a.nii.gz,-1"), **asked)[0]
 
 

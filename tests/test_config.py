@@ -129,7 +129,7 @@ def test_a_key_that_an_expression_reads_and_a_note_are_welcome():
     assert parser.get_parsed_content("learning_rate") == 0.001
 
 
-@pytest.mark.parametrize("name", [*OVERRIDES, "configs/multi_gpu_train.json"])
+@pytest.mark.parametrize("name", [*OVERRIDES, *(f"configs/{n}.json" for n in ("finetune", "multi_gpu_train", "pretrain"))])
 def test_shipped_overrides_of_training_pass(name):
     checked(["configs/train.json", name])
 
@@ -187,10 +187,12 @@ def test_spacing_may_be_one_number(tiny_cohort, tmp_path):
     assert json.loads((model.parent / "settings.json").read_text())["preprocessing"]["spacing"] == [3.0, 3.0, 3.0]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("mlflow") is not None, reason="mlflow is installed")
-def test_mlflow_that_is_not_installed_is_one_sentence(tiny_cohort, tmp_path):
-    with pytest.raises(InputError, match="--tracking mlflow needs the package mlflow"):
-        run(TRAIN, cohort=str(tiny_cohort), ckpt_dir=str(tmp_path), output_dir=str(tmp_path), tracking="mlflow")
+@pytest.mark.parametrize("tracking", ["mlflow", "configs/tracking/mlflow.json"])
+def test_mlflow_that_is_not_installed_is_one_sentence(tracking, tiny_cohort, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "mlflow" else find(name, *more))
+    with pytest.raises(InputError, match="MLflow is not installed: pip install -r requirements-mlflow.txt"):
+        run(TRAIN, cohort=str(tiny_cohort), ckpt_dir=str(tmp_path), output_dir=str(tmp_path), tracking=tracking)
 
 
 @pytest.mark.parametrize("config", CONFIGS)

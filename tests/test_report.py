@@ -76,8 +76,14 @@ def chest() -> ScanViews:
 
 
 def report_of(path, views, settings=None, **row):
-    about = dict(risk=0.9, horizon=60, hu_window=(-1000.0, 200.0), lung_mask_source="threshold", notes=[HOSTILE])
-    about |= dict(picture=png(picture(1.0)), provenance={"Survival Map": "1", HOSTILE: HOSTILE})
+    about = dict(
+        risk=0.9,
+        horizon=60,
+        hu_window=(-1000.0, 200.0),
+        lung_mask_source="threshold" if views.masked else "none",
+        notes=[HOSTILE],
+    )
+    about |= dict(read=HOSTILE, picture=png(picture(1.0)), provenance={"Survival Map": "1", HOSTILE: HOSTILE})
     write_scan_report(path, ROW | row, np.full(100, 0.01), views, about, settings or {})
     return path
 
@@ -143,12 +149,25 @@ def test_maps_without_room_are_named(tmp_path, monkeypatch):
     assert "Too large for this page: other." in report_of(tmp_path / "a.html", views).read_text()
 
 
+def test_explanations_that_are_constant_or_no_numbers_are_said_to_be_so(tmp_path):
+    voxels = np.ones((12, 10, 8), np.float32)
+    affine = np.diag([3.0, 3.0, 3.0, 1])
+    nib.Nifti1Image(voxels, affine).to_filename(tmp_path / "p_even.nii.gz")
+    voxels[3, 3, 3] = np.nan
+    nib.Nifti1Image(voxels, affine).to_filename(tmp_path / "p_torn.nii.gz")
+    maps = maps_on_grid(sorted(tmp_path.iterdir()), "p", affine, voxels.shape)
+    assert maps["even"][1] == "" and maps["torn"][1] == "(0 where it is no number)" and maps["torn"][0][3, 3, 3] == 0
+    heat = np.random.default_rng(0).random(voxels.shape)
+    views = ScanViews(heat, heat > 0, True, affine, {"heat": (heat, "per mL"), **maps})
+    assert "The same everywhere, so that there is nothing to see: even." in report_of(tmp_path / "a.html", views).read_text()
+
+
 def test_report_places_the_patient_in_the_training_cohort(tmp_path):
     settings = {"outcomes": {"pmf": [0.02] * 50 + [0.0] * 50, "last_death": 50.0}, "network": {"dim": "<b>"}}
     settings |= {"trained_on": ["secret"]}
     page = shown(report_of(tmp_path / "a.html", chest(), settings, patient_id=HOSTILE, familiarity=0.0))
-    assert "By that median 60% of the training cohort had died" in page and "unlike the training scans" in page
-    assert re.search(r"training cohort</td><td>24.0%</td><td>48.0%</td><td>72.0%</td><td>–</td>", page)
+    assert "By that median 60 % of the training cohort had died" in page and "unlike the training scans" in page
+    assert re.search(r"training cohort</td><td>24.0 %</td><td>48.0 %</td><td>72.0 %</td><td>–</td>", page)
     assert "secret" not in page and "&lt;b&gt;" in page and page.count("Show ") == 2
 
 

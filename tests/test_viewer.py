@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from bundle.report import ScanViews, write_cohort_page
+from bundle.report.compare import write_compare_page
 from tests.test_report import ROW, chest, report_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -57,18 +58,39 @@ def scan(browser, tmp_path_factory):
     folder = tmp_path_factory.mktemp("viewer")
     views = chest()
     other = np.where(views.lung, np.arange(60.0)[:, None, None], 0)
-    views = views._replace(overlays={**views.overlays, HOSTILE: (other, HOSTILE)})
+    masks = {"gt_mask": views.overlays["heat"][0] > 0.3, "confounder_mask": np.zeros_like(views.lung)}
+    masks["confounder_mask"][40:44, 15:19, 10:14] = True
+    views = views._replace(overlays={**views.overlays, HOSTILE: (other, HOSTILE)}, masks=masks)
     return Opened(browser, report_of(folder / f"{HOSTILE.replace('/', '')}.html", views, patient_id=HOSTILE), READY)
 
 
 def test_sliders_and_switches_change_pixels(scan):
     scan.page.click("[data-region='0']")
     shown = [scan.pixels()]
-    for name, value in (("opacity", 0), ("opacity", 30), ("opacity", 100), ("threshold", 40), ("threshold", 90)):
+    for name, value in (("opacity", 0), ("opacity", 100), ("threshold", 40)):
         scan.slide(name, value)
         shown.append(scan.pixels())
-    scan.page.uncheck("#outline")
-    shown.append(scan.pixels())
+    for name in ("lung", "gt_mask", "confounder_mask"):
+        scan.page.uncheck(f"#outline-{name}")
+        shown.append(scan.pixels())
+    assert len(set(shown)) == len(shown)
+
+
+def test_lung_surface_and_heat_are_rendered_and_turn(scan):
+    def rendered() -> bytes:
+        return scan.page.locator("#rendering").screenshot()
+
+    scan.slide("opacity", 0)
+    scan.page.uncheck("#outline-gt_mask")
+    scan.page.uncheck("#outline-confounder_mask")
+    scan.page.uncheck("#outline-lung")
+    shown = [rendered()]
+    scan.page.check("#outline-lung")
+    shown.append(rendered())
+    scan.slide("opacity", 100)
+    shown.append(rendered())
+    scan.page.locator("#rendering").drag_to(scan.page.locator("#rendering"), target_position={"x": 20, "y": 20})
+    shown.append(rendered())
     assert len(set(shown)) == len(shown)
 
 
@@ -114,6 +136,7 @@ def test_cohort_sorts_and_turns_pages(browser, tmp_path):
     opened = Opened(browser, tmp_path / "cohort.html", "#scans button")
     page = opened.page
     assert page.locator("#scans tbody tr").count() == 50 and page.inner_text("#page") == "1 to 50 of 120"
+    assert len(opened.requests) <= 51  # the page, and pictures of these rows
     page.click("#next")
     page.click("#next")
     assert page.locator("#scans tbody tr").count() == 20 and page.is_disabled("#next")
@@ -121,12 +144,28 @@ def test_cohort_sorts_and_turns_pages(browser, tmp_path):
         page.click("text=median, months")
         medians = page.locator("#scans tbody td:nth-child(3)").all_inner_texts()
         assert medians == [f"{m:.1f}" for m in [*order][:50]]
+    page.click("#sheet")
+    assert page.is_visible("#scans td img >> nth=0") and not page.is_visible("#scans td:nth-child(4) >> nth=0")
+    page.click("#sheet")
+    assert page.is_visible("#scans td:nth-child(4) >> nth=0")
     page.click("#scans th button >> nth=0")
     names = page.locator("#scans tbody td:first-child").all_inner_texts()
     assert names[0] == HOSTILE and names[1:4] == ["p1", "p2", "p3"]
     assert page.title() == "Survival Map cohort"
     assert all(url.startswith(tmp_path.as_uri()) for url in opened.requests)
     assert not any("Content Security" in line for line in opened.said)
+
+
+def test_comparison_opens_and_sorts(browser, tmp_path):
+    numbers = dict(rank_correlation=None, region_dice=0.5, lung_dice=1.0, risk_a=0.5, risk_b=0.5, difference_months=3.0)
+    months = {f"{name}_{side}": 9.0 for name in ("median", "lower", "upper") for side in "ab"}
+    row = dict(status="ok", message=HOSTILE) | numbers | months
+    rows = [row | {"patient_id": name, "rank_correlation": r} for name, r in ((HOSTILE, 0.5), ("b", None), ("c", 0.1))]
+    write_compare_page(tmp_path, rows, [HOSTILE])
+    opened = Opened(browser, tmp_path / "compare.html", "#scans button")
+    opened.page.click("#scans >> text=rank correlation")
+    assert opened.page.locator("#scans tbody td:first-child").all_inner_texts() == ["c", HOSTILE, "b"]
+    assert not any("Content Security" in line for line in opened.said) and HOSTILE in opened.page.inner_text("p >> nth=1")
 
 
 def test_report_at_the_top_opens_the_first(browser, tmp_path):
@@ -142,3 +181,5 @@ def test_one_voxel_without_a_mask_is_shown(browser, tmp_path):
     )
     opened = Opened(browser, report_of(tmp_path / "a.html", views), READY)
     assert "no heat" in opened.page.inner_text(".believe") and opened.said == []
+    assert "the whole scan counts as lung" in opened.page.inner_text(".believe")
+    assert not opened.page.is_visible("#outline-lung")

@@ -64,7 +64,8 @@ def read_cohort(
             censored); optional `lung_mask`, `gt_mask`, `confounder_mask`, `split` (train, val or test), `fold`
             (integer) and `site` (hospital or scanner). Any other column is clinical. Paths are absolute or relative to
             the CSV.
-        need_outcome: whether `time`, `event` and at least one death must be there; if not, both are passed over.
+        need_outcome: whether `time`, `event` and at least one death must be there; if not, a row has both only where
+            they are valid.
         clinical: clinical columns to take and the kind of each, "numeric" or "categorical".
         need_clinical: whether these columns must be there. If not, all values of one that isn't are missing.
         tmax: last month of the model, if every time must be below it; else the limit is :data:`MOST_MONTHS`.
@@ -159,7 +160,9 @@ def _record(row: Row, folder: Path, need_outcome: bool, clinical: Mapping[str, s
     for column in ("image", *MASK_COLUMNS):
         if cells.get(column):
             record[column] = _absolute(cells[column], folder)
-    if need_outcome and {"time", "event"} <= cells.keys():
+    if not need_outcome:
+        record |= _outcome(cells)
+    elif {"time", "event"} <= cells.keys():
         record["time"] = row.parse("time", positive, "months as a number > 0")
         record["event"] = row.parse("event", died, "1 died or 0 censored")
         if record["time"] is not None and record["time"] >= (tmax or MOST_MONTHS):
@@ -180,6 +183,14 @@ def _record(row: Row, folder: Path, need_outcome: bool, clinical: Mapping[str, s
             column: row.parse(column, *convert[kind]) if cells.get(column) else None for column, kind in clinical.items()
         }
     return record
+
+
+def _outcome(cells: Mapping[str, str]) -> dict:
+    """Time and event of a row that need not have them, if both are valid."""
+    with contextlib.suppress(ValueError):
+        found = {"time": positive(cells.get("time", "")), "event": died(cells.get("event", ""))}
+        return found if found["time"] < MOST_MONTHS else {}
+    return {}
 
 
 def _absolute(path: str, folder: Path) -> str:

@@ -5,9 +5,9 @@
 from bundle.handlers.evaluation import ScoreScans, score_maps
 from bundle.handlers.explanations import ExplainScans
 from bundle.handlers.failed import failed_scans
-from bundle.handlers.figures import draw_training, report_evaluation, save_figure
+from bundle.handlers.figures import draw_reconstructions, draw_training, report_evaluation, save_figure
 from bundle.handlers.metrics_writer import MetricsWriter, format_metrics_table
-from bundle.handlers.tracking import HistoryWriter, Progress, WandbHandler, loss_of
+from bundle.handlers.tracking import HistoryWriter, MlflowHandler, Progress, WandbHandler, loss_of
 from bundle.handlers.training import EpochSeed, GradientClip, geometric
 
 __all__ = [
@@ -16,9 +16,11 @@ __all__ = [
     "GradientClip",
     "HistoryWriter",
     "MetricsWriter",
+    "MlflowHandler",
     "Progress",
     "ScoreScans",
     "WandbHandler",
+    "draw_reconstructions",
     "draw_training",
     "failed_scans",
     "format_metrics_table",

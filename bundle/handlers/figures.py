@@ -9,16 +9,20 @@ from pathlib import Path
 
 import ignite.distributed as idist
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
+from torch.utils.data import Dataset
 
 from bundle.files import write_atomically
 from bundle.metrics import MapDistribution, SurvivalMetric
+from bundle.networks import MaskedAutoencoder
 from bundle.report import write_evaluation_report
 from bundle.report.figures import (
     calibration,
     kaplan_meier_by_risk,
     map_distribution,
     predicted_against_real,
+    reconstructions,
     training_curves,
 )
 from bundle.report.pictures import png, svg
@@ -42,6 +46,19 @@ def draw_training(ckpt_dir: str) -> None:
     history = Path(ckpt_dir) / "history.csv"
     if idist.get_rank() == 0 and history.is_file():
         save_figure(training_curves(pd.read_csv(history)), history.parent / "figures", "training_curves")
+
+
+@torch.no_grad()
+def draw_reconstructions(
+    network: MaskedAutoencoder, dataset: Dataset, hu_window: Sequence[float], ckpt_dir: str, number: int = 3
+) -> None:
+    """Draw what a network tells of hidden patches of the first scans into `figures/reconstructions.png` and `.svg`."""
+    network.eval()
+    device, shown = next(network.parameters()).device, []
+    for i in range(min(number, len(dataset))):
+        image, lung = (torch.as_tensor(dataset[i][key]).to(device) for key in ("image", "lung"))
+        shown.append((image[0].cpu().numpy(), network(image[None], lung[None])[0].cpu().numpy()))
+    save_figure(reconstructions(shown, hu_window), Path(ckpt_dir) / "figures", "reconstructions")
 
 
 def report_evaluation(

@@ -1,15 +1,21 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
-"""How a run is watched: a progress bar, a table of its epochs, and Weights & Biases."""
+"""How a run is watched: a progress bar, a table of its epochs, Weights & Biases, and MLflow."""
 
 import hashlib
+import json
+import math
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import ignite.distributed as idist
 import pandas as pd
 import wandb
 from ignite.engine import Engine, Events
+from monai.handlers import MLFlowHandler
+from monai.utils import path_to_sqlite_uri
 from tqdm import tqdm
 
 from bundle.files import write_atomically
@@ -136,12 +142,92 @@ class WandbHandler:
     def start(self, engine: Engine) -> None:
         if wandb.run is None:
             os.makedirs(self.output_dir, exist_ok=True)
-            identity = hashlib.sha256(os.path.abspath(self.output_dir).encode()).hexdigest()[:16]
-            wandb.init(project=self.project, dir=self.output_dir, mode=self.mode, id=identity, resume="allow")
+            wandb.init(
+                project=self.project, dir=self.output_dir, mode=self.mode, id=_identity(self.output_dir), resume="allow"
+            )
 
     def log_loss(self, engine: Engine) -> None:
         if "loss" in engine.state.output:
             wandb.log({"train_loss": loss_of(engine.state.output), "epoch": engine.state.epoch})
+
+
+class MlflowHandler(MLFlowHandler):
+    """Log a run to MLflow: its settings, a row of `history.csv` an epoch, and its verdict.
+
+    A run that goes on, with the same settings in the same folder, goes on there too. Nothing that could name a patient is
+    logged, not even hashes of ids, and MLflow's own usage statistics are switched off. It comes after `HistoryWriter` and
+    `RunCheckpoint` in the list of handlers. MONAI's handler, which it extends, logs neither settings nor verdict.
+
+    Args:
+        ckpt_dir: folder of `history.csv` and `settings.json`.
+        settings: from :func:`bundle.run.training_settings`.
+        output_dir: identifies the run, and has its database, `mlruns.db`, unless there is a `tracking_uri`.
+        tracking_uri: of a database or a server; the variable MLFLOW_TRACKING_URI goes before it.
+        experiment_name: what the runs of a study share.
+        run_name: by default the name of `output_dir`, and a few digits that no other folder has.
+    """
+
+    def __init__(
+        self,
+        ckpt_dir: str,
+        settings: dict,
+        output_dir: str,
+        tracking_uri: str | None = None,
+        experiment_name: str = "survival-map",
+        run_name: str | None = None,
+    ) -> None:
+        os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # it would tell MLflow's makers of every call
+        super().__init__(
+            tracking_uri=tracking_uri or path_to_sqlite_uri(os.path.abspath(os.path.join(output_dir, "mlruns.db"))),
+            iteration_log=False,
+            experiment_name=experiment_name,
+            run_name=run_name or f"{os.path.basename(os.path.abspath(output_dir))}-{_identity(output_dir)[:8]}",
+            close_on_complete=True,
+        )
+        self.folder = Path(ckpt_dir)
+        self.params = dict(_params({k: v for k, v in settings.items() if k not in ("cohort_sha256", "trained_on")}))
+
+    def start(self, engine: Engine) -> None:
+        self._set_experiment()
+        runs = [r for r in self.client.search_runs([self.experiment.experiment_id]) if r.info.run_name == self.run_name]
+        same = [r for r in runs if self.params.items() <= r.data.params.items()]  # newest first
+        if same:
+            self.client.update_run(same[0].info.run_id, status="RUNNING")
+        self.cur_run = same[0] if same else self.client.create_run(self.experiment.experiment_id, run_name=self.run_name)
+        super().start(engine)
+        items = [] if same else list(self.params.items())
+        for first in range(0, len(items), 100):  # as many as MLflow takes at once
+            self._log_params(dict(items[first : first + 100]))
+
+    def epoch_completed(self, engine: Engine) -> None:
+        row = pd.read_csv(self.folder / "history.csv").iloc[-1]
+        numbers = {name: float(row[name]) for name in row.index if name not in ("epoch", "learnt")}
+        self._log_metrics({n: value for n, value in numbers.items() if not math.isnan(value)}, step=engine.state.epoch)
+
+    def complete(self) -> None:
+        path = self.folder / "settings.json"
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        tags = {"weights_sha256": found.get("weights_sha256"), "network": found.get("network", {}).get("name")}
+        for name, value in {**tags, **(found.get("learnt") or {})}.items():
+            if isinstance(value, str):
+                self.client.set_tag(self.cur_run.info.run_id, name, value)
+            elif value is not None:
+                self._log_metrics({f"learnt_{name}": float(value)})
+
+
+def _params(settings: dict, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every setting with a name and a text that MLflow takes."""
+    for name, value in settings.items():
+        whole = re.sub(r"[^\w\-/: ]", ".", f"{key}{name}")
+        if isinstance(value, dict) and value:
+            yield from _params(value, f"{whole}.")
+        else:
+            yield whole, str(value)[:500]
+
+
+def _identity(folder: str) -> str:
+    """16 digits that another folder doesn't have."""
+    return hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:16]
 
 
 def _numbers(engine: Engine) -> dict[str, float]:

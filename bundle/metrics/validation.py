@@ -3,7 +3,8 @@
 """What a validation measures while a network trains: one number for all its scans, whatever batches they came in.
 
 The metrics take what MONAI's evaluators leave without decollating: `pred`, survival maps (B, C, d, h, w), and `label`,
-outcomes (B, 2) = (time in months, event). :class:`~bundle.metrics.SurvivalMetric` is for the evaluation afterwards.
+outcomes (B, 2) = (time in months, event). :class:`~bundle.metrics.SurvivalMetric` is for the evaluation afterwards. The
+last two are for a training without outcomes.
 """
 
 import math
@@ -102,3 +103,60 @@ class ConcordanceIndex(_CohortMetric):
     def of_scans(self, mean: Tensor, outcome: Tensor) -> float:
         value = c_index(-mean, *outcome.unbind(1))
         return math.nan if value is None else value
+
+
+class ExplainedShare(Metric):
+    """Share of the variance of hidden voxels that a :class:`~bundle.networks.MaskedAutoencoder` explains, at most 1.
+
+    The variance is about the mean of the scan's own hidden voxels: at 0, one number a scan would have told as much.
+    `label` is the image, (B, 1, D, H, W).
+    """
+
+    required_output_keys = ("pred", "label")
+
+    @reinit__is_reduced
+    def reset(self) -> None:
+        self.error = 0.0
+        self.variance = 0.0
+
+    @torch.no_grad()
+    @reinit__is_reduced
+    def update(self, output: tuple[Tensor, Tensor]) -> None:
+        for found, image in zip(*output, strict=True):
+            hidden = image[0][found[1] > 0].double()
+            self.error += float((found[0][found[1] > 0] - hidden).square().sum())
+            self.variance += float((hidden - hidden.mean()).square().sum())
+
+    @sync_all_reduce("error", "variance")
+    def compute(self) -> float:
+        return 1 - self.error / self.variance if self.variance > 0 else math.nan
+
+
+class CodeUse(Metric):
+    """How many codes the patches of all scans have in use: any, or by `perplexity` (the exponential of their entropy)."""
+
+    required_output_keys = ("pred", "label")
+
+    def __init__(self, perplexity: bool) -> None:
+        self.perplexity = perplexity
+        super().__init__()
+
+    @reinit__is_reduced
+    def reset(self) -> None:
+        self.count = torch.zeros(0)
+
+    @reinit__is_reduced
+    def update(self, output: tuple[Tensor, Tensor]) -> None:
+        code = output[0][:, 2]
+        count = torch.bincount(code[code >= 0].long().flatten().cpu(), minlength=len(self.count)).double()
+        count[: len(self.count)] += self.count
+        self.count = count
+
+    def compute(self) -> float:
+        share = self.count[self.count > 0] / self.count.sum()
+        return float((-share * share.log()).sum().exp()) if self.perplexity else float(len(share))
+
+
+def code_metrics(quantised: bool) -> dict[str, Metric]:
+    """What a validation tells of the codes, if there are any."""
+    return {"val_codes_used": CodeUse(False), "val_code_perplexity": CodeUse(True)} if quantised else {}

@@ -1,7 +1,8 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
-"""The networks that turn a CT, clinical covariates or both into a survival map."""
+"""The networks that turn a CT, clinical covariates or both into a survival map, and one that learns from scans alone."""
 
+# ruff: noqa: F401
 import inspect
 
 import torch.nn as nn
@@ -9,9 +10,10 @@ import torch.nn as nn
 from bundle.errors import InputError
 from bundle.networks.clinical_net import ClinicalNet
 from bundle.networks.codebook_net import CodebookNet
+from bundle.networks.masked_autoencoder import MaskedAutoencoder, ReconstructionLoss
 from bundle.networks.survival_map_net import SurvivalMapNet
 
-NETWORKS = {"ClinicalNet": ClinicalNet, "CodebookNet": CodebookNet, "SurvivalMapNet": SurvivalMapNet}
+NETWORKS = {kind.__name__: kind for kind in (ClinicalNet, CodebookNet, MaskedAutoencoder, SurvivalMapNet)}
 
 
 def network_from(settings: dict) -> nn.Module:

@@ -123,7 +123,10 @@ class CodebookNet(nn.Module):
         evidence = self.evidence(self.words_of(self.standardised(described, level, spread)))
         cells = torch.div(tokens, 2, rounding_mode="floor")
         patient = self.months(root_mean(smoothed(evidence, cells, 0.5 * self.smoothing)))
-        evidence = between_tokens(evidence, cells, 0.5 * self.smoothing, lung).clamp_min(0)
+        return self.read(between_tokens(evidence, cells, 0.5 * self.smoothing, lung).clamp_min(0), patient, lung)
+
+    def read(self, evidence: Tensor, patient: Tensor, lung: Tensor) -> Tensor:
+        """The map (2, D, H, W) of the evidence at each voxel (D, H, W) and the patient's months."""
         weight = (self.base + evidence.square()) * lung
         weight = weight / weight.sum()
         location = self.months(evidence)
@@ -163,6 +166,8 @@ def between_tokens(values: Tensor, cells: Tensor, sigma: float, lung: Tensor) ->
     return fine[0] / fine[1].clamp_min(1e-6)
 
 
-def root_mean(evidence: Tensor) -> Tensor:
-    """The root of the mean square of the evidence above 0: a steep mean, which a small lesion can move."""
-    return evidence.clamp_min(0).square().mean().clamp_min(1e-24).sqrt()
+def root_mean(evidence: Tensor, inside: Tensor | None = None) -> Tensor:
+    """The root of the mean square of the evidence above 0, of all or `inside`: steep, so that a small lesion can move it."""
+    square = evidence.clamp_min(0).square()
+    mean = square.mean() if inside is None else (square * inside).sum() / inside.sum()
+    return mean.clamp_min(1e-24).sqrt()

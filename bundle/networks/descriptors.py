@@ -45,6 +45,36 @@ def at(volume: Tensor, index: Tensor) -> Tensor:
     return volume[index[:, 0], index[:, 1], index[:, 2]]
 
 
+def eigenvalues(matrix: Tensor) -> Tensor:
+    """Eigenvalues of symmetric matrices (M, 3, 3), ascending, (M, 3).
+
+    ONNX has none. There, by Jacobi's rotations: Golub and Van Loan, Matrix Computations, 8.5.
+    """
+    if not torch.jit.is_scripting():
+        if torch.compiler.is_exporting():
+            return jacobi(matrix)
+    return torch.linalg.eigvalsh(matrix)
+
+
+def jacobi(matrix: Tensor) -> Tensor:
+    """:func:`eigenvalues` by four rounds of rotations, each of which makes one number off the diagonal 0."""
+    a = [[matrix[:, i, j] for j in range(3)] for i in range(3)]
+    for p, q, r in 4 * [(0, 1, 2), (0, 2, 1), (1, 2, 0)]:
+        off, between = a[p][q], a[q][q] - a[p][p]
+        size = between.abs() + (between.square() + 4 * off.square()).sqrt()
+        tangent = 2 * off * torch.where(between < 0, -1.0, 1.0) / size.clamp_min(1e-30)
+        cosine = (tangent.square() + 1).rsqrt()
+        sine = tangent * cosine
+        a[p][p], a[q][q] = a[p][p] - tangent * off, a[q][q] + tangent * off
+        first, second = a[p][r], a[q][r]
+        a[p][r] = a[r][p] = cosine * first - sine * second
+        a[q][r] = a[r][q] = sine * first + cosine * second
+        a[p][q] = a[q][p] = torch.zeros_like(off)
+    x, y, z = a[0][0], a[1][1], a[2][2]
+    low, high = torch.minimum(torch.minimum(x, y), z), torch.maximum(torch.maximum(x, y), z)
+    return torch.stack([low, torch.maximum(torch.minimum(x, y), torch.minimum(torch.maximum(x, y), z)), high], 1)
+
+
 def curvature(filled: Tensor, lung: Tensor, share: Tensor, index: Tensor, s: float) -> list[Tensor]:
     """Eigenvalues of the Hessian at scale `s`, and logs of its norm, of its trace and of the gradient's length.
 
@@ -73,7 +103,7 @@ def curvature(filled: Tensor, lung: Tensor, share: Tensor, index: Tensor, s: flo
     matrix = torch.stack([torch.stack(row, 1) for row in hessian], 1)
     found: list[Tensor] = []
     for k in range(3):
-        found.append(5 * torch.linalg.eigvalsh(matrix)[:, k])
+        found.append(5 * eigenvalues(matrix)[:, k])
     for energy in [norm.sqrt(), trace.abs()]:
         found.append((at(blur(energy * lung, 2.0) / share, index) + 0.005).log())
     found.append((s * at(slope.sqrt(), index) + 0.01).log())

@@ -179,7 +179,10 @@ class Position(nn.Linear):
         for cell in index[:, 1:].split(counts):
             first = cell.amin(0)
             boxes.append((2 * (cell - first) + 1) / (cell.amax(0) - first + 1) - 1)
-        centre = torch.cat(boxes)
+        return self.encode(torch.cat(boxes))
+
+    def encode(self, centre: Tensor) -> Tensor:
+        """Places (M, 3), -1 to 1 over the box -> (M, dim)."""
         features = [centre]
         for frequency in self.frequencies:
             features += [torch.sin(frequency * centre), torch.cos(frequency * centre)]

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import itk
 import nibabel as nib
 import numpy as np
+import pydicom
 import torch
 from monai.data import ITKReader, MetaTensor
 from monai.transforms import SpatialResample
@@ -23,7 +24,7 @@ from monai.transforms import SpatialResample
 from bundle.errors import InputError
 from bundle.reading.scan_file import size_fault
 from bundle.reading.series import Series, plural
-from bundle.reading.slices import Slice, files_in, read_slices, several_patients
+from bundle.reading.slices import Slice, files_in, read_header, read_slices, several_patients
 from bundle.reading.zipped import is_archive, unzip
 
 _AIR_HU = -1024.0
@@ -31,6 +32,11 @@ _CT_HU = (-4000.0, 3071.0)  # padding that the header names is no HU where it li
 _PROJECTIONS = {"MIP", "MINIP", "MAX_IP", "MIN_IP", "PROJECTION IMAGE"}  # in ImageType
 _SCANS = ("frame_of_reference", "acquisition", "phase")  # what tells one scan of a patient from the next
 _log = logging.getLogger(__name__)
+
+
+def is_dicom(path: str | os.PathLike) -> bool:
+    """Whether a scan is given as DICOM: a folder or a ZIP archive of its slices."""
+    return os.path.isdir(path) or is_archive(path)
 
 
 def list_series(folder: str | os.PathLike) -> list[Series]:
@@ -224,17 +230,43 @@ def read_dicom(path: str | os.PathLike, where: str, uid: str | None = None) -> t
         notes = _choice_notes(series, stacks, named=uid is not None)
         if series.repeated:
             _check_repeated(series, where)
-        array = _pixels([place[0] for place in series.places], where)
-    if array.shape != series.shape:
-        raise InputError(f"{where}: pixels are {array.shape}, headers say {series.shape} (expected the same)")
-    for low, high in {s.padding for s in series.slices} - {None}:
-        if high < _CT_HU[0] or low > _CT_HU[1]:
-            array[(array >= low) & (array <= high)] = _AIR_HU
+        array = _hounsfield(series, where)
     affine = series.affine
     if series.tilted:
         image = straighten(array, affine)
         array, affine = image[0].numpy(), image.affine.numpy()
     return array, affine, notes + _series_notes(series)
+
+
+def read_source(
+    path: str | os.PathLike, where: str, uid: str | None, keywords: Sequence[str]
+) -> tuple[Series, np.ndarray, pydicom.Dataset]:
+    """The CT that :func:`read_dicom` reads, slice by slice as it is stored, for what goes back to where it came from.
+
+    Args:
+        keywords: tags to read of the first slice.
+
+    Returns:
+        the series; its HU on the grid of its own `affine`, (D, H, W) float32, sheared if the gantry was tilted; those tags.
+
+    Raises:
+        InputError: as :func:`read_dicom`.
+    """
+    with _all_series(path, where) as stacks:
+        series = choose_series(stacks, where, uid)
+        header = read_header(series.head.path, keywords)
+        return series, _hounsfield(series, where), header
+
+
+def _hounsfield(series: Series, where: str) -> np.ndarray:
+    """(columns, rows, positions) float32 in HU, with air where there is padding."""
+    array = _pixels([place[0] for place in series.places], where)
+    if array.shape != series.shape:
+        raise InputError(f"{where}: pixels are {array.shape}, headers say {series.shape} (expected the same)")
+    for low, high in {s.padding for s in series.slices} - {None}:
+        if high < _CT_HU[0] or low > _CT_HU[1]:
+            array[(array >= low) & (array <= high)] = _AIR_HU
+    return array
 
 
 def _series_notes(series: Series) -> list[str]:

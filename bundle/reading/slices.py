@@ -137,6 +137,13 @@ def read_slices(path: str) -> list[Slice]:
         return [_slice(path, frame, number, whole) for number, frame in enumerate(frames)]
 
 
+def read_header(path: str, keywords: Iterable[str]) -> pydicom.Dataset:
+    """Tags of a DICOM file, as they are."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _header(path, [Tag(keyword) for keyword in keywords])[0]
+
+
 def _slice(path: str, header: pydicom.Dataset, number: int, whole: bool) -> Slice:
     orientation = _numbers(header, "ImageOrientationPatient", 6)
     spacing = _numbers(header, "PixelSpacing", 2)

@@ -7,7 +7,7 @@ All times are months; `event` is 1 for a death, 0 for a censored patient.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 from scipy.stats import logrank
 
+from bundle.report.pictures import LUNG_WINDOW, plane
 from bundle.survival.kaplan_meier import censored_data, kaplan_meier
 
 HIGH, LOW = "tab:red", "tab:blue"
@@ -205,6 +206,35 @@ def training_curves(history: pd.DataFrame) -> Figure:
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     if "learnt" in history:
         figure.suptitle(f"learnt: {history['learnt'].iloc[-1]}")
+    return figure
+
+
+def reconstructions(scans: Sequence[tuple[np.ndarray, np.ndarray]], hu_window: Sequence[float]) -> Figure:
+    """What a :class:`~bundle.networks.MaskedAutoencoder` told of each scan, in the axial plane with most of the lung.
+
+    Args:
+        scans: images (D, H, W), from 0 to 1 over the HU window, and what was found of each, (4, D, H, W).
+        hu_window: HU.
+    """
+    coded = any((found[2] >= 0).any() for _, found in scans)
+    titles = ["scan", "what was seen", "what was told", "codes"][: 4 if coded else 3]
+    figure = Figure(figsize=(3 * len(titles), 3 * len(scans)), layout="constrained", facecolor="black")
+    low, high = hu_window
+    for row, (image, found) in zip(figure.subplots(len(scans), len(titles), squeeze=False), scans):
+        told, masked, code, _ = found
+        k = int((masked > 0).sum((0, 1)).argmax())
+        seen, full = np.where(masked > 0, np.nan, image), np.where(masked > 0, told, image)
+        shown = [plane(low + (high - low) * volume, 2, k) for volume in (image, seen, full)]
+        for ax, picture in zip(row, shown):
+            ax.imshow(picture, cmap="gray", vmin=LUNG_WINDOW[0], vmax=LUNG_WINDOW[1])
+        if coded:
+            numbers = plane(code, 2, k).astype(int)
+            colours = np.random.default_rng(0).permutation(code.max().astype(int) + 1)
+            kept = np.where(numbers < 0, np.nan, colours[numbers.clip(0)])
+            row[3].imshow(kept, cmap="hsv", interpolation="nearest")
+        for ax, title in zip(row, titles):
+            ax.set_axis_off()
+            ax.set_title(title, color="white", fontsize=9)
     return figure
 
 

@@ -29,6 +29,17 @@ def plane(volume: np.ndarray, axis: int, index: int) -> np.ndarray:
     return section[::-1, ::-1].T
 
 
+def heat_colours() -> np.ndarray:
+    """Red, green, blue and opacity (0 to 1) of 256 steps of heat, (256, 4), none to the hottest.
+
+    Autumn-like, with an opacity that grows with heat, so that the lung stays visible where there is none.
+    """
+    ramp = np.linspace(0, 1, 256)
+    colours = np.stack([np.ones(256), 0.15 + 0.8 * ramp**1.2, 0.1 * np.ones(256), np.minimum(1, 1.6 * ramp) * 0.75], 1)
+    colours[0, 3] = 0
+    return colours
+
+
 def heat_figure(
     image: np.ndarray, heat: np.ndarray, spacing: tuple[float, float, float], horizon: int = 60, doubt: str = ""
 ) -> Figure:
@@ -43,10 +54,6 @@ def heat_figure(
     """
     density = heat / (np.prod(spacing) / 1000.0)
     peak = np.array(np.unravel_index(int(heat.argmax()), heat.shape)) if heat.max() > 0 else np.array(heat.shape) // 2
-    # autumn-like ramp with an opacity that grows with heat, so that the lung stays visible where there is none
-    ramp = np.linspace(0, 1, 256)
-    colours = np.stack([np.ones(256), 0.15 + 0.8 * ramp**1.2, 0.1 * np.ones(256), np.minimum(1, 1.6 * ramp) * 0.75], 1)
-    colours[0, 3] = 0
     figure = Figure(figsize=(11, 4.2), facecolor="black", layout="constrained")
     axes = figure.subplots(1, 3)
     for ax, (name, axis, letters) in zip(axes, PLANES):
@@ -56,7 +63,7 @@ def heat_figure(
         ax.imshow(plane(image, axis, index), cmap="gray", vmin=LUNG_WINDOW[0], vmax=LUNG_WINDOW[1], extent=extent)
         shown = ax.imshow(
             plane(density, axis, index),
-            cmap=ListedColormap(colours),
+            cmap=ListedColormap(heat_colours()),
             vmin=0,
             vmax=max(float(density.max()), 1e-9),
             extent=extent,

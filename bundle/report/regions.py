@@ -7,8 +7,11 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
+from bundle.report.pictures import heat_colours
+
 HOT = 0.25  # share of the hottest voxel's heat from which on a voxel belongs to a region
 LEAST_ML = 0.1  # of a region that is listed
+LUNG_COLOUR = (0.5, 0.7, 0.9)  # red, green, blue, beside the colours of heat
 EVEN = 2.0  # a map whose hottest voxel is below so many times the lung's mean has no regions
 
 
@@ -35,6 +38,23 @@ def fault_of(heat: np.ndarray, lung: np.ndarray) -> str:
     return ""
 
 
+def region_ranks(heat: np.ndarray, lung: np.ndarray, affine: np.ndarray, most: int = 10) -> np.ndarray:
+    """The rank of the region that each voxel of a map belongs to, 1 for that with most risk, 0 for none; uint8.
+
+    A region is a connected part of at least :data:`LEAST_ML`. A map with a :func:`fault_of` has none. Arguments are as for
+    :func:`ranked_regions`.
+    """
+    if fault_of(heat, lung):
+        return np.zeros(heat.shape, np.uint8)
+    labels, _ = ndimage.label(heat >= HOT * heat.max(), np.ones((3, 3, 3)))
+    share, size = (np.bincount(labels.ravel(), weights) for weights in (heat.ravel(), None))
+    ml = size * abs(np.linalg.det(affine[:3, :3])) / 1000
+    listed = [n for n in share[1:].argsort()[::-1] + 1 if ml[n] >= LEAST_ML][:most]
+    ranks = np.zeros(len(size), np.uint8)
+    ranks[listed] = np.arange(1, len(listed) + 1)
+    return ranks[labels]
+
+
 def ranked_regions(
     heat: np.ndarray, hu: np.ndarray, lung: np.ndarray, affine: np.ndarray, masked: bool = True, most: int = 10
 ) -> list[Region]:
@@ -48,28 +68,41 @@ def ranked_regions(
         masked: whether the lung is known; else side, third and pleura are not, and stay empty and NaN.
         most: how many are listed.
     """
-    if fault_of(heat, lung):
+    ranks = region_ranks(heat, lung, affine, most)
+    if not ranks.any():
         return []
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    labels, _ = ndimage.label(heat >= HOT * heat.max(), np.ones((3, 3, 3)))
-    boxes = ndimage.find_objects(labels)
-    share, size = (np.bincount(labels.ravel(), weights) for weights in (heat.ravel(), None))
-    ml = size * spacing.prod() / 1000
-    listed = [n for n in share[1:].argsort()[::-1] + 1 if ml[n] >= LEAST_ML][:most]
     filled = ndimage.binary_fill_holes(lung)
     surface = ndimage.distance_transform_edt(~(filled & ~ndimage.binary_erosion(filled)), sampling=spacing)
     regions = []
-    for n in listed:
-        box = boxes[n - 1]
-        inside = labels[box] == n
+    for rank, box in enumerate(ndimage.find_objects(ranks), 1):
+        inside = ranks[box] == rank
         at = np.unravel_index(np.where(inside, heat[box], -1).argmax(), inside.shape)
         voxel = np.array([part.start for part in box]) + at
         side, third = _place(voxel, lung) if masked else ("", "")
         pleura = float(surface[box][inside].min()) if masked else np.nan
         mm = tuple(float(x) for x in affine[:3, :3] @ voxel + affine[:3, 3])
         mean = float(hu[box][inside].mean())
-        regions.append(Region(float(share[n] / heat.sum()), float(ml[n]), mean, side, third, pleura, mm))
+        share, ml = float(heat[box][inside].sum() / heat.sum()), float(inside.sum() * spacing.prod() / 1000)
+        regions.append(Region(share, ml, mean, side, third, pleura, mm))
     return regions
+
+
+def segments(
+    heat: np.ndarray, hu: np.ndarray, lung: np.ndarray, affine: np.ndarray, masked: bool
+) -> tuple[np.ndarray, list[str], list[tuple[float, float, float]]]:
+    """The ranked regions of a map for other programs; arguments are as for :func:`ranked_regions`.
+
+    Returns:
+        the rank of each voxel as of :func:`region_ranks`; a name and a colour (red, green, blue, 0 to 1) of each rank.
+    """
+    regions = ranked_regions(heat, hu, lung, affine, masked)
+    names = [
+        f"Heat {rank}: {region.share:.0%} of the risk" + (f", {region.side}, {region.third} third" if region.side else "")
+        for rank, region in enumerate(regions, 1)
+    ]
+    steps = np.linspace(255, 64, len(regions)).round().astype(int)
+    return region_ranks(heat, lung, affine), names, [tuple(map(float, heat_colours()[step, :3])) for step in steps]
 
 
 def _place(voxel: np.ndarray, lung: np.ndarray) -> tuple[str, str]:

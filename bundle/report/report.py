@@ -22,16 +22,26 @@ from bundle.metrics.verdict import in_words
 from bundle.report import viewer
 from bundle.report.regions import HOT, fault_of, ranked_regions
 
+
+def percent(share: float) -> str:
+    """A share as text.
+
+    >>> percent(0.668)
+    '66.8 %'
+    """
+    return f"{100 * share:.1f} %"
+
+
 COLUMNS = {
     # of predictions.csv: heading, format
-    "median_months": ("median, months", "{:.1f}"),
-    "lower_months": ("2.5 %", "{:.0f}"),
-    "upper_months": ("97.5 %", "{:.0f}"),
-    "death_12m": ("death by 12 months", "{:.1%}"),
-    "death_24m": ("24", "{:.1%}"),
-    "death_36m": ("36", "{:.1%}"),
-    "death_60m": ("60", "{:.1%}"),
-    "familiarity": ("familiarity", "{:.2f}"),
+    "median_months": ("median, months", "{:.1f}".format),
+    "lower_months": ("2.5 %", "{:.0f}".format),
+    "upper_months": ("97.5 %", "{:.0f}".format),
+    "death_12m": ("death by 12 months", percent),
+    "death_24m": ("24", percent),
+    "death_36m": ("36", percent),
+    "death_60m": ("60", percent),
+    "familiarity": ("familiarity", "{:.2f}".format),
 }
 
 LONG = ("trained_on", "familiarity", "outcomes")  # of the settings, which nobody reads
@@ -46,10 +56,10 @@ PAGES = Environment(
     loader=PackageLoader("bundle.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
 PAGES.globals["COLUMNS"] = COLUMNS
-PAGES.filters["data_uri"] = data_uri
+PAGES.filters |= {"data_uri": data_uri, "percent": percent}
 
 
-def _write(path: str | Path, template: str, **content: Any) -> None:
+def write_page(path: str | Path, template: str, **content: Any) -> None:
     """Write a page piece by piece to a temporary name, then rename."""
     page = PAGES.get_template(template).stream(**content)
     write_atomically(path, lambda temporary: page.dump(str(temporary), encoding="utf-8"))
@@ -65,6 +75,7 @@ class ScanViews(NamedTuple):
         affine: of the voxels (RAS, mm).
         overlays: maps by name, each with its unit; the first is the heat, the share of the risk per mL. One entry is
             one more map to switch to.
+        masks: that the cohort gives, `gt_mask` and `confounder_mask`, of which outlines are drawn.
     """
 
     hu: np.ndarray
@@ -72,6 +83,7 @@ class ScanViews(NamedTuple):
     masked: bool
     affine: np.ndarray
     overlays: dict[str, tuple[np.ndarray, str]]
+    masks: dict[str, np.ndarray] = {}
 
 
 def write_scan_report(
@@ -84,8 +96,8 @@ def write_scan_report(
         row: of `predictions.csv`.
         pmf: P(T = 1..tmax months).
         views: of the scan.
-        about: `risk`, P(T <= horizon); `horizon`, months; `hu_window`; `lung_mask_source`; `notes`, a list; `picture`, a
-            PNG of :func:`~bundle.report.pictures.heat_figure`; `provenance`, texts by name.
+        about: `risk`, P(T <= horizon); `horizon`, months; `hu_window`; `lung_mask_source`; `read`, from what; `notes`, a
+            list; `picture`, a PNG of :func:`~bundle.report.pictures.heat_figure`; `provenance`, texts by name.
         settings: of the weights.
     """
     heat = next(iter(views.overlays.values()))[0]
@@ -95,29 +107,34 @@ def write_scan_report(
     volumes, spacing = viewer.volumes(views, about["hu_window"])
     data = {**volumes, "hu_window": about["hu_window"], "regions": [r.mm for r in regions], "start": start}
     known = {name: value for name, value in settings.items() if name not in LONG}
-    _write(
+    write_page(
         path, "scan.html", row=row, **about, **believed(settings), **survival_content(row, pmf, settings),
         familiarity=familiarity_in_words(row.get("familiarity")), fault=fault_of(heat, views.lung), regions=regions,
-        rest=1 - sum(r.share for r in regions), hot=HOT, data=data, spacing=spacing, overlays=data["overlays"],
+        lungs=lungs_in_words(about["lung_mask_source"]), overlays=data["overlays"],
+        rest=1 - sum(r.share for r in regions), hot=HOT, data=data, spacing=spacing,
         methods=methods(settings, about), settings=json.dumps(known, indent=2), licence=viewer.LICENCE.read_text(),
         niivue=viewer.niivue()[0], script=viewer.script("viewer.js"), policy=viewer.policy("viewer.js", viewer=True),
     )  # fmt: skip
 
 
-def write_cohort_page(folder: str | Path, rows: list[dict], settings: dict) -> None:
+def write_cohort_page(folder: str | Path, rows: list[dict], settings: dict, outcomes: dict | None = None) -> None:
     """Write `cohort.html` about all scans of a run, and `report.html`, which opens the report of the first.
 
     Args:
         folder: that has the scans' `reports/` and `maps/`.
         rows: of `predictions.csv`.
         settings: of the weights.
+        outcomes: predictions against what happened: `said`, sentences; `metrics`, as in `metrics.json`, or None;
+            `pictures`, PNGs by the name of their figure.
     """
     done = [row for row in rows if row["status"] == "ok"]
     links = [(row, f"maps/{quote(row['patient_id'])}_heat.png", f"reports/{quote(row['patient_id'])}.html") for row in done]
     failed = [row for row in rows if row["status"] != "ok"]
     page = {"script": viewer.script("cohort.js"), "policy": viewer.policy("cohort.js")}
-    _write(Path(folder) / "cohort.html", "cohort.html", done=links, failed=failed, **page, **believed(settings))
-    _write(Path(folder) / "report.html", "opener.html", target=links[0][2] if links else "cohort.html")
+    known = outcomes or {"said": [], "metrics": None, "pictures": {}}
+    known |= {"groups": metric_groups({"survival": known["metrics"]})}
+    write_page(Path(folder) / "cohort.html", "cohort.html", done=links, failed=failed, **known, **page, **believed(settings))
+    write_page(Path(folder) / "report.html", "opener.html", target=links[0][2] if links else "cohort.html")
 
 
 def survival_content(row: dict, pmf: np.ndarray, settings: dict) -> dict:
@@ -134,7 +151,8 @@ def survival_content(row: dict, pmf: np.ndarray, settings: dict) -> dict:
         everyone = np.clip(1 - np.cumsum([0, *cohort]), 0, 1)
         content["cohort_curve"] = _points(everyone[: int(last) + 1], tmax)
         before = 1 - np.interp(row["median_months"], np.arange(tmax + 1), everyone)
-        content["standing"] = f"By that median {before:.0%} of the training cohort had died (Kaplan\N{EN DASH}Meier)."
+        died = f"{100 * before:.0f} % of the training cohort had died (Kaplan\N{EN DASH}Meier)"
+        content["standing"] = f"By that median {died}."
         if row["median_months"] > last:
             content["standing"] = f"That median lies beyond the last death of the training, at {last:.0f} months."
     deaths = {int(name[6:-1]): value for name, value in row.items() if name.startswith("death_")}
@@ -147,6 +165,17 @@ def _points(alive: np.ndarray, tmax: int) -> str:
     months = np.repeat(np.arange(len(alive)), 2)[1:]
     x, y = 45 + 600 * months / tmax, 10 + 215 * (1 - np.repeat(alive, 2)[:-1])
     return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
+
+
+def lungs_in_words(source: str) -> str:
+    """Where the lung mask is from.
+
+    >>> lungs_in_words("threshold, thorax filled")
+    'segmented by threshold, thorax filled'
+    """
+    if source == "none":
+        return "no mask, the whole scan counts as lung"
+    return f"the mask was {source}" if source.startswith("given") else f"segmented by {source}"
 
 
 def familiarity_in_words(familiarity: float | None) -> str:
@@ -199,7 +228,7 @@ def write_evaluation_report(
     """
     failed = metrics.get("failed", {}).get("scans", [])
     said = believed(settings) if settings else {"verdict": "", "doubtful": False}
-    _write(path, "evaluation.html", groups=metric_groups(metrics), pictures=pictures, failed=failed, **said)
+    write_page(path, "evaluation.html", groups=metric_groups(metrics), pictures=pictures, failed=failed, **said)
 
 
 def write_implant_test(path: str | Path, **content: Any) -> None:
@@ -211,7 +240,7 @@ def write_implant_test(path: str | Path, **content: Any) -> None:
             PNGs; `tables`, by title a list of rows, each a mapping from heading to text; `found`, the share of the way from
             base rate to ceiling that counts as found; `command`.
     """
-    _write(path, "implant_test.html", **content)
+    write_page(path, "implant_test.html", **content)
 
 
 class MetricGroup(NamedTuple):

@@ -66,20 +66,28 @@ def volumes(views: "ScanViews", hu_window: tuple[float, float]) -> tuple[dict[st
     """The volumes of a page as the viewer reads them, and their spacing in words."""
     blocks = blocks_of(views.hu.shape, np.linalg.norm(views.affine[:3, :3], axis=0))
     affine = block_affine(views.affine, blocks)
-    inside = block_means(views.lung, blocks) >= 0.5
-    surface = inside & ~ndimage.binary_erosion(inside) if views.masked else np.zeros_like(inside)
+    outlines = {"lung": views.lung} | views.masks
+    outlines = [{"name": name, "base64": _outline(mask, blocks, affine)} for name, mask in outlines.items()]
     ct = volume_text(block_means(views.hu, blocks), affine, *hu_window)
-    overlays, left_out, room = [], [], MOST_BYTES - len(ct)
+    overlays, left_out, flat, room = [], [], [], MOST_BYTES - len(ct) - sum(len(each["base64"]) for each in outlines)
     for name, (voxels, unit) in views.overlays.items():
         small = np.nan_to_num(block_means(voxels, blocks), posinf=0, neginf=0)
         most = max(float(small.max()), 1e-30)
+        flat += [name] if small.min() == small.max() else []
         overlay = {"name": name, "unit": unit, "most": most}
         overlay["base64"] = volume_text(small, affine, min(0.0, float(small.min())), most)
         room -= len(overlay["base64"])
         overlays.append(overlay) if room > 0 or not overlays else left_out.append(name)
-    lung = volume_text(inside.astype(int) + surface, affine, 0, 255)
-    content = {"ct": ct, "lung": lung, "overlays": overlays, "left_out": left_out}
+    content = {"ct": ct, "outlines": outlines, "masked": views.masked, "overlays": overlays}
+    content |= {"left_out": left_out, "flat": flat}
     return content, times(np.linalg.norm(affine[:3, :3], axis=0))
+
+
+def _outline(mask: np.ndarray, blocks: tuple[int, ...], affine: np.ndarray) -> str:
+    """A mask as the viewer reads it: 1 inside, 2 at its surface. One that fills no block by half keeps its fullest."""
+    share = block_means(mask, blocks)
+    inside = (share > 0) & (share >= min(0.5, share.max()))
+    return volume_text(inside + 1 * (inside & ~ndimage.binary_erosion(inside)), affine, 0, 255)
 
 
 def times(spacing: Any) -> str:

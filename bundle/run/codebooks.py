@@ -108,20 +108,41 @@ def shares_of(words: Tensor, size: int) -> Tensor:
     return torch.stack([torch.bincount(book.long(), minlength=size) for book in words.unbind(1)]) / len(words)
 
 
-def fit_hazards(shares: Tensor, outcome: Tensor, adjust: Tensor | None = None, strata: Tensor | None = None) -> Tensor:
+def fit_hazards(
+    shares: Tensor,
+    outcome: Tensor,
+    adjust: Tensor | None = None,
+    strata: Tensor | None = None,
+    given: Tensor | None = None,
+) -> Tensor:
     """Hazards (books, size) of the words from their shares (N, books, size) in the lungs of a cohort.
 
-    The fourth root brings a rare word's share nearer to normal. A word that hardly varies has its deviation floored. A
-    hazard is the square of a coefficient above 0, 1 for the largest: most words are of harmless tissue, and their noise
-    would outweigh the few that tell.
+    Where hazards of another cohort are `given`, few scans move them little.
     """
-    x = (shares + 1e-4) ** 0.25
-    x = x - x.mean(0)
-    spread = x.std(0).nan_to_num(0)
-    spread = (spread.square() + spread.median(1, keepdim=True).values.square()).sqrt().clamp_min(1e-6)
-    slope = ridge_cox((x / spread).flatten(1), outcome, adjust=adjust, strata=strata).view(shares.shape[1:])
+    x = rooted(shares)
+    x = (x - x.mean(0)) / floored(x.std(0).nan_to_num(0))
+    toward = None if given is None else given.sqrt().flatten()  # coefficients again
+    slope = ridge_cox(x.flatten(1), outcome, adjust=adjust, strata=strata, toward=toward)
+    return hazards_of(slope.view(shares.shape[1:]))
+
+
+def hazards_of(slope: Tensor) -> Tensor:
+    """Hazards of words from their coefficients: the square of one above 0, 1 for the largest.
+
+    Most words are of harmless tissue, and their noise would outweigh the few that tell.
+    """
     slope = slope.clamp_min(0)
     return (slope / slope.max().clamp_min(1e-12)).square()
+
+
+def rooted(shares: Tensor) -> Tensor:
+    """The fourth root of shares of words, which brings that of a rare word nearer to normal."""
+    return (shares + 1e-4) ** 0.25
+
+
+def floored(spread: Tensor) -> Tensor:
+    """Deviations (books, size) of words, with a floor for one that hardly varies."""
+    return (spread.square() + spread.median(1, keepdim=True).values.square()).sqrt().clamp_min(1e-6)
 
 
 @torch.no_grad()
@@ -133,38 +154,67 @@ def risk_of(network: CodebookNet, words: Tensor, index: Tensor) -> Tensor:
 def fit_months(network: CodebookNet, risk: Tensor, outcome: Tensor, objective: Objective, clinical: Tensor) -> float | None:
     """Fit months and covariates to risks (N,) of scans whose outcomes the risk has not seen; returns the variance.
 
+    See :class:`MonthsFit`.
+    """
+    fit = MonthsFit(network, risk, outcome, objective, clinical, top=risk.max(), patients=len(risk))
+    return fit.keep(minimise(fit.loss, fit.start))
+
+
+class MonthsFit:
+    """Months and covariates that go with risks (N,) of scans whose outcomes the risk has not seen.
+
     offset - slope * risk^power has the highest likelihood under the objective, with the objective's variance, if it has
     one, in months squared. It falls with the risk, and stays within the network's range: where few died the likelihood
     would push it beyond, where all are alike. Covariates (N, K) have a prior of 20 months each.
+
+    Args:
+        network: whose months are fitted.
+        top: risk that a power of the risk is relative to.
+        patients: of the whole fit, over which the prior is spread; these may be some of them.
     """
-    trial, risk, outcome, clinical = copy.copy(objective), risk.double(), outcome.double(), clinical.double()
-    top = risk.max().clamp_min(1e-6)
-    varies = hasattr(objective, "variance")
-    span = network.high - network.low
 
-    def unknown(u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def __init__(
+        self,
+        network: CodebookNet,
+        risk: Tensor,
+        outcome: Tensor,
+        objective: Objective,
+        clinical: Tensor,
+        top: Tensor | float,
+        patients: float,
+    ) -> None:
+        self.network, self.trial, self.patients = network, copy.copy(objective), patients
+        self.risk, self.outcome, self.clinical = risk.double(), outcome.double(), clinical.double()
+        self.top = torch.as_tensor(top, dtype=torch.float64).clamp_min(1e-6)
+        self.varies = hasattr(objective, "variance")
+        self.start = torch.tensor([0.0, -1.0, 0.0, 5.0] + [0.0] * clinical.shape[1], dtype=torch.float64)
+
+    def unknown(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        span = self.network.high - self.network.low
         above = span * u[0].sigmoid()  # of the offset, over the lowest month
-        return network.low + above, above * u[1].sigmoid(), 4 ** torch.tanh(u[2]), 20 * u[4:]
+        return self.network.low + above, above * u[1].sigmoid(), 4 ** torch.tanh(u[2]), 20 * u[4:]
 
-    def loss(u: Tensor) -> Tensor:
-        offset, slope, power, covariates = unknown(u)
-        location = offset - slope * (risk / top) ** power + clinical @ covariates
-        if varies:
-            trial.variance = u[3].exp() + 1
-        prior = (u[2].square() + u[4:].square().sum()) / (2 * len(risk))
-        if varies:
-            return prior - classical_log_likelihood(trial.log_pmf(as_maps(location)), *outcome.unbind(1)).mean()
-        return prior - trial.likelihood(location, *outcome.unbind(1)) / len(risk)
+    def loss(self, u: Tensor) -> Tensor:
+        """Mean negative log-likelihood of these patients, and the prior."""
+        offset, slope, power, covariates = self.unknown(u)
+        location = offset - slope * (self.risk / self.top) ** power + self.clinical @ covariates
+        if self.varies:
+            self.trial.variance = u[3].exp() + 1
+        prior = (u[2].square() + u[4:].square().sum()) / (2 * self.patients)
+        time, event = self.outcome.unbind(1)
+        if self.varies:
+            return prior - classical_log_likelihood(self.trial.log_pmf(as_maps(location)), time, event).mean()
+        return prior - self.trial.likelihood(location, time, event) / len(self.risk)
 
-    start = torch.tensor([0.0, -1.0, 0.0, 5.0] + [0.0] * clinical.shape[1], dtype=torch.float64)
-    u = minimise(loss, start)
-    offset, slope, power, covariates = unknown(u)
-    with torch.no_grad():
-        network.offset.copy_(offset)
-        network.power.copy_(power)
-        network.slope.copy_(slope / top**power)
-        network.clinical_months.copy_(covariates)
-    return float(u[3].exp()) + 1 if varies else None
+    def keep(self, u: Tensor) -> float | None:
+        """Put what was found into the network; returns the variance, if there is one."""
+        offset, slope, power, covariates = self.unknown(u)
+        with torch.no_grad():
+            self.network.offset.copy_(offset)
+            self.network.power.copy_(power)
+            self.network.slope.copy_(slope / self.top**power)
+            self.network.clinical_months.copy_(covariates)
+        return float(u[3].exp()) + 1 if self.varies else None
 
 
 def out_of_fold(
@@ -175,19 +225,20 @@ def out_of_fold(
     folds: Tensor,
     adjust: Tensor,
     strata: Tensor,
+    given: Tensor | None = None,
 ) -> Tensor:
     """Risk of each scan (N,) by hazards that were fitted without its fold; the network is left with those of all.
 
-    The books are the same throughout: they have seen no outcome.
+    The books are the same throughout: they have seen no outcome. Nor have `given` hazards seen any of these scans.
     """
     shares = torch.stack([shares_of(w, network.centres.shape[1]) for w in words])
     risk = torch.zeros(len(scans))
     for fold in folds.unique():
         inside = folds != fold
-        network.hazard.data.copy_(fit_hazards(shares[inside], outcome[inside], adjust[inside], strata[inside]))
+        network.hazard.data.copy_(fit_hazards(shares[inside], outcome[inside], adjust[inside], strata[inside], given))
         for i in (~inside).nonzero()[:, 0].tolist():
             risk[i] = risk_of(network, words[i], scans[i].index)
-    network.hazard.data.copy_(fit_hazards(shares, outcome, adjust, strata))
+    network.hazard.data.copy_(fit_hazards(shares, outcome, adjust, strata, given))
     return risk
 
 
@@ -242,6 +293,8 @@ class CodebookStage:
         objective: what the readout is; its variance is fitted to out-of-fold predictions.
         ckpt_dir: folder of the run.
         seed: of k-means and folds.
+        given: the network has the books and hazards of another cohort. Its books stay, and its hazards are fitted anew
+            from there.
 
     Raises:
         InputError: another recipe; a recipe "codebook" for an objective that has neither months nor hazards.
@@ -256,6 +309,7 @@ class CodebookStage:
         objective: Objective,
         ckpt_dir: str,
         seed: int = 0,
+        given: bool = False,
     ) -> None:
         if recipe not in RECIPES:
             raise InputError(f'recipe must be one of {", ".join(RECIPES)}, got "{recipe}".')
@@ -264,6 +318,7 @@ class CodebookStage:
         self.train, self.val = train, val
         self.path = Path(ckpt_dir) / "codebooks.pt"
         self.seed = seed
+        self.given = network.hazard.detach().clone() if given else None
         plain = not objective.extra and not getattr(objective, "mixture", False)
         self.readable = plain and (hasattr(objective, "variance") or hasattr(objective, "fit_baseline"))
         if recipe == "codebook" and not self.readable:
@@ -307,7 +362,8 @@ class CodebookStage:
         told = ("patient_id", "time", "event", "clinical", "site")
         scans = [[self.train.key(r).decode(), *(str(r.get(name)) for name in told)] for r in self.train.data]
         code = code_digest("networks/*.py", "run/codebooks.py", "survival/*.py", "maps/familiarity.py", "data/splits.py")
-        return [scans, self.network.arguments, self.recipe, self.asked, self.seed, code]
+        given = None if self.given is None else self.given.tolist()
+        return [scans, self.network.arguments, self.recipe, self.asked, self.seed, code, given]
 
     def fit(self) -> None:
         """Fit all there is to fit, and write it."""
@@ -331,13 +387,15 @@ class CodebookStage:
             raise InputError('the recipe "codebook" needs two patients or more to train on, to leave each out once.')
         if self.recipe != "network" and self.readable and several:
             self.folds = folds
-            fit_books(self.network, self.scans, self.seed)
+            if self.given is None:
+                fit_books(self.network, self.scans, self.seed)
             self.words = [words_of(self.network, scan) for scan in tqdm(self.scans, desc="codebooks", unit="scan")]
 
     def learn(self) -> None:
         """Hazards, months and readout from the outcomes of the training scans."""
         clinical, outcome = clinical_of(self.train.data), outcomes(self.train.data)
-        risk = out_of_fold(self.network, self.words, self.scans, outcome, self.folds, clinical, strata_of(self.train.data))
+        strata = strata_of(self.train.data)
+        risk = out_of_fold(self.network, self.words, self.scans, outcome, self.folds, clinical, strata, self.given)
         self.network.base.copy_(risk.square().median())  # half of the patients have more evidence than base
         variance = fit_months(self.network, risk, outcome, self.objective, clinical)
         if variance is not None:

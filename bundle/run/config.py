@@ -23,7 +23,7 @@ from monai.utils import ensure_tuple, str2bool
 
 from bundle.errors import InputError
 
-PATHS = ("bundle_root", "cohort", "image", "ckpt", "lungmask_weights")
+PATHS = ("bundle_root", "cohort", "image", "ckpt", "lungmask_weights", "pretrained")
 PATHS += ("ckpt_dir", "output_dir", "cache_dir", "maps_dir")
 # The least value of each key that is a whole number, and of each that is any.
 COUNTS = {"tmax": 2, "fold": 0, "num_workers": 0, "seed": 0}
@@ -136,8 +136,8 @@ def number_faults(config: dict) -> Iterator[str]:
 
 def component_faults(parser: ConfigParser, key: str, name: str) -> Iterator[str]:
     """A sentence on each argument of a component that it doesn't take, or that is no switch where one is expected."""
-    if name == "MLFlowHandler" and importlib.util.find_spec("mlflow") is None:
-        yield "--tracking mlflow needs the package mlflow: pip install mlflow."
+    if name.split(".")[-1] in ("MLFlowHandler", "MlflowHandler") and importlib.util.find_spec("mlflow") is None:
+        yield "MLflow is not installed: pip install -r requirements-mlflow.txt."
     component = parser[key]
     target = locate(ConfigComponent(component, key, parser.locator).resolve_module_name())
     if target is None:

@@ -68,6 +68,14 @@ def prepare_batch(
     return move(batch["image"]), outcome, (), extra
 
 
+def prepare_images(
+    batch: dict, device: torch.device | None = None, non_blocking: bool = False, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor, tuple, dict]:
+    """A collated batch for a network that is to tell the image itself; see :func:`prepare_batch`."""
+    image, _, args, inputs = prepare_batch({key: batch[key] for key in ("image", "lung")}, device)
+    return image, image, args, inputs
+
+
 def cores() -> int:
     """The processors of this machine."""
     return os.cpu_count() or 1

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 
-from bundle.data.fingerprint import code_digest, describe, describe_scan
+from bundle.data.fingerprint import code_digest, content_digest, describe, describe_scan
 from bundle.data.stream import ScanStream
 from bundle.explain.cubelets import Cubelets, cohort_sheet
 from bundle.explain.volumes import Explanations
@@ -28,8 +29,13 @@ from bundle.grids import mask_on_grid
 from bundle.handlers import failed_scans
 from bundle.maps.scan_space import interpolated
 from bundle.metrics.verdict import in_words
+from bundle.reading.zipped import is_archive
 from bundle.report import ScanViews, write_cohort_page, write_scan_report
+from bundle.report.dicom import About, write_dicom
 from bundle.report.pictures import heat_figure, write_png
+from bundle.report.slicer import write_segmentation
+from bundle.report.viewer import times
+from bundle.run.outcomes import against_outcomes
 from bundle.survival.readout import death_by, mean_months, quantile_months, survival_curve
 
 __all__ = ["DoneScans", "PredictionWriter", "ScanFiles", "prediction_row", "write_heat"]
@@ -37,7 +43,9 @@ __all__ = ["DoneScans", "PredictionWriter", "ScanFiles", "prediction_row", "writ
 logger = logging.getLogger(__name__)
 
 METADATA = Path(__file__).parents[2] / "configs" / "metadata.json"
+VERSION = json.loads(METADATA.read_text())["version"] if METADATA.is_file() else "of unknown version"
 DEATH_BY = (12, 24, 36, 60)  # months
+MASKS = ("gt_mask", "confounder_mask")  # that a report shows where they are given
 
 
 def prediction_row(
@@ -74,14 +82,34 @@ def _write_nifti(path: Path, voxels: np.ndarray, affine: torch.Tensor) -> None:
 def maps_on_grid(
     files: list[Path], patient_id: str, affine: np.ndarray, shape: tuple[int, ...]
 ) -> dict[str, tuple[np.ndarray, str]]:
-    """By name, the maps `<patient_id>_<name>.nii.gz` of one number a voxel on another grid, without a unit."""
+    """By name, the maps `<patient_id>_<name>.nii.gz` of one number a voxel on another grid, each with what to say of it."""
     maps = {}
     for path in files:
         if path.name.endswith(".nii.gz") and (found := nib.load(path)).get_data_dtype() == np.float32:
-            voxels = torch.from_numpy(np.nan_to_num(found.get_fdata(dtype=np.float32)))[None]
+            voxels = found.get_fdata(dtype=np.float32)
+            said = "" if np.isfinite(voxels).all() else "(0 where it is no number)"
+            voxels = torch.from_numpy(np.nan_to_num(voxels))[None]
             name = path.name.removeprefix(f"{patient_id}_").removesuffix(".nii.gz")
-            maps[name] = np.asarray(interpolated(MetaTensor(voxels, affine=found.affine), affine, shape)[0]), ""
+            maps[name] = np.asarray(interpolated(MetaTensor(voxels, affine=found.affine), affine, shape)[0]), said
     return maps
+
+
+def source_in_words(meta: dict, series: str | None) -> str:
+    """What a scan was read from, by the metadata of its image.
+
+    Example::
+
+        >>> source_in_words({"filename_or_obj": "a.nii.gz", "spatial_shape": (512, 512, 30),
+        ...                  "original_affine": np.diag([0.7, 0.7, 8.0, 1.0])}, None)
+        'a .nii.gz file of 512 × 512 × 30 voxels, 0.7 × 0.7 × 8 mm'
+    """
+    path = str(meta["filename_or_obj"])
+    suffixes = Path(path.lower()).suffixes
+    what = f"a {''.join(suffixes[-2:] if suffixes[-1:] == ['.gz'] else suffixes[-1:])} file"
+    if is_archive(path) or Path(path).is_dir():
+        what = f"the DICOM series {series}" if series else "DICOM slices"
+    spacing = np.linalg.norm(np.asarray(meta["original_affine"])[:3, :3], axis=0)
+    return f"{what} of {times(meta['spatial_shape'])} voxels, {times(spacing)} mm"
 
 
 class ScanFiles(NamedTuple):
@@ -136,7 +164,8 @@ class DoneScans:
 
     def key(self, scan: dict) -> str:
         """What the map of a scan depends on, as SHA-256."""
-        content = [self.options, describe_scan(scan), scan.get("clinical"), scan.get("imputed")]
+        masks = [content_digest(scan[name]) for name in MASKS if name in scan]
+        content = [self.options, describe_scan(scan), masks, scan.get("clinical"), scan.get("imputed")]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def __contains__(self, scan: dict) -> bool:
@@ -156,7 +185,8 @@ class DoneScans:
         write_json(self._path(scan["patient_id"]), {**content, "files": digests})
 
     def remove(self, patient_id: str) -> None:
-        """Delete what an earlier run left of a scan that has failed since."""
+        """Delete what an earlier run left of a scan that is done anew, or that has failed since."""
+        shutil.rmtree(self.output_dir / "dicom" / patient_id, ignore_errors=True)
         paths = [self._path(patient_id), *ScanFiles.of(self.output_dir, patient_id)]
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no record, or a torn one
             paths += [self.output_dir / "maps" / Path(name).name for name in self.read(patient_id)["files"]]
@@ -183,6 +213,9 @@ class PredictionWriter:
         hu_window: HU that are 0 and 1 in the image.
         options: all else that a map depends on: preprocessing and inferer.
         explanations: that `maps/` gets as well.
+        dicom_out: whether scans that are DICOM get their maps as DICOM, in `dicom/<patient_id>/`.
+        nrrd_out: whether `maps/` gets regions and lung for 3D Slicer.
+        cell: of the finished map, in voxels.
     """
 
     def __init__(
@@ -194,16 +227,23 @@ class PredictionWriter:
         hu_window: tuple[float, float],
         options: dict | None = None,
         explanations: Explanations | None = None,
+        dicom_out: bool = False,
+        nrrd_out: bool = False,
+        cell: int = 1,
     ) -> None:
         self.output_dir = Path(output_dir)
+        self.dicom_out, self.nrrd_out, self.cell = dicom_out, nrrd_out, cell
         self.explanations = explanations
         self.stream = stream
         self.settings = settings
         self.horizon = horizon
         self.hu_window = hu_window
         explained = explanations.options if explanations and explanations.chosen else None
-        described = describe([hu_window, options, stream.transform, *filter(None, [explained])])
+        more = [name for name, wanted in (("dicom", dicom_out), ("nrrd", nrrd_out)) if wanted]
+        described = describe([hu_window, options, stream.transform, *filter(None, [explained, more])])
         self.done = DoneScans(self.output_dir, [settings, horizon, described, code_digest("**/*.py", "report/templates/*")])
+        weights = settings.get("weights_sha256", "")
+        self.weights = weights if isinstance(weights, str) else ", ".join(weights)
         self.scans = {record["patient_id"]: record for record in stream.data}
         self.last_death = settings.get("outcomes", {}).get("last_death")
         learnt = settings.get("learnt")  # older weights have no verdict
@@ -227,8 +267,10 @@ class PredictionWriter:
         """Write the files of a batch's scans, and last their records."""
         for scan, output in zip(engine.state.batch, engine.state.output):  # no output of a scan without a prediction
             patient_id, pmf = scan["patient_id"], output["pmf"].cpu()
+            self.done.remove(patient_id)
             files = ScanFiles.of(self.output_dir, patient_id).write(scan, output, self.hu_window, self.horizon, self.doubt)
             explained = self.explanations.write(self.output_dir, scan, output) if self.explanations else []
+            files += self.others(scan, output)
             message = "; ".join(filter(None, [self.doubt, self.scans[patient_id].get("imputed"), scan.get("notes")]))
             familiarity = float(scan["familiarity"]) if "familiarity" in scan else None
             row = prediction_row(patient_id, pmf, familiarity, self.last_death) | {"message": message}
@@ -240,6 +282,20 @@ class PredictionWriter:
                 f"{patient_id}: median {found['row']['median_months']:.1f} months, "
                 f"P(death by {self.horizon} months) {found['risk']:.2f}, lung mask: {scan['lung_mask_source']}."
             )
+
+    def others(self, scan: dict, output: dict) -> list[Path]:
+        """Write what other programs want of a scan; what they can't have is added to its notes."""
+        patient_id, files = scan["patient_id"], []
+        if self.nrrd_out:
+            files += write_segmentation(self.output_dir / "maps" / f"{patient_id}_segments.seg.nrrd", scan, output)
+        if self.dicom_out:
+            record = self.scans[patient_id]
+            about = About(self.done.key(record), self.horizon, self.cell, self.doubt, VERSION, self.weights)
+            folder = self.output_dir / "dicom" / patient_id
+            written, notes = write_dicom(folder, scan, output, record.get("series"), about)
+            scan["notes"] = "; ".join(filter(None, [scan.get("notes"), *notes]))
+            files += written
+        return files
 
     def finish(self, engine: Engine | None) -> None:
         """Write the tables and the report about all scans, those of earlier runs among them."""
@@ -255,7 +311,8 @@ class PredictionWriter:
             path = self.output_dir / f"{name}.csv"
             write_atomically(path, lambda p, table=table: table.to_csv(p, index=False, float_format="%.5g"))
         self.draw_cubelets(done)
-        write_cohort_page(self.output_dir, rows, self.settings)
+        found = [(self.scans[name], record["pmf"]) for name, record in done.items()]
+        write_cohort_page(self.output_dir, rows, self.settings, against_outcomes(found, self.settings))
         logger.info(f"report: {self.output_dir / 'report.html'}; all scans: {self.output_dir / 'cohort.html'}")
 
     def draw_cubelets(self, done: dict[str, dict]) -> None:
@@ -281,15 +338,15 @@ class PredictionWriter:
         )
         others = [path for path in explained if path != files.heat]
         overlays = {"heat": (density, "per mL")} | maps_on_grid(others, scan["patient_id"], affine, hu.shape)
-        views = ScanViews(hu, lung, source != "none", affine, overlays)
-        weights = self.settings.get("weights_sha256", "")
-        version = json.loads(METADATA.read_text())["version"] if METADATA.is_file() else "of unknown version"
-        provenance = {"Survival Map": version, "MONAI": monai.__version__, "torch": torch.__version__}
-        provenance |= {"weights, SHA-256": weights if isinstance(weights, str) else ", ".join(weights)}
+        masks = {name: mask_on_grid(scan[name], affine, hu.shape) > 0 for name in MASKS if name in scan}
+        views = ScanViews(hu, lung, source != "none", affine, overlays, masks)
+        provenance = {"Survival Map": VERSION, "MONAI": monai.__version__, "torch": torch.__version__}
+        provenance |= {"weights, SHA-256": self.weights}
         provenance |= {"heat map, SHA-256": file_sha256(files.heat)}
         provenance |= {"scan, options and code, SHA-256": found["key"]}
         notes = [self.scans[scan["patient_id"]].get("imputed"), *(scan.get("notes") or "").split("; ")]
         about = {"risk": found["risk"], "horizon": self.horizon, "hu_window": self.hu_window, "lung_mask_source": source}
+        about |= {"read": source_in_words(image.meta, self.scans[scan["patient_id"]].get("series"))}
         about |= {"notes": [*filter(None, notes)], "picture": files.picture.read_bytes(), "provenance": provenance}
         write_scan_report(files.report, found["row"], np.array(found["pmf"]), views, about, self.settings)
         return files.report

@@ -13,7 +13,7 @@ from bundle.data import encode_clinical, longest_follow_up, patient_of, read_coh
 from bundle.data.clinical import clinical_kinds
 from bundle.data.cohort import patient_digest
 from bundle.errors import InputError
-from bundle.reading.zipped import is_archive
+from bundle.reading.dicom import is_dicom
 
 USUAL_TMAX = 100  # months
 
@@ -46,10 +46,35 @@ def training_cohort(
     return parts
 
 
+def image_cohort(cohort: str | None, seed: int, on_fault: str) -> dict[str, list[dict]]:
+    """Records by part (train, val) of a checked cohort whose outcomes are not asked; both empty while none is named.
+
+    The parts are those of the column ``split``, whose test scans are left out; else a tenth of the patients validates.
+    """
+    if cohort is None:
+        return {"train": [], "val": []}
+    records = read_cohort(cohort, need_outcome=False, on_fault=on_fault)
+    if all("split" in record for record in records):
+        part = {record["patient_id"]: record["split"] for record in records}
+    else:
+        patients = sorted({patient_of(record) for record in records})
+        order = torch.randperm(len(patients), generator=torch.Generator().manual_seed(seed)).tolist()
+        validate = {patients[i] for i in order[: max(1, len(patients) // 10)]}
+        part = {record["patient_id"]: "val" if patient_of(record) in validate else "train" for record in records}
+    parts = {name: [record for record in records if part[record["patient_id"]] == name] for name in ("train", "val")}
+    sizes = ", ".join(f"{len(rows)} {name}" for name, rows in parts.items())
+    if not all(parts.values()):
+        raise InputError(f"{cohort}: {sizes} scans (expected at least 1 of each).")
+    logger.info(f"images: {sizes} scans; no outcome is asked.")
+    return parts
+
+
 def cohort_identity(parts: dict[str, list[dict]]) -> dict:
     """Who is in a cohort and what became of them, for `settings.json`: digests that name nobody and no image."""
     records = [(part, record) for part in ("train", "val") for record in parts[part]]
-    known = [[part, r["patient_id"], r["time"], r["event"], *r.get("covariates", {}).values()] for part, r in records]
+    known = [
+        [part, r["patient_id"], r.get("time"), r.get("event"), *r.get("covariates", {}).values()] for part, r in records
+    ]
     return {
         "cohort_sha256": hashlib.sha256(json.dumps(known).encode()).hexdigest(),
         "trained_on": sorted({patient_digest(patient_of(record)) for _, record in records}),
@@ -87,18 +112,23 @@ def scans_to_evaluate(cohort: str | None, settings: dict | None, split: str | No
         if split not in splits:
             raise InputError(f'{cohort} has no scan with split "{split}".')
         records = [r for r in records if r.get("split") == split]
-    seen = set(settings["trained_on"])
     if settings.get("trained_on_left_out"):
         logger.warning("whom the weights were trained on was left out of the bundle: be sure that none is evaluated here.")
-    unseen = [r for r in records if patient_digest(patient_of(r)) not in seen]
+    unseen = without_trained_on(records, settings)
     if len(unseen) < len(records):
         logger.info(f"evaluating {len(unseen)} of {len(records)} scans; the weights were trained on the others.")
     if not unseen:
         raise InputError(f"the weights were trained on every one of the {len(records)} scans to evaluate in {cohort}.")
-    return encode_clinical(_censored_at(tmax, unseen), settings["clinical"])
+    return encode_clinical(censored_at(tmax, unseen), settings["clinical"])
 
 
-def _censored_at(tmax: int | None, records: list[dict]) -> list[dict]:
+def without_trained_on(records: list[dict], settings: dict) -> list[dict]:
+    """The records of patients on whom weights with these settings were not trained."""
+    seen = set(settings["trained_on"])
+    return [r for r in records if patient_digest(patient_of(r)) not in seen]
+
+
+def censored_at(tmax: int | None, records: list[dict]) -> list[dict]:
     """The records with who was followed beyond `tmax` months censored there."""
     if not (beyond := sum(r["time"] > tmax for r in records) if tmax else 0):
         return records
@@ -109,7 +139,9 @@ def _censored_at(tmax: int | None, records: list[dict]) -> list[dict]:
     ]
 
 
-def scans_to_infer(image: str | None, cohort: str | None, encoding: dict, series: str | None = None) -> list[dict]:
+def scans_to_infer(
+    image: str | None, cohort: str | None, encoding: dict, series: str | None = None, dicom_out: bool = False
+) -> list[dict]:
     """The scans to predict: one image or the rows of a cohort; empty while none is named.
 
     Args:
@@ -117,16 +149,19 @@ def scans_to_infer(image: str | None, cohort: str | None, encoding: dict, series
         cohort: CSV file.
         encoding: of covariates, from the settings of the weights.
         series: SeriesInstanceUID to take from a DICOM folder; None lets the folder's chest CT be chosen.
+        dicom_out: whether maps are to be written as DICOM.
 
     Raises:
-        InputError: both are named, or a series of what is no folder.
+        InputError: both are named, or a series of what is no folder, or DICOM is to be written of what is none.
     """
     if image is not None and cohort is not None:
         raise InputError("give --image or --cohort, not both.")
-    if series is not None and not (image is not None and (os.path.isdir(image) or is_archive(image))):
+    if series is not None and not (image is not None and is_dicom(image)):
         raise InputError("--series names one of the DICOM series of a folder: give the folder as --image.")
     records = []
     if image is not None:
+        if dicom_out and os.path.exists(image) and not is_dicom(image):
+            raise InputError("--dicom_out true needs the slices of a DICOM series: give their folder or ZIP as --image.")
         records = [record | {"series": series} for record in single_scan(image)]
     elif cohort is not None:
         kinds = clinical_kinds(encoding)

@@ -24,7 +24,8 @@ MONAI_TRACKING = DEFAULT_MLFLOW_SETTINGS["configs"]
 # what the run is.
 MAY_CHANGE = (
     *("_meta_", "imports", "initialize", "run", "finalize"),
-    *("bundle_root", "dataset_dir", "cohort", "ckpt_dir", "output_dir", "cache_dir", "log_dir", "lungmask_weights"),
+    *("bundle_root", "dataset_dir", "cohort", "ckpt_dir", "output_dir", "cache_dir", "log_dir"),
+    *("lungmask_weights", "pretrained"),
     *("device", "network", "num_workers", "not_first", "prepare_batch", "collate"),
     *("resume", "on_fault", "patience", "parts", "settings", "wandb_mode", "wandb_project", *MONAI_TRACKING),
     *(f"train#{name}" for name in ("dataset", "dataloader", "inferer", "trainer", "handlers", "epoch_handlers")),
@@ -62,14 +63,17 @@ def training_settings(
         InputError: the horizon lies beyond the objective's last month.
     """
     check_horizon(horizon, objective.tmax)
+    return pretraining_settings(network, objective, preprocessing, {"horizon": horizon, "clinical": clinical, **cohort})
+
+
+def pretraining_settings(network: nn.Module, objective: nn.Module, preprocessing: dict, cohort: dict) -> dict:
+    """What a training is that knows no outcomes; arguments as for :func:`training_settings`."""
     parser, _ = running_config()
     settings = {
         "format": FORMAT,
         "network": {"name": type(network).__name__, **network.arguments},
         "objective": {"name": objective.name, **objective.arguments},
         "preprocessing": preprocessing,
-        "horizon": horizon,
-        "clinical": clinical,
         "training": run_identity(parser) if parser else {},
         **cohort,
     }

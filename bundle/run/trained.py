@@ -15,7 +15,7 @@ from bundle.data import clinical_names
 from bundle.data.clinical import clinical_kinds
 from bundle.errors import InputError
 from bundle.maps import Familiarity
-from bundle.networks import network_from
+from bundle.networks import MaskedAutoencoder, network_from
 from bundle.run.settings import differences, read_settings
 from bundle.survival import Objective, objective_from, severity_from
 
@@ -35,6 +35,8 @@ class TrainedModel:
 
     def __init__(self, ckpt: str, device: torch.device | str = "cpu") -> None:
         self.settings = read_settings(ckpt)
+        if self.settings["network"].get("name") == MaskedAutoencoder.__name__:
+            raise InputError(f"{ckpt} has seen no outcome and predicts nothing: fine-tune it (configs/finetune.json).")
         self.network: nn.Module = load_weights(network_from(self.settings["network"]), ckpt).to(device)
         self.objective: Objective = objective_from(self.settings["objective"]).to(device)
         self.severity = severity_from(self.settings.get("severity"))

@@ -19,7 +19,11 @@ def location_range(records: list[dict], tmax: int) -> list[float]:
     to the tenth percentile below that percentile, between -0.6 and 0.3 `tmax`. With :func:`softmin_beta` a lesion at
     the bound kills at the median death if it is 5 % of the lung, exp(-3), and at the tenth percentile if it is 14 %.
     """
-    early, median = early_and_median_death(records)
+    return location_bounds(*early_and_median_death(records), tmax)
+
+
+def location_bounds(early: float, median: float, tmax: int) -> list[float]:
+    """:func:`location_range` of a cohort by the tenth percentile and the median of its deaths, months."""
     return [float(np.clip(3 * early - 2 * median, -0.6 * tmax, 0.3 * tmax)), 1.2 * tmax]
 
 
@@ -30,5 +34,9 @@ def softmin_beta(records: list[dict], tmax: int) -> float:
     are apart, those who die first can only be reached by covering lesions of the others in part. 1/beta is between
     0.08 and 0.3 `tmax`.
     """
-    early, median = early_and_median_death(records)
+    return steepness(*early_and_median_death(records), tmax)
+
+
+def steepness(early: float, median: float, tmax: int) -> float:
+    """:func:`softmin_beta` of a cohort by the tenth percentile and the median of its deaths, months."""
     return 1 / float(np.clip(median - early, 0.08 * tmax, 0.3 * tmax))

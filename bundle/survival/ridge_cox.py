@@ -7,7 +7,12 @@ from torch import Tensor
 
 
 def ridge_cox(
-    x: Tensor, outcome: Tensor, penalty: float = 1.0, adjust: Tensor | None = None, strata: Tensor | None = None
+    x: Tensor,
+    outcome: Tensor,
+    penalty: float = 1.0,
+    adjust: Tensor | None = None,
+    strata: Tensor | None = None,
+    toward: Tensor | None = None,
 ) -> Tensor:
     """Coefficients (D,) of covariates (N, D) that minimise  -log partial likelihood + penalty * D * |b|^2 / 2.
 
@@ -19,6 +24,9 @@ def ridge_cox(
         penalty: weight of the prior; with 1 all D covariates together have the variance of one.
         adjust: covariates (N, K) to adjust for, each with the prior of all of `x`; their coefficients are not returned.
         strata: stratum of each patient (N,), a baseline hazard each: patients are compared within theirs alone.
+        toward: coefficients (D,) of another cohort, whose scale doesn't matter. The ridge then pulls toward a multiple of
+            them rather than toward 0: what they say of a patient is one more covariate, standardised, that has the prior
+            of all of `x`, and its coefficient tells how much of them holds here.
 
     Source: Cox, J R Stat Soc B 34 (1972) 187; van Houwelingen et al., Stat Med 25 (2006) 3201.
 
@@ -29,6 +37,9 @@ def ridge_cox(
         True
     """
     kernel = (x @ x.T / x.shape[1]).double()
+    if toward is not None:
+        toward = toward / (x @ toward).std().clamp_min(1e-12)
+        kernel = kernel + ((x @ toward)[:, None] * (x @ toward)).double()
     if adjust is not None:
         kernel = kernel + (adjust @ adjust.T).double()
     groups = [torch.arange(len(x))] if strata is None else [(strata == k).nonzero()[:, 0] for k in strata.unique()]
@@ -44,7 +55,9 @@ def ridge_cox(
 
     with torch.enable_grad():
         optimizer.step(loss)
-    return x.T @ a.detach().to(x.dtype) / x.shape[1]
+    a = a.detach().to(x.dtype)
+    own = x.T @ a / x.shape[1]
+    return own if toward is None else own + (x @ toward @ a) * toward
 
 
 def breslow(risk: Tensor, outcome: Tensor) -> Tensor:

@@ -15,10 +15,9 @@ from monai.utils import SpaceKeys, convert_to_tensor, ensure_tuple
 from torch import Tensor
 
 from bundle.errors import InputError
-from bundle.reading.dicom import read_dicom
+from bundle.reading.dicom import is_dicom, read_dicom
 from bundle.reading.scan_file import check_scan_file, read_nifti
 from bundle.reading.series import LARGEST_TILT
-from bundle.reading.zipped import is_archive
 
 _AIR_HU = -1024  # padding outside the field of view (-2048, -3024) becomes air
 SPACING_MM = (0.1, 20.0)
@@ -138,8 +137,7 @@ def _read(path: str, where: str, series: str | None = None) -> MetaTensor:
     """One volume as (1, D, H, W) with its affine in RAS, and notes on it in its metadata."""
     if not os.path.exists(path):
         raise InputError(f"{where}: does not exist (expected a scan)")
-    dicom = os.path.isdir(path) or is_archive(path)
-    array, affine, notes = read_dicom(path, where, series) if dicom else _read_file(path, where)
+    array, affine, notes = read_dicom(path, where, series) if is_dicom(path) else _read_file(path, where)
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
     # As NIfTI keeps it: 1e-7 mm, by which formats differ, turns voxels of a threshold and with them the months.

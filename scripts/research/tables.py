@@ -58,7 +58,7 @@ HEAD = f"""\
 Each run trains one configuration on {USUAL_SCANS} phantoms of one seed, unless another number of scans is given: nine
 tenths to train on, one to choose the weights by. It learns from survival times alone, and is measured on 24 phantoms of
 another seed; masks serve these numbers only. A cell is the mean over seeds (least–greatest). `default` is the shipped
-configuration. [variants.py](../../scripts/research/variants.py) says what a variant changes and what it is *measured on*.
+configuration. `scripts/research/variants.py` says what a variant changes and what it is *measured on*.
 Phantoms have 64³ voxels (`chest` 107³) unless a size is given. Seeds from {RESERVED} on were kept for the
 report; they were seen once while the severity fit was being changed.
 

@@ -1,13 +1,14 @@
 "use strict";
-// The table of scans: a click on a heading sorts by it, and 50 rows at a time are in the page.
+// The table of scans: a click on a heading sorts by it, and 50 rows at a time are in the page. All are in a template, which a
+// browser neither lays out nor loads the pictures of.
 const SIZE = 50;
 const body = document.querySelector("#scans tbody");
-const rows = [...body.rows];
+const rows = [...document.getElementById("rows").content.children];
 let first = 0;
 
 function show() {
   body.replaceChildren(...rows.slice(first, first + SIZE));
-  document.querySelector("nav").hidden = rows.length <= SIZE;
+  document.getElementById("pages").hidden = rows.length <= SIZE;
   document.getElementById("page").textContent = `${first + 1} to ${Math.min(first + SIZE, rows.length)} of ${rows.length}`;
   document.getElementById("back").disabled = first === 0;
   document.getElementById("next").disabled = first + SIZE >= rows.length;
@@ -39,6 +40,9 @@ for (const heading of document.querySelectorAll("#scans th:not(.text)")) {
   button.addEventListener("click", () => sort(heading));
   heading.append(button);
 }
+document.getElementById("sheet").addEventListener("click", ({ target }) => {
+  target.ariaPressed = document.getElementById("scans").classList.toggle("sheet");
+});
 document.getElementById("back").addEventListener("click", () => turn(-1));
 document.getElementById("next").addEventListener("click", () => turn(1));
 show();

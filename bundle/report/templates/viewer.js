@@ -3,7 +3,8 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const COLOURS = "plasma"; // told apart by the colour-blind, and grows in lightness
-let planes, rendering;
+const OUTLINES = { lung: [64, 140, 255], gt_mask: [46, 230, 176], confounder_mask: [255, 255, 255] };
+let planes, rendering, ct, outlines, map, lut;
 
 async function loadNiivue() {
   const packed = Uint8Array.from(atob($("niivue").textContent), (c) => c.charCodeAt(0));
@@ -21,12 +22,11 @@ function volume(base64, name, colormap, low, high, opacity) {
 const overlay = () => data.overlays[$("map").selectedIndex];
 
 async function showMap() {
-  for (const nv of [planes, rendering]) {
-    if (nv.volumes.length > nv.own) nv.removeVolume(nv.volumes.at(-1));
-    const map = await volume(overlay().base64, "map", COLOURS, 0, overlay().most, 1);
-    map.colormapType = 2; // colours run from 0, and what lies below the threshold is clear
-    nv.addVolume(map);
-  }
+  for (const shown of planes.volumes.slice(1)) planes.removeVolume(shown);
+  map = await volume(overlay().base64, "map", COLOURS, 0, overlay().most, 1);
+  map.colormapType = 2; // colours run from 0, and what lies below the threshold is clear
+  planes.addVolume(map);
+  for (const outline of outlines) planes.addVolume(outline.volume);
   $("most").textContent = `${overlay().most.toPrecision(2)} ${overlay().unit}`;
   adjust();
 }
@@ -34,18 +34,52 @@ async function showMap() {
 function adjust() {
   const from = Math.max(overlay().most * $("threshold").value / 100, overlay().most * 1e-6);
   $("from").textContent = from.toPrecision(2);
-  for (const nv of [planes, rendering]) {
-    nv.volumes.at(-1).cal_min = from;
-    nv.setOpacity(nv.volumes.length - 1, $("opacity").value / 100);
+  map.cal_min = from;
+  map.opacity = $("opacity").value / 100;
+  for (const outline of outlines) outline.volume.opacity = outline.switch.checked ? 0.7 : 0;
+  planes.updateGLVolume();
+  render(from / overlay().most, $("opacity").value / 100);
+}
+
+// The rendered volume has a colour and an opacity a voxel: glassy surfaces, dense tissue of the lung, and heat that glows through.
+function render(from, opacity) {
+  const size = ct.img.length, pixels = new Uint8ClampedArray(4 * size), lung = outlines[0].volume.img;
+  const shown = outlines.filter((outline) => outline.switch.checked);
+  const slope = map.hdr.scl_slope / overlay().most, start = map.hdr.scl_inter / overlay().most;
+  for (let i = 0; i < size; i++) {
+    if (!lung[i]) continue;
+    let r, g, b, alpha;
+    r = g = b = 60 + ct.img[i];
+    if (data.masked) alpha = lung[i] === 1 ? 0.6 * Math.max(0, ct.img[i] - 80) : 0;
+    else alpha = ct.img[i] / 50; // all tissue, faintly
+    for (const { name, colour, volume } of shown) {
+      if (volume.img[i] === 2) [[r, g, b], alpha] = [colour, name === "lung" ? 25 : 60];
+    }
+    const heat = Math.min(1, map.img[i] * slope + start);
+    if (heat >= from && opacity > 0) {
+      const glow = opacity * (20 + 235 * heat * heat), part = glow / (glow + alpha), at = 4 * Math.round(255 * heat);
+      r += part * (lut[at] - r);
+      g += part * (lut[at + 1] - g);
+      b += part * (lut[at + 2] - b);
+      alpha = Math.max(alpha, glow);
+    }
+    pixels[4 * i] = r;
+    pixels[4 * i + 1] = g;
+    pixels[4 * i + 2] = b;
+    pixels[4 * i + 3] = alpha;
   }
-  planes.setOpacity(1, $("outline").checked ? 0.6 : 0);
+  const composed = rendering.volumes[0] ?? ct.clone();
+  composed.img = new Uint8Array(pixels.buffer);
+  if (rendering.volumes.length) return rendering.updateGLVolume();
+  composed.hdr = Object.assign(Object.create(Object.getPrototypeOf(ct.hdr)), ct.hdr, { datatypeCode: 2304, numBitsPerVoxel: 32 }); // RGBA
+  rendering.addVolume(composed);
 }
 
 function tell({ mm, values }) {
   const hu = values[0].value, [low, high] = data.hu_window;
   const beyond = hu <= low ? "≤ " : hu >= high ? "≥ " : "";
   const at = [...mm].slice(0, 3).map((x) => Math.round(x) + 0).join(", ");
-  const heat = values.at(-1).value;
+  const heat = values[1].value;
   $("where").textContent = `${at} mm (RAS) · ${beyond}${hu.toFixed(0)} HU · ${overlay().name} ${heat.toPrecision(2)} ${overlay().unit}`;
   rendering.scene.crosshairPos = rendering.mm2frac(mm);
   rendering.drawScene();
@@ -70,7 +104,7 @@ function key(event) {
 }
 
 function drawBar() {
-  const lut = planes.colormap(COLOURS), bar = $("bar").getContext("2d"), pixels = bar.createImageData(256, 1);
+  const bar = $("bar").getContext("2d"), pixels = bar.createImageData(256, 1);
   for (let i = 0; i < 1024; i++) pixels.data[i] = i % 4 === 3 ? 255 : lut[i];
   bar.putImageData(pixels, 0, 0);
 }
@@ -80,26 +114,29 @@ async function start() {
   const { Niivue, SHOW_RENDER, SLICE_TYPE } = window.niivue;
   const options = { dragAndDropEnabled: false, isRadiologicalConvention: true, sagittalNoseLeft: true, backColor: [0, 0, 0, 1], logLevel: "error" };
   planes = new Niivue({ ...options, multiplanarShowRender: SHOW_RENDER.NEVER, crosshairColor: [1, 1, 1, 0.6], crosshairWidth: 0.5 });
-  rendering = new Niivue({ ...options, crosshairColor: [1, 1, 1, 0.6], crosshairWidth: 0.5 });
+  rendering = new Niivue({ ...options, crosshairColor: [1, 1, 1, 0.6], crosshairWidth: 0.5, crosshairGap: 6, show3Dcrosshair: true });
   await planes.attachToCanvas($("planes"));
   await rendering.attachToCanvas($("rendering"));
   const [low, high] = data.hu_window;
-  const ct = await volume(data.ct, "ct", "gray", low, high, 1);
-  const lung = await volume(data.lung, "lung", "winter", 1.5, 3, 0.6); // 1 inside, 2 at the surface
-  const inner = ct.clone();
-  for (let i = 0; i < inner.img.length; i++) if (lung.img[i] === 0) inner.img[i] = 0;
+  ct = await volume(data.ct, "ct", "gray", low, high, 1);
   planes.addVolume(ct);
-  planes.addVolume(lung);
-  rendering.addVolume(inner);
-  [planes.own, rendering.own] = [2, 1];
+  outlines = [];
+  for (const { name, base64 } of data.outlines) {
+    const colour = OUTLINES[name], [R, G, B] = colour.map((c) => [0, c]);
+    planes.addColormap(name, { R, G, B, A: [0, 255], I: [0, 255] });
+    const each = await volume(base64, name, name, 1.5, 2, 0.7); // 1 inside, 2 at the surface
+    outlines.push({ name, colour, volume: each, switch: $(`outline-${name}`) });
+  }
+  lut = planes.colormap(COLOURS);
   planes.setSliceType(SLICE_TYPE.MULTIPLANAR);
   rendering.setSliceType(SLICE_TYPE.RENDER);
+  [rendering.scene.renderAzimuth, rendering.scene.renderElevation] = [180, 10]; // from the front
   planes.onLocationChange = tell;
   drawBar();
   await showMap();
   goTo(data.start);
   $("map").addEventListener("change", showMap);
-  for (const id of ["opacity", "threshold", "outline"]) $(id).addEventListener("input", adjust);
+  for (const input of [$("opacity"), $("threshold"), ...outlines.map((outline) => outline.switch)]) input.addEventListener("input", adjust);
   for (const button of document.querySelectorAll("[data-region]"))
     button.addEventListener("click", () => goTo(data.regions[button.dataset.region]));
   document.addEventListener("keydown", key);
