@@ -17,8 +17,8 @@ HEAD = """\
 
 Each cohort is real chest CTs, deformed, into which known disease was put (`python -m scripts.make_implants`). Every method
 learns from the months and events of the training scans alone, but for the ceiling, which is given the masks; it is
-measured by the same code on test scans of anatomies that no method has seen: {anatomies}. The oracle's C-index is that of
-the true share of diseased lung. Of a seed, the smaller cohort is the first scans of the larger, and the test scans are the
+measured by the same code on test scans of anatomies that no method has seen: {anatomies}.
+The oracle's C-index is that of the true share of diseased lung. Of a seed, the smaller cohort is the first scans of the larger, and the test scans are the
 same. Every method compares patients within their anatomy alone, as within a site. A cell is the mean over seeds, with the
 least and greatest.
 
@@ -77,7 +77,7 @@ def cell(values: pd.Series, digits: int) -> str:
     if values.empty:
         return "–"
     text = f"{values.mean():.{digits}f}"
-    return text if len(values) == 1 else f"{text} ({values.min():.{digits}f} to {values.max():.{digits}f})"
+    return text if values.min() == values.max() else f"{text} ({values.min():.{digits}f} to {values.max():.{digits}f})"
 
 
 def page(rows: pd.DataFrame, titles: dict[str, str], command: str, anatomies: list[str]) -> str:
@@ -94,7 +94,7 @@ def page(rows: pd.DataFrame, titles: dict[str, str], command: str, anatomies: li
                 lines.append({"method": title} | {MEASURES[name]: cell(own[name], digits[name]) for name in MEASURES})
         same = part.drop_duplicates("seed")
         seeds = ", ".join(map(str, sorted(same.seed)))
-        text.append(f"\n## {disease.replace('_', ' ').capitalize()}, {num} training scans\n\nSeeds {seeds}.")
+        text.append(f"\n## {disease.replace('_', ' ').capitalize()}, {num} training scans\n\nSeeds: {seeds}.")
         text.append(f" {same.test_scans.iloc[0]} test scans, {cell(same.test_diseased, 0)} of them diseased.")
         text.append(f" C-index of the oracle {cell(same.c_index_oracle, 2)},")
         text.append(f" share of the lung that is diseased {cell(same.base_rate, 4)}.\n")
