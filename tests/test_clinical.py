@@ -379,7 +379,7 @@ def test_settings_name_one_of_the_networks_there_are():
     net = network_from({"name": "ClinicalNet", "clinical_dim": 2, "extra": 5})
     assert isinstance(net, ClinicalNet) and net.to_extra.out_features == 5
     assert isinstance(network_from({"dim": 16}), SurvivalMapNet)
-    with pytest.raises(InputError, match="os.system .*ClinicalNet, CodebookNet, SurvivalMapNet"):
+    with pytest.raises(InputError, match="os.system .*ClinicalNet, CodebookNet, MaskedAutoencoder, SurvivalMapNet"):
         network_from({"name": "os.system"})
     with pytest.raises(InputError, match="another version: SurvivalMapNet has no min_lung, severity"):
         network_from({"dim": 16, "severity": True, "min_lung": 0.25})

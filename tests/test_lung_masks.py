@@ -21,6 +21,7 @@ from bundle.errors import InputError
 from bundle.grids import mask_on_grid
 from bundle.networks import CodebookNet
 from bundle.phantoms.cohort import PhantomCohort
+from bundle.report.report import lungs_in_words
 from bundle.transforms import LoadCTd, LungMaskd, fill_thorax, lungmask_digests, lungmask_network, threshold_lung_mask
 from bundle.transforms.lung import _lungmask
 from scripts.research.measure_lung_masks import CHESTS, read, with_mass
@@ -386,7 +387,7 @@ def test_the_mask_named_on_the_command_line_decides_which_tokens_there_are(tmp_p
         # A voxel of the scan is made of the network's voxels around it, so the heat ends one voxel further out.
         assert not heat[~ndimage.binary_dilation(found[name], np.ones((3, 3, 3)))].any() and heat[found[name]].sum() > 0
         source = {"given": "given", "threshold": "threshold", "filled": "threshold, thorax filled"}[name]
-        assert f"Lung mask: {source}." in (out / "reports" / "A.html").read_text()
+        assert f"Lungs: {lungs_in_words(source)}." in (out / "reports" / "A.html").read_text()
     assert dice(found["given"], right) > 0.97 and dice(found["threshold"], parts["lungs"]) > 0.94
     volume = {name: mask.sum() * 6**3 for name, mask in found.items()}
     assert volume["given"] < 0.6 * volume["threshold"] < 0.6 * volume["filled"]

@@ -203,7 +203,7 @@ class SharedCodebooks:
     def next_risk(self, state: Arrays, own: Arrays, patients: float) -> Arrays:
         start = self.months_fit(state | {"state.top": np.ones(1)}).start.numpy()
         size = len(start)
-        found = {"top": np.atleast_1d(2 * own["risk"]), "base": np.atleast_1d(np.exp(4 * own["log"]))}
+        found = {"top": np.atleast_1d(2 * own["risk"]), "base": np.atleast_1d(np.exp(2 * own["log"]))}
         found |= {"u": start, "trial": start, "loss": np.array([1e30]), "damping": np.array([1.0])}
         found |= {"gradient": np.zeros(size), "hessian": np.eye(size)}
         return {f"state.{key}": value for key, value in found.items()}

@@ -93,6 +93,8 @@ def serve(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise InputError(f"{error.name} is missing: pip install -r requirements-serve.txt.") from error
 
+    if not Path(args.ckpt).is_file():
+        raise InputError(f"--ckpt {args.ckpt}: there is no such file (expected the model.pt of a training).")
     token = read_token(args.token_file)
     if args.keep:
         try:

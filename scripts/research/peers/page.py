@@ -18,9 +18,9 @@ HEAD = """\
 Each cohort is real chest CTs, deformed, into which known disease was put (`python -m scripts.make_implants`). Every method
 learns from the months and events of the training scans alone, but for the ceiling, which is given the masks; it is
 measured by the same code on test scans of anatomies that no method has seen: {anatomies}.
-The oracle's C-index is that of the true share of diseased lung. Of a seed, the smaller cohort is the first scans of the larger, and the test scans are the
-same. Every method compares patients within their anatomy alone, as within a site. A cell is the mean over seeds, with the
-least and greatest.
+The oracle's C-index is that of the true share of diseased lung. Of a seed, the smaller cohort is the first scans of the
+larger, and the test scans are the same. Every method compares patients within their anatomy alone, as within a site. A
+cell is the mean over seeds, with the least and greatest.
 
     {command}
 """
