@@ -34,7 +34,7 @@ from bundle.run import BestModel, CollapseGuard, RunCheckpoint, share_of_window,
 from bundle.survival import OBJECTIVES
 from bundle.survival.priors import location_range, softmin_beta
 
-from .commands import TRAIN, command_line, run, train
+from .commands import TRAIN, command_line, run, stopped_after, train
 from .conftest import absolute_table, write_scan
 
 
@@ -62,18 +62,9 @@ def test_train_leaves_weights_settings_and_what_resuming_needs(tiny_cohort, trai
     assert not words & {*seen, tiny_cohort.parent.name, folder.name}  # no id, no path
 
 
-def test_a_stopped_run_goes_on_to_the_very_same_weights(tiny_cohort, tmp_path, trained, monkeypatch):
-    save = RunCheckpoint.save
-
-    def save_then_die(self, engine):
-        save(self, engine)
-        if engine.state.epoch == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunCheckpoint, "save", save_then_die)
-        with pytest.raises(KeyboardInterrupt):
-            train(tiny_cohort, tmp_path)
+def test_a_stopped_run_goes_on_to_the_very_same_weights(tiny_cohort, tmp_path, trained):
+    with stopped_after(2):
+        train(tiny_cohort, tmp_path)
     assert torch.load(tmp_path / "last.pt", weights_only=True)["epoch"] == 2
     train(tiny_cohort, tmp_path)
     once, twice = (torch.load(folder / "last.pt", weights_only=True) for folder in (trained.parent, tmp_path))
@@ -86,22 +77,11 @@ def test_a_stopped_run_goes_on_to_the_very_same_weights(tiny_cohort, tmp_path, t
 @pytest.mark.parametrize(
     "name, override", [("cox_memory", {"objective#memory": 8}), ("logistic_hazard", {"objective#learn_variance": True})]
 )
-def test_a_stopped_run_of_another_objective_goes_on_to_the_very_same_bits(
-    name, override, tiny_cohort, tmp_path, monkeypatch
-):
+def test_a_stopped_run_of_another_objective_goes_on_to_the_very_same_bits(name, override, tiny_cohort, tmp_path):
     config = [*TRAIN, f"configs/objective/{name}.json"]
-    save = RunCheckpoint.save
-
-    def save_then_die(self, engine):
-        save(self, engine)
-        if engine.state.epoch == 2:
-            raise KeyboardInterrupt
-
     train(tiny_cohort, tmp_path / "once", config, **override)
-    with monkeypatch.context() as patch:
-        patch.setattr(RunCheckpoint, "save", save_then_die)
-        with pytest.raises(KeyboardInterrupt):
-            train(tiny_cohort, tmp_path / "twice", config, **override)
+    with stopped_after(2):
+        train(tiny_cohort, tmp_path / "twice", config, **override)
     train(tiny_cohort, tmp_path / "twice", config, **override)
     once, twice = (torch.load(tmp_path / folder / "last.pt", weights_only=True) for folder in ("once", "twice"))
     assert once["objective"]["log_factor"] != 0

@@ -21,7 +21,7 @@ from bundle.run import Pretrained, TrainedModel, fine_tuned
 from bundle.run.codebooks import fit_hazards
 from bundle.survival.ridge_cox import ridge_cox
 
-from .commands import TRAIN, run, train
+from .commands import TRAIN, run, stopped_after, train
 from .conftest import absolute_table
 
 FINETUNE = [*TRAIN, "configs/finetune.json"]
@@ -269,18 +269,9 @@ def test_pretraining_leaves_pictures_use_of_codes_and_weights_that_predict_nothi
         run("configs/inference.json", cohort=str(images), ckpt=str(pretrained), output_dir=str(tmp_path))
 
 
-def test_a_pretraining_goes_on_to_the_same_weights(pretrained, images, tmp_path, monkeypatch):
-    from bundle.run import RunCheckpoint
-
-    def save_then_die(self, engine, save=RunCheckpoint.save):
-        save(self, engine)
-        if engine.state.epoch == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunCheckpoint, "save", save_then_die)
-        with pytest.raises(KeyboardInterrupt):
-            pretrain(images, tmp_path, max_epochs=3, vector_quantisation=True)
+def test_a_pretraining_goes_on_to_the_same_weights(pretrained, images, tmp_path):
+    with stopped_after(2):
+        pretrain(images, tmp_path, max_epochs=3, vector_quantisation=True)
     again = weights_of(pretrain(images, tmp_path, max_epochs=3, vector_quantisation=True))
     assert all(torch.equal(value, again[name]) for name, value in weights_of(pretrained).items())
 

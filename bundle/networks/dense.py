@@ -13,7 +13,7 @@ from torch import Tensor
 from bundle.errors import InputError
 from bundle.networks.attention import Tokens
 from bundle.networks.codebook_net import CodebookNet, nearest, root_mean
-from bundle.networks.descriptors import blur, describe
+from bundle.networks.descriptors import blur, but_for_place, describe
 from bundle.networks.patches import share_of_lung
 from bundle.networks.survival_map_net import SurvivalMapNet
 
@@ -120,6 +120,4 @@ def level_and_spread(described: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]
         return torch.where(inside, values, torch.inf).sort(0)[0].index_select(0, middle)[0]
 
     level = median(described)
-    spread = 1.48 * median((described - level).abs()) + 1e-3
-    where = torch.arange(described.shape[1], device=described.device) >= described.shape[1] - 2
-    return torch.where(where, 0.0, level), torch.where(where, 1.0, spread)
+    return but_for_place(level, 1.48 * median((described - level).abs()) + 1e-3)

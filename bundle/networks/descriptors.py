@@ -102,8 +102,9 @@ def curvature(filled: Tensor, lung: Tensor, share: Tensor, index: Tensor, s: flo
         slope = slope + gaussian(filled, s, first).square()
     matrix = torch.stack([torch.stack(row, 1) for row in hessian], 1)
     found: list[Tensor] = []
+    values = 5 * eigenvalues(matrix)
     for k in range(3):
-        found.append(5 * eigenvalues(matrix)[:, k])
+        found.append(values[:, k])
     for energy in [norm.sqrt(), trace.abs()]:
         found.append((at(blur(energy * lung, 2.0) / share, index) + 0.005).log())
     found.append((s * at(slope.sqrt(), index) + 0.01).log())
@@ -162,6 +163,10 @@ def level_and_spread(described: Tensor) -> tuple[Tensor, Tensor]:
     Dose, kernel, calibration and inspiration shift or stretch these. Where a voxel lies, the last two, they don't: 0, 1.
     """
     median = described.median(0)[0]
-    spread = 1.48 * (described - median).abs().median(0)[0] + 1e-3
-    where = torch.arange(described.shape[1], device=described.device) >= described.shape[1] - 2
-    return torch.where(where, 0.0, median), torch.where(where, 1.0, spread)
+    return but_for_place(median, 1.48 * (described - median).abs().median(0)[0] + 1e-3)
+
+
+def but_for_place(level: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+    """Level and spread (29,) with 0 and 1 for the last two descriptors: where a voxel lies is no matter of the scanner."""
+    where = torch.arange(len(level), device=level.device) >= len(level) - 2
+    return torch.where(where, 0.0, level), torch.where(where, 1.0, spread)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from bundle.errors import InputError
 from bundle.files import write_json, write_text
 from scripts.jobs import markdown, overrides, run_module
+from scripts.research.peers.page import cell
 
 FIRST = {"size": 24, "spacing": 3.0, "noise": 0.2}
 OTHER = {"size": 20, "spacing": 3.6, "noise": 0.8}  # a scanner with other voxels and four times the noise
@@ -103,19 +104,15 @@ class Runner:
         return json.loads(kept.read_text())
 
 
-def cell(values: pd.Series, sign: str = "") -> str:
-    text = f"{values.mean():{sign}.2f}"
-    return text if len(values) == 1 else f"{text} ({values.min():{sign}.2f} to {values.max():{sign}.2f})"
-
-
 def page(rows: pd.DataFrame, args: argparse.Namespace, command: str) -> str:
     lines = []
     for recipe in args.recipes:
         of = {way: rows[(rows.recipe == recipe) & (rows.way == way)].set_index("seed") for way in args.ways}
         for way in args.ways:
-            line = {"recipe": recipe, "trained on": WAYS[way], "C-index": cell(of[way].c_index), "AP": cell(of[way].ap)}
+            line = {"recipe": recipe, "trained on": WAYS[way]}
+            line |= {"C-index": cell(of[way].c_index, 2), "AP": cell(of[way].ap, 2)}
             gap = None if way == "pooled" else of[way][["c_index", "ap"]] - of["pooled"][["c_index", "ap"]]
-            line["C-index, AP less"] = "" if gap is None else f"{cell(gap.c_index, '+')}, {cell(gap.ap, '+')}"
+            line["C-index, AP less"] = "" if gap is None else f"{cell(gap.c_index, 2, '+')}, {cell(gap.ap, 2, '+')}"
             lines.append(line)
     return PAGE.format(
         phantom=args.phantom,

@@ -72,12 +72,13 @@ def aim_text(aim: dict[int, float]) -> str:
     return f"{values[0]:g}" if len(values) == 1 else "; ".join(f"{value:g} at {num}" for num, value in aim.items())
 
 
-def cell(values: pd.Series, digits: int) -> str:
-    values = values.dropna()
+def cell(values: pd.Series, digits: int, sign: str = "") -> str:
+    """The mean, with the least and greatest where they differ; `sign` "+" shows it of numbers above 0, too."""
+    values, form = values.dropna(), f"{sign}.{digits}f"
     if values.empty:
         return "–"
-    text = f"{values.mean():.{digits}f}"
-    return text if values.min() == values.max() else f"{text} ({values.min():.{digits}f} to {values.max():.{digits}f})"
+    text = f"{values.mean():{form}}"
+    return text if values.min() == values.max() else f"{text} ({values.min():{form}} to {values.max():{form}})"
 
 
 def page(rows: pd.DataFrame, titles: dict[str, str], command: str, anatomies: list[str]) -> str:
