@@ -16,6 +16,8 @@ import torch
 from lifelines import CoxPHFitter
 from scipy import ndimage
 
+from bundle.networks import CodebookNet
+from bundle.run.codebooks import fit_books
 from bundle.survival.cox import partial_log_likelihood
 from scripts.research.peers import (
     __main__ as command,
@@ -26,6 +28,7 @@ from scripts.research.peers import (
     codebooks,
     density,
     descriptors,
+    masked,
     measure,
     ours,
     page,
@@ -59,7 +62,8 @@ def cohort(tmp_path_factory):
             row[name] = f"{row['patient_id']}_{name}.nii.gz"
             nib.save(nib.Nifti1Image(volume.astype(np.int16), np.diag([3.0, 3, 3, 1])), folder / row[name])
         share = lesion.sum() / lung.sum()
-        rows.append({**row, "share": share, "time": 60 - 300 * share + rng.random(), "event": int(i % 5 != 4)})
+        time = 60 - 300 * share + rng.random()
+        rows.append({**row, "share": share, "time": time, "true_time": time, "event": int(i % 5 != 4)})
     pd.DataFrame(rows).to_csv(folder / "cohort.csv", index=False)
     found = Cohort(folder / "cohort.csv")
     found.describe(jobs=1)
@@ -158,6 +162,23 @@ def test_every_method_answers_in_one_way(cohort, monkeypatch, method):
         assert found["average_precision"] > 5 * found["base_rate"] and found["pointing_game"] > 0.6
 
 
+def test_the_network_told_where_finds_it_by_its_own_books(cohort, monkeypatch):
+    network = CodebookNet(books=6, words=20)
+    fit_books(network, [masked.tokens_of(scan)[0] for scan in cohort.train], 0)
+    centres = network.centres.clone()
+    monkeypatch.setattr(masked.ours, "train", lambda cohort, seed: Path("model.pt"))
+    monkeypatch.setattr(masked, "TrainedModel", lambda ckpt: SimpleNamespace(network=network))
+    found, _ = measure.measure(cohort, masked.fit(cohort, 0))
+    assert found["average_precision"] > 5 * found["base_rate"] and found["pointing_game"] > 0.6
+    assert torch.equal(network.centres, centres)
+
+
+def test_of_the_healthy_as_many_die_as_the_table_says(cohort):
+    table = pd.read_csv(cohort.folder / "cohort.csv")
+    dies = (table.true_time <= 50).groupby(table.share > 0).mean()
+    assert measure.healthy_deaths(cohort, 50) == pytest.approx(dies[False] / dies[True])
+
+
 def test_measures_of_the_truth_and_of_its_opposite(cohort):
     def truth(scan):
         return float(scan.row["share"]), scan.mask("gt_mask").float().numpy()
@@ -246,12 +267,13 @@ def test_targets_are_judged_cohort_by_cohort():
         [
             {"disease": "nodules", "num": 120, "seed": seed, "method": method, "average_precision": ap, **numbers}
             for seed, aps in ((2, (0.9, 0.8, 1.0)), (3, (0.6, 0.7, 1.0)))
-            for method, ap in zip(("ours", "ridge", "ceiling"), aps)
+            for method, ap in zip(("ours", "ridge", "ceiling", "masked"), (*aps, 0.8))
         ]
     )
     found = page.targets(rows).set_index("measure")["120 scans"]
     assert found["AP less the best peer's"] == "1 of 2; 0.00 (-0.10 to 0.10)"
     assert found["AP over the ceiling's"] == "1 of 2; 0.75 (0.60 to 0.90)"
+    assert found["AP over the same network's with masks"] == "1 of 2; 0.94 (0.75 to 1.12)"
     assert found["pointing"].startswith("2 of 2")
 
 

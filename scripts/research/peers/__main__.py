@@ -29,7 +29,7 @@ from scripts.research.peers.cohort import Cohort
 from scripts.research.peers.measure import measure
 from scripts.research.peers.page import draw, page
 
-METHODS = ("ours", "codebooks", "ridge", "resnet", "attention", "density", "ceiling")
+METHODS = ("ours", "codebooks", "ridge", "resnet", "attention", "density", "masked", "ceiling")
 KEY = ("disease", "seed", "num", "method")
 
 

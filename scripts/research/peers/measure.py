@@ -58,8 +58,16 @@ def measure(cohort: Cohort, predict: Predict) -> tuple[dict, dict[str, np.ndarra
     found = {"c_index": c, "c_index_oracle": oracle, "c_index_less_oracle": None if None in (c, oracle) else c - oracle}
     found |= {"average_precision": mean(score["ap"]), "pointing_game": mean(score["point"])}
     found |= {"lookalike_heat": ratio(score["like"], score["share"]), "healthy_heat": ratio(total[False], total[True])}
+    found["healthy_deaths"] = healthy_deaths(cohort)
     found |= {"base_rate": mean(score["base"]), "test_scans": len(risks), "test_diseased": len(score["ap"])}
     return found, planes
+
+
+def healthy_deaths(cohort: Cohort, horizon: float = 60.0) -> float | None:
+    """Share of the healthy who in truth die within the horizon, months, over that of the diseased: the heat's own ratio."""
+    scans = [scan.row for scan in cohort.train + cohort.test]
+    dies = {ill: [float(row.true_time <= horizon) for row in scans if (row.share > 0) == ill] for ill in (False, True)}
+    return ratio(dies[False], dies[True])
 
 
 def pictured(cohort: Cohort) -> Scan | None:

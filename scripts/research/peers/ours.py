@@ -37,17 +37,24 @@ def write_table(path: Path, scans: list[Scan], columns: tuple[str, ...] = ()) ->
     return path
 
 
-def fit(cohort: Cohort, seed: int) -> Predict:
-    """What a stopped training had reached is kept beside the cohort, and the same command goes on from there."""
+def train(cohort: Cohort, seed: int) -> Path:
+    """Its weights. What a stopped training had reached is beside the cohort, and the same command goes on from there."""
     folder = (cohort.folder / f"survival_map_{digest()}_{len(cohort.train)}").absolute()
-    folder.mkdir(exist_ok=True)
-    # The recipe "auto" fits the transformer as well, four more minutes, and has kept the codebooks on implants.
-    where = {"ckpt_dir": folder, "output_dir": folder, "cache_dir": cohort.folder.absolute() / "cache", "recipe": "codebook"}
-    log, out = folder / "log.txt", folder / "test"
-    train = write_table(folder / "train.csv", cohort.train, ("time", "event", "split", "site"))
-    bundle_run("train", log, cohort=train, seed=seed, **where)
-    test = write_table(folder / "test.csv", cohort.test)
-    bundle_run("inference", log, cohort=test, ckpt=folder / "model.pt", output_dir=out)
+    if not (folder / "done").is_file():
+        folder.mkdir(exist_ok=True)
+        # The recipe "auto" fits the transformer as well, four more minutes, and has kept the codebooks on implants.
+        where = {"ckpt_dir": folder, "output_dir": folder, "cache_dir": cohort.folder.absolute() / "cache"}
+        table = write_table(folder / "train.csv", cohort.train, ("time", "event", "split", "site"))
+        bundle_run("train", folder / "log.txt", cohort=table, seed=seed, recipe="codebook", **where)
+        (folder / "done").touch()
+    return folder / "model.pt"
+
+
+def fit(cohort: Cohort, seed: int) -> Predict:
+    ckpt = train(cohort, seed)
+    out = ckpt.parent / "test"
+    test, log = write_table(ckpt.parent / "test.csv", cohort.test), ckpt.parent / "log.txt"
+    bundle_run("inference", log, cohort=test, ckpt=ckpt, output_dir=out)
     risk = pd.read_csv(out / "predictions.csv", dtype={"patient_id": str}).set_index("patient_id").risk
 
     def predict(scan: Scan) -> tuple[float, np.ndarray]:

@@ -1,0 +1,72 @@
+# Copyright 2026 Survival Map contributors
+# SPDX-License-Identifier: Apache-2.0
+"""Survival Map's own codebooks with the masks as labels: the most that its network can show, had it been told where."""
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from bundle.networks.codebook_net import between_tokens
+from bundle.run.codebooks import Tokens, words_of
+from bundle.run.trained import TrainedModel
+from scripts.research.peers import ours
+from scripts.research.peers.cohort import Cohort, Predict, Scan
+
+TITLE = "the same network with masks as labels"
+TOKENS, EPOCHS, BATCH = 2000, 12, 4096
+
+
+def tokens_of(scan: Scan) -> tuple[Tokens, Tensor]:
+    """Tokens as the network takes them, and whether a lesion is there, (M,)."""
+    tokens = Tokens.of(scan.image[None], scan.mask("lung_mask")[None])
+    return tokens, scan.mask("gt_mask")[tokens.index.long().unbind(1)]
+
+
+def train(words: Tensor, lesion: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """A number for each word, (books, size), and one for all: the logit of a lesion is their sum over a token's words."""
+    books = words.shape[1]
+    evidence = nn.EmbeddingBag(books * size, 1, mode="sum")
+    nn.init.zeros_(evidence.weight)
+    bias = nn.Parameter(torch.logit(lesion.float().mean()).view(1))
+    optimizer = torch.optim.AdamW([*evidence.parameters(), bias], lr=3e-2, weight_decay=0.01)
+    steps = EPOCHS * -(-len(words) // BATCH)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    of_book = size * torch.arange(books)
+    for _ in range(steps):
+        drawn = torch.randint(len(words), (BATCH,))
+        logit = evidence(words[drawn].long() + of_book)[:, 0] + bias
+        loss = F.binary_cross_entropy_with_logits(logit, lesion[drawn].float())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return evidence.weight.detach().view(books, size), bias.detach()
+
+
+def fit(cohort: Cohort, seed: int) -> Predict:
+    """Books of the training on outcomes, which saw none; hazards from masks. Heat is the probability of a lesion."""
+    network = TrainedModel(ours.train(cohort, seed)).network
+    torch.manual_seed(seed)
+    words, lesions = [], []
+    for scan in tqdm(cohort.train, desc="words", unit="scan", leave=False):
+        tokens, lesion = tokens_of(scan)
+        ill = lesion.nonzero()[:, 0]
+        ill = ill[torch.randperm(len(ill))[: TOKENS // 4]]
+        drawn = torch.cat([ill, torch.randint(len(lesion), (TOKENS - len(ill),))])
+        words.append(words_of(network, tokens)[drawn])
+        lesions.append(lesion[drawn])
+    size = network.centres.shape[1]
+    evidence, bias = train(torch.cat(words), torch.cat(lesions), size)
+    network.hazard.data.copy_(evidence)
+
+    @torch.no_grad()
+    def predict(scan: Scan) -> tuple[float, np.ndarray]:
+        tokens, lung = tokens_of(scan)[0], scan.mask("lung_mask").float()
+        p = (len(evidence) * network.evidence(words_of(network, tokens)) + bias).sigmoid()
+        heat = between_tokens(p, tokens.index.long() // 2, 0.5 * network.smoothing, lung).clamp_min(0) * lung
+        return float(p.mean()), heat.numpy()
+
+    return predict
