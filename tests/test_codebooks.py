@@ -41,8 +41,9 @@ from bundle.run.codebooks import (
 from bundle.run.results import prediction_row
 from bundle.run.training import Finish
 from bundle.survival import CenTime, Cox
-from bundle.survival.calibration import cohort_pmf, widened
+from bundle.survival.calibration import LEVELS, cohort_pmf, interval_levels, widened
 from bundle.survival.discrete import LogisticHazard
+from bundle.survival.readout import dead_at, normal_log_pmf, quantile_months
 from bundle.survival.ridge_cox import ridge_cox
 
 from .commands import run, train
@@ -291,12 +292,42 @@ def test_residuals_and_the_cohorts_distribution_are_those_of_lifelines():
     torch.testing.assert_close(widened(own, pmf.tolist(), 0.25), 0.75 * own + 0.25 * torch.tensor(pmf).float())
 
 
+@pytest.mark.parametrize("stretch", [0.4, 1.0, 2.0])
+@pytest.mark.parametrize("censoring", [0.0, 0.5])
+def test_interval_levels_cover_95_percent_whatever_the_width_of_the_distributions(stretch, censoring):
+    """Levels of 120 patients, counted on 500 others, 100 times; distributions are too narrow, right, or too wide."""
+    rng, covered = np.random.default_rng(0), []
+    for _ in range(100):
+        middle = rng.uniform(30, 60, 620)
+        time = rng.normal(middle, 8).clip(1, 99)
+        end = np.where(rng.random(620) < censoring, rng.uniform(10, 80, 620), np.inf)
+        event = time <= end
+        pmf = normal_log_pmf(torch.tensor(middle), (8 * stretch) ** 2, 100).exp()
+        outcome = torch.tensor(np.stack([np.minimum(time, end), event], 1))
+        low, high = interval_levels(pmf[:120], outcome[:120])
+        inside = dead_at(pmf[120:], torch.tensor(time[120:]))
+        covered.append(float(((low <= inside) & (inside <= high)).double().mean()))
+    assert 0.935 < np.mean(covered) < 0.975
+
+
+def test_an_end_of_an_interval_that_few_patients_reach_is_not_drawn_in():
+    pmf = normal_log_pmf(torch.full((12,), 50.0), 100.0, 100).exp()
+    outcome = torch.tensor([[50.0, 1.0]] * 12)
+    assert interval_levels(pmf, outcome) == list(LEVELS) == interval_levels(pmf, outcome * torch.tensor([1.0, 0.0]))
+    outcome[0, 0], outcome[1, 0] = 10.0, 95.0
+    low, high = interval_levels(pmf, outcome)
+    assert low < 1e-3 and high > 1 - 1e-3
+    assert quantile_months(pmf[:1], float(dead_at(pmf[:1], torch.tensor([37.3])))).item() == pytest.approx(37.3, abs=1e-3)
+
+
 def test_an_upper_bound_beyond_the_last_death_is_open():
     pmf = torch.zeros(100)
     pmf[[29, 69]] = torch.tensor([0.9, 0.1])
     assert prediction_row("a", pmf, 0.5, last_death=75.0)["upper_months"] == pytest.approx(69.5, abs=1)
     assert prediction_row("a", pmf, 0.5, last_death=65.0)["upper_months"] == 100
     assert prediction_row("a", pmf)["familiarity"] is None
+    wide, narrow = prediction_row("a", pmf), prediction_row("a", pmf, levels=(0.5, 0.6))
+    assert wide["lower_months"] < narrow["lower_months"] < narrow["upper_months"] < wide["upper_months"]
 
 
 def test_familiarity_of_training_scans_and_of_a_strange_one():
@@ -446,6 +477,7 @@ def test_a_codebook_run_leaves_all_that_a_run_leaves(codebook, tiny_cohort, tmp_
     assert found["network"]["name"] == "CodebookNet" and found["network"]["words"] == 20 and found["severity"] is None
     assert found["learnt"]["by"] == "out of fold" and found["learnt"]["deaths"] > 0
     assert sum(found["outcomes"]["pmf"]) == pytest.approx(1) and found["outcomes"]["last_death"] <= 24
+    assert 0 <= found["outcomes"]["levels"][0] <= 0.5 < found["outcomes"]["levels"][1] <= 1
     assert len(found["familiarity"]["distances"]) == found["learnt"]["patients"]
     assert {"model.pt", "codebooks.pt", "last.pt"} <= {path.name for path in codebook.parent.iterdir()}
     before = codebook.read_bytes()

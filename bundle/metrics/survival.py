@@ -31,6 +31,7 @@ from bundle.errors import InputError
 from bundle.metrics.scan_metric import ScanMetric, Statistic
 from bundle.survival import death_by, mean_months, quantile_months, restricted_mean_months, survival_curve
 from bundle.survival.kaplan_meier import kaplan_meier, kaplan_meier_censoring, restricted_mean
+from bundle.survival.readout import dead_at
 
 HORIZONS = (12, 24, 36, 60)  # months
 Outcome = tuple[Tensor, Tensor]
@@ -149,9 +150,7 @@ def d_calibration(pmf: Tensor, time: Tensor, event: Tensor, bins: int = 10) -> f
 def calibration_counts(pmf: Tensor, time: Tensor, event: Tensor, bins: int) -> Tensor:
     """Patients in each of the `bins` of :func:`d_calibration`, (bins,), in double."""
     pmf, time = pmf.double(), time.double()
-    # Whole months up to time + 1/2, and the part of the next one.
-    within = (time.unsqueeze(1) + 0.5 - torch.arange(1, pmf.shape[1] + 1)).clamp(0, 1)
-    alive = (1 - (pmf * within).sum(1)).clamp(0, 1).unsqueeze(1)
+    alive = (1 - dead_at(pmf, time)).unsqueeze(1)
     lower = torch.arange(bins, dtype=torch.float64) / bins
     death = torch.nn.functional.one_hot((alive[:, 0] * bins).long().clamp_max(bins - 1), bins)
     # Share of 0..s in each bin; for s = 0 all of it is in the first.

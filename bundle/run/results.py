@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ from bundle.report.pictures import heat_figure, write_png
 from bundle.report.slicer import write_segmentation
 from bundle.report.viewer import times
 from bundle.run.outcomes import against_outcomes
+from bundle.survival.calibration import LEVELS
 from bundle.survival.readout import death_by, mean_months, quantile_months, survival_curve
 
 __all__ = ["DoneScans", "PredictionWriter", "ScanFiles", "prediction_row", "write_heat"]
@@ -49,15 +51,20 @@ MASKS = ("gt_mask", "confounder_mask")  # that a report shows where they are giv
 
 
 def prediction_row(
-    patient_id: str, pmf: torch.Tensor, familiarity: float | None = None, last_death: float | None = None
+    patient_id: str,
+    pmf: torch.Tensor,
+    familiarity: float | None = None,
+    last_death: float | None = None,
+    levels: Sequence[float] = LEVELS,
 ) -> dict:
     """One row of `predictions.csv` from P(T = 1..tmax months), (tmax,); `risk` grows with danger.
 
+    The 95 % interval lies between the `levels` of P(T <= t), from :func:`~bundle.survival.calibration.interval_levels`.
     Beyond the `last_death` of the training (months) nothing is known: an upper bound that lies there becomes tmax.
     """
     pmf = pmf[None]
     numbers = {"median_months": quantile_months(pmf, 0.5), "mean_months": mean_months(pmf)}
-    numbers |= {"lower_months": quantile_months(pmf, 0.025), "upper_months": quantile_months(pmf, 0.975)}
+    numbers |= {name: quantile_months(pmf, p) for name, p in zip(("lower_months", "upper_months"), levels)}
     if last_death is not None and numbers["upper_months"] > last_death:
         numbers["upper_months"] = torch.tensor(float(pmf.shape[1]))
     numbers |= {"risk": -numbers["mean_months"]} | {f"death_{months}m": death_by(pmf, months) for months in DEATH_BY}
@@ -245,7 +252,7 @@ class PredictionWriter:
         weights = settings.get("weights_sha256", "")
         self.weights = weights if isinstance(weights, str) else ", ".join(weights)
         self.scans = {record["patient_id"]: record for record in stream.data}
-        self.last_death = settings.get("outcomes", {}).get("last_death")
+        self.known = {key: value for key, value in settings.get("outcomes", {}).items() if key in ("last_death", "levels")}
         learnt = settings.get("learnt")  # older weights have no verdict
         self.doubt = in_words(learnt) if learnt and learnt["verdict"] != "yes" else ""
 
@@ -273,7 +280,7 @@ class PredictionWriter:
             files += self.others(scan, output)
             message = "; ".join(filter(None, [self.doubt, self.scans[patient_id].get("imputed"), scan.get("notes")]))
             familiarity = float(scan["familiarity"]) if "familiarity" in scan else None
-            row = prediction_row(patient_id, pmf, familiarity, self.last_death) | {"message": message}
+            row = prediction_row(patient_id, pmf, familiarity, **self.known) | {"message": message}
             found = {"key": self.done.key(self.scans[patient_id]), "row": row, "pmf": pmf.tolist()}
             found |= {"risk": float(output["scan_heat"].cpu().sum()), "lung_mask_source": scan["lung_mask_source"]}
             report = self.report(scan, output, found, explained)

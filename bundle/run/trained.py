@@ -18,6 +18,7 @@ from bundle.maps import Familiarity
 from bundle.networks import MaskedAutoencoder, network_from
 from bundle.run.settings import differences, read_settings
 from bundle.survival import Objective, objective_from, severity_from
+from bundle.survival.calibration import LEVELS
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,9 @@ def joint_settings(files: Sequence[str], members: Sequence[dict]) -> dict:
     seen = sorted({digest for settings in members for digest in settings["trained_on"]})
     weights = [settings["weights_sha256"] for settings in members]
     verdicts = [settings["learnt"] for settings in members if settings.get("learnt")]
-    last, cohorts = ([settings.get("outcomes", {}).get(key) for settings in members] for key in ("last_death", "pmf"))
+    known = [settings.get("outcomes", {}) for settings in members]
+    last, cohorts = ([one.get(key) for one in known] for key in ("last_death", "pmf"))
+    low, high = zip(*(one.get("levels", LEVELS) for one in known))
     return {
         **members[0],
         "clinical": encodings,
@@ -139,6 +142,7 @@ def joint_settings(files: Sequence[str], members: Sequence[dict]) -> dict:
         "outcomes": {
             "last_death": None if None in last else max(last),
             "pmf": None if None in cohorts else torch.tensor(cohorts).mean(0).tolist(),
+            "levels": [min(low), max(high)],
         },
     }
 

@@ -25,7 +25,7 @@ from bundle.run.codebooks import CodebookStage, as_maps
 from bundle.run.engine import prepare_batch
 from bundle.run.scans import outcomes
 from bundle.survival import Objective, Severity, fit_severity, objective_from, patient_numbers, seen_until, severity_from
-from bundle.survival.calibration import cohort_pmf, last_death
+from bundle.survival.calibration import LEVELS, cohort_pmf, interval_levels, last_death
 from bundle.survival.objectives import classical_log_likelihood
 from bundle.survival.readout import mean_months
 
@@ -114,7 +114,7 @@ class Finish:
     def __call__(self, objective: dict) -> tuple[nn.Module, dict]:
         """The network to keep and what its `settings.json` gains, from the settings of the objective as learnt."""
         self.codebooks.run()
-        found, outcome = None, outcomes(self.val.data)
+        found, outcome, levels = None, outcomes(self.val.data), list(LEVELS)
         if self.codebooks.recipe != "codebook":
             found = self.fitted(objective)
             risk, log_likelihood = self.validated(found)
@@ -123,12 +123,14 @@ class Finish:
             network, readout = self.codebooks.network, self.codebooks.objective
             found = {"objective": {"name": readout.name, **readout.arguments}, "severity": None}
             risk, outcome = -self.codebooks.location, outcomes(self.dataset.data)
+            levels = interval_levels(readout.pmf(as_maps(self.codebooks.location)), outcome)
         by = "validation" if network is self.network else "out of fold"
         learnt = verdict(risk, *outcome.unbind(1), by=by)
         logger.log(logging.INFO if learnt["verdict"] == "yes" else logging.WARNING, f"verdict: {in_words(learnt)}.")
         write_verdict(self.codebooks.path.with_name("history.csv"), learnt["verdict"])
         trained_on = outcomes(self.dataset.data)
-        cohort = {"pmf": cohort_pmf(trained_on, found["objective"]["tmax"]), "last_death": last_death(trained_on)}
+        cohort = {"pmf": cohort_pmf(trained_on, found["objective"]["tmax"])}
+        cohort |= {"last_death": last_death(trained_on), "levels": levels}
         familiarity = dataclasses.asdict(self.codebooks.familiarity)
         name = {"name": type(network).__name__, **network.arguments}
         return network, {**found, "network": name, "learnt": learnt, "outcomes": cohort, "familiarity": familiarity}

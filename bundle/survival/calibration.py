@@ -6,6 +6,9 @@ import numpy as np
 from torch import Tensor
 
 from bundle.survival.kaplan_meier import kaplan_meier
+from bundle.survival.readout import dead_at
+
+LEVELS = (0.025, 0.975)  # probabilities between which 95 % of a right distribution lies
 
 
 def cohort_pmf(outcome: Tensor, tmax: int) -> list[float]:
@@ -30,6 +33,33 @@ def cohort_pmf(outcome: Tensor, tmax: int) -> list[float]:
 def last_death(outcome: Tensor) -> float | None:
     """Months of the last death in a cohort, (N, 2): no later time is known to be survived by few; None without one."""
     return max(outcome[outcome[:, 1] > 0, 0].tolist(), default=None)
+
+
+def interval_levels(pmf: Tensor, outcome: Tensor) -> list[float]:
+    """Predicted probabilities of death between which the times of 95 in 100 patients lie, if patients are like these.
+
+    Where distributions are right they are :data:`LEVELS`. Where they are too wide or too narrow, an end is that of the
+    observed P(T <= t), as split conformal prediction has it: of n patients the k-th from the end, k = 0.025 (n + 1). Kaplan
+    and Meier's estimate takes the place of the count, as for a censored patient P(T <= t) is known to be more than at the
+    last contact. An end that so few patients or deaths don't reach stays, or is further out if a patient died there.
+
+    Args:
+        pmf: P(T = 1..tmax months), (N, tmax), of patients whose outcomes the prediction has not seen.
+        outcome: (time in months, event), (N, 2).
+
+    Source: Vovk, Gammerman and Shafer, Algorithmic Learning in a Random World, 2005; for censored times, Candès, Lei and
+    Ren, J R Stat Soc B 85 (2023) 24, whose lower bound needs the time of censoring of every patient, which cohorts lack.
+    """
+    died = outcome[:, 1].numpy() == 1
+    level = dead_at(pmf.double(), outcome[:, 0].double()).numpy()
+    if not died.any():
+        return list(LEVELS)
+    deaths, n = np.sort(level[died]), len(level)
+    observed, k = 1 - kaplan_meier(level, died).evaluate(deaths), int(LEVELS[0] * (n + 1))
+    early, late = deaths[observed > (k - 0.5) / n], deaths[observed > (n + 0.5 - k) / n]
+    low = early[0] if k > 0 else min(LEVELS[0], deaths[0])
+    high = late[0] if len(late) else max(LEVELS[1], deaths[-1])
+    return [round(float(low), 6), round(float(high), 6)]
 
 
 def widened(pmf: Tensor, cohort: list[float], share: float) -> Tensor:

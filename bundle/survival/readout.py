@@ -75,6 +75,12 @@ def quantile_months(pmf: Tensor, probability: float) -> Tensor:
     return (index + 0.5 + within.clamp(0, 1)).squeeze(-1)
 
 
+def dead_at(pmf: Tensor, time: Tensor) -> Tensor:
+    """P(T <= time), (B,), for each patient's own time in months, (B,), linear as :func:`quantile_months`, its inverse."""
+    within = (time.unsqueeze(1) + 0.5 - months(pmf.shape[-1], pmf)).clamp(0, 1)
+    return (pmf * within).sum(-1).clamp(0, 1)
+
+
 def death_by(pmf: Tensor, horizon: float) -> Tensor:
     """P(T <= horizon), (B,), for a horizon in months; 1 for horizons at or beyond tmax."""
     return (pmf * (months(pmf.shape[-1], pmf) <= horizon)).sum(-1).clamp(0, 1)

@@ -36,7 +36,7 @@ from bundle.run import CodebookStage
 from bundle.run import outcomes as of_records
 from bundle.run.codebooks import as_maps
 from bundle.run.results import prediction_row
-from bundle.survival.calibration import last_death
+from bundle.survival.calibration import interval_levels, last_death
 from scripts.jobs import markdown
 
 HU_WINDOW = (-1000.0, 200.0)
@@ -122,13 +122,15 @@ class Trials:
         outcome = of_records(self.stage.train.data)
         found = {"kind": kind, "seed": seed, **verdict(-self.stage.location, *outcome.unbind(1), by="out of fold")}
         if kind == "drawn":
-            found |= self.intervals(table.loc[[r["patient_id"] for r in self.test.data]], last_death(outcome))
+            unseen = self.stage.objective.pmf(as_maps(self.stage.location))
+            known = {"last_death": last_death(outcome), "levels": interval_levels(unseen, outcome)}
+            found |= self.intervals(table.loc[[r["patient_id"] for r in self.test.data]], known)
         return found
 
-    def intervals(self, rows: pd.DataFrame, last: float | None) -> dict:
+    def intervals(self, rows: pd.DataFrame, known: dict) -> dict:
         """How the predictions hold for the test scans, whose rows of the table are given in the same order."""
         pmf = self.stage.objective.pmf(as_maps(self.stage.predict(self.test)))
-        predicted = pd.DataFrame([prediction_row("", one, last_death=last) for one in pmf])
+        predicted = pd.DataFrame([prediction_row("", one, **known) for one in pmf])
         tmax, true = pmf.shape[1], rows["true_time"].clip(upper=pmf.shape[1]).to_numpy()
         low, high = (predicted[name].to_numpy() for name in ("lower_months", "upper_months"))
         time, event, share, risk = (
