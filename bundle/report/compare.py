@@ -73,5 +73,5 @@ def write_compare_page(folder: str | Path, rows: list[dict], said: list[str]) ->
             summary.append((heading, *(form(q) for q in np.quantile(values, [0.5, 0, 1])), len(values)))
     links = [(row, f"pictures/{quote(row['patient_id'], safe='')}.png") for row in done]
     content = {"said": said, "summary": summary, "done": links, "failed": [row for row in rows if row["status"] != "ok"]}
-    content |= {"NUMBERS": NUMBERS, "script": viewer.script("cohort.js"), "policy": viewer.policy("cohort.js")}
+    content |= {"NUMBERS": NUMBERS, "script": viewer.script("listing.js"), "policy": viewer.policy("listing.js")}
     write_page(Path(folder) / "compare.html", "compare.html", **content)

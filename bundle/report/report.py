@@ -130,7 +130,7 @@ def write_cohort_page(folder: str | Path, rows: list[dict], settings: dict, outc
     done = [row for row in rows if row["status"] == "ok"]
     links = [(row, f"maps/{quote(row['patient_id'])}_heat.png", f"reports/{quote(row['patient_id'])}.html") for row in done]
     failed = [row for row in rows if row["status"] != "ok"]
-    page = {"script": viewer.script("cohort.js"), "policy": viewer.policy("cohort.js")}
+    page = {"script": viewer.script("listing.js"), "policy": viewer.policy("listing.js")}
     known = outcomes or {"said": [], "metrics": None, "pictures": {}}
     known |= {"groups": metric_groups({"survival": known["metrics"]})}
     write_page(Path(folder) / "cohort.html", "cohort.html", done=links, failed=failed, **known, **page, **believed(settings))
