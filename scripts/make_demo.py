@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make the demo: a public chest CT and the box of its tumour (see demo/README.md), resampled until small enough to keep.
 
-    python -m scripts.make_demo --data DIR
+python -m scripts.make_demo --data DIR
 """
 
 import argparse

@@ -38,9 +38,7 @@ disease       what is drawn into the lung                                    def
  texture      mottling that leaves the mean density as it is
 """
 for _name, _kind in DISEASES.items():
-    _numbers = (
-        f"{_kind.radius[0]}-{_kind.radius[1]} mm, {_kind.contrast[0]} to {_kind.contrast[1]} HU, {_kind.effect:g}"
-    )
+    _numbers = f"{_kind.radius[0]}-{_kind.radius[1]} mm, {_kind.contrast[0]} to {_kind.contrast[1]} HU, {_kind.effect:g}"
     WHAT = "\n".join(f"{line:<78} {_numbers}" if line.startswith(f" {_name} ") else line for line in WHAT.split("\n"))
 WHAT += """
 Which scans can teach what: those of a test anatomy are never trained on, and the C-index of the column share, on the
@@ -116,9 +114,7 @@ def plan(names: Sequence[str], args: argparse.Namespace) -> list[dict]:
     for part, anatomies, number in (("train", train, args.num - tested), ("test", test, tested)):
         order = rng.permutation(anatomies)
         sick = rng.permutation(number) < round(args.diseased * number)
-        validates = (
-            rng.permutation(number) < round(args.val_share * number) if part == "train" else np.zeros(number, bool)
-        )
+        validates = rng.permutation(number) < round(args.val_share * number) if part == "train" else np.zeros(number, bool)
         for k in range(number):
             split = "val" if validates[k] else part
             scans.append({"anatomy": str(order[k % len(order)]), "split": split, "diseased": bool(sick[k])})
@@ -155,18 +151,14 @@ def write_cohort(out: Path, args: argparse.Namespace, params: ImplantParams) -> 
     """
     backgrounds = {record["patient_id"]: record for record in read_cohort(args.backgrounds, need_outcome=False)}
     scans = plan(list(backgrounds), args)
-    wanted = {
-        name: getattr(args, name) for name in ("num", "seed", "spacing", "test_anatomies", "test_share", "val_share")
-    }
+    wanted = {name: getattr(args, name) for name in ("num", "seed", "spacing", "test_anatomies", "test_share", "val_share")}
     wanted |= {"backgrounds": list(backgrounds), **json.loads(json.dumps(asdict(params)))}
     record = out / "implants.json"
     if record.is_file() and not args.overwrite:
         found = json.loads(record.read_text())
         if found != wanted:
             changed = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
-            raise InputError(
-                f"{out} holds other implants ({', '.join(changed)} differ); give --overwrite or another --out."
-            )
+            raise InputError(f"{out} holds other implants ({', '.join(changed)} differ); give --overwrite or another --out.")
         if (out / "cohort.csv").is_file():
             print(f"{out / 'cohort.csv'} is there already, with these very parameters.")
             return
@@ -219,20 +211,14 @@ def draw_picture(path: Path, out: Path, rows: Sequence[dict], number: int = 6) -
         )
         mask = gt if gt.any() else confounder
         for place, (ax, bare) in zip((2, 2, 1, 1), zip(column, (True, False, True, False))):
-            k = (
-                int(mask.sum(tuple(i for i in range(3) if i != place)).argmax())
-                if mask.any()
-                else image.shape[place] // 2
-            )
+            k = int(mask.sum(tuple(i for i in range(3) if i != place)).argmax()) if mask.any() else image.shape[place] // 2
             ax.imshow(plane(image, place, k), cmap="gray", vmin=LUNG_WINDOW[0], vmax=LUNG_WINDOW[1])
             for outline, colour in ((confounder, "deepskyblue"), (gt, "red")):
                 if not bare and np.take(outline, k, place).any():
                     ax.contour(plane(outline, place, k), [0.5], colors=colour, linewidths=0.8)
             ax.set_axis_off()
         what = f"{'died' if row['event'] == '1' else 'censored'} at {float(row['time']):.0f} months"
-        column[0].set_title(
-            f"{row['anatomy']}\n{float(row['share']):.1%} of the lung\n{what}", fontsize=8, color="white"
-        )
+        column[0].set_title(f"{row['anatomy']}\n{float(row['share']):.1%} of the lung\n{what}", fontsize=8, color="white")
     write_png(path, figure)
 
 
@@ -255,12 +241,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="ID",
         help="patient_ids to test on only, or none (default a third, drawn by the seed)",
     )
-    p.add_argument(
-        "--test_share", type=float, default=0.25, help="share of the scans that these are given (default 0.25)"
-    )
-    p.add_argument(
-        "--val_share", type=float, default=0.15, help="share of the other scans to validate on (default 0.15)"
-    )
+    p.add_argument("--test_share", type=float, default=0.25, help="share of the scans that these are given (default 0.25)")
+    p.add_argument("--val_share", type=float, default=0.15, help="share of the other scans to validate on (default 0.15)")
     p.add_argument("--spacing", type=float, default=3.0, help="mm, of the cubic voxels written (default 3)")
     p.add_argument("--jobs", type=int, default=1, help="processes that share the work (default 1)")
     p.add_argument("--overwrite", action="store_true", help="replace a cohort of other parameters")
@@ -268,18 +250,12 @@ def parser() -> argparse.ArgumentParser:
     ranges = {"count": int, "radius": float, "contrast": float}
     for name, default, text in options():
         if name == "lookalikes":
-            p.add_argument(
-                "--lookalikes", nargs="+", metavar="KIND", help=f"{text} (default nodules emphysema fibrosis)"
-            )
+            p.add_argument("--lookalikes", nargs="+", metavar="KIND", help=f"{text} (default nodules emphysema fibrosis)")
             continue
         pair = name in ranges or isinstance(default, tuple)
         kind = ranges.get(name) or type(default[0] if pair else 0.0 if default is None else default)
         shown = (
-            "by the disease"
-            if default is None and name != "censoring"
-            else " ".join(map(str, default))
-            if pair
-            else default
+            "by the disease" if default is None and name != "censoring" else " ".join(map(str, default)) if pair else default
         )
         choices = list(DISEASES) if name == "disease" else None
         metavar = ("LEAST", "MOST") if pair else None

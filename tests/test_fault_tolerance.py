@@ -128,7 +128,12 @@ def test_a_name_may_be_as_long_as_names_can_be(tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(
-    damage, tiny_cohort, tmp_path, trained, stopped, capsys  # noqa: F811
+    damage,
+    tiny_cohort,
+    tmp_path,
+    trained,
+    stopped,
+    capsys,  # noqa: F811
 ):
     folder = tmp_path / "run"
     shutil.copytree(stopped, folder)

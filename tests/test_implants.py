@@ -96,9 +96,7 @@ def test_deformation_moves_image_and_mask_alike(anatomy):
 
 
 def test_offset_noise_and_gravity(anatomy):
-    plain = make_implant(anatomy, np.random.default_rng(2), False, ImplantParams(lookalikes=(), **STILL)).image.astype(
-        float
-    )
+    plain = make_implant(anatomy, np.random.default_rng(2), False, ImplantParams(lookalikes=(), **STILL)).image.astype(float)
 
     def change(**given):
         params = ImplantParams(lookalikes=(), **{**STILL, **given})
@@ -156,17 +154,13 @@ def test_command_line_writes_a_cohort_that_the_bundle_reads(backgrounds, tmp_pat
         image, lung, gt = (nib.load(tmp_path / "c" / name) for name in (row.image, row.lung_mask, row.gt_mask))
         assert image.get_data_dtype() == np.int16 and np.allclose(image.header.get_zooms(), 6)
         assert np.array_equal(image.affine, lung.affine) and image.shape == gt.shape
-        assert np.isclose(
-            (np.asarray(gt.dataobj) > 0).sum() / (np.asarray(lung.dataobj) > 0).sum(), row.share, atol=1e-6
-        )
+        assert np.isclose((np.asarray(gt.dataobj) > 0).sum() / (np.asarray(lung.dataobj) > 0).sum(), row.share, atol=1e-6)
     assert (tmp_path / "c" / "implants.png").stat().st_size > 10_000
     # the anatomy stays where it was in the scanner's space
     first = nib.load(tmp_path / "c" / "anatomies" / f"{table.anatomy[0]}_lung.nii.gz")
     theirs = pd.read_csv(backgrounds).set_index("patient_id").lung_mask[table.anatomy[0]]
     original = nib.load(backgrounds.parent / theirs)
-    centres = [
-        nib.affines.apply_affine(m.affine, np.argwhere(np.asarray(m.dataobj) > 0).mean(0)) for m in (first, original)
-    ]
+    centres = [nib.affines.apply_affine(m.affine, np.argwhere(np.asarray(m.dataobj) > 0).mean(0)) for m in (first, original)]
     assert np.allclose(*centres, atol=3)
 
     stamp = (tmp_path / "c" / table.image[0]).stat().st_mtime_ns

@@ -158,9 +158,7 @@ def test_lung1(lung1, caplog, capsys):
         if record["patient_id"] == "LUNG1-003":
             continue
         mask = scan["gt_mask"][0].numpy() > 0
-        assert 2 * (mask & truth).sum() / (mask.sum() + truth.sum()) > (
-            0.97 if "001" in record["patient_id"] else 0.9999
-        )
+        assert 2 * (mask & truth).sum() / (mask.sum() + truth.sum()) > (0.97 if "001" in record["patient_id"] else 0.9999)
         assert mask.sum() * np.prod(SPACING) == pytest.approx(4 / 3 * np.pi * RADIUS**3, rel=0.03)
         assert (scan["image"][0].numpy()[mask] > 0).mean() > 0.97
     assert not list((lung1 / "out").rglob(".*"))

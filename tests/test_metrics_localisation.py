@@ -261,9 +261,7 @@ def test_metric_averages_the_functions_and_counts_what_it_leaves_out():
         assert min(values) <= entry["lower"] <= entry["value"] <= entry["upper"] <= max(values)
     assert result["average_precision_ceiling"]["value"] == 1 and result["average_precision_ceiling"]["num_scans"] == 1
     peaks = [peak_scores(heat[i], mask[i], 64) for i in range(6)]
-    false, found = (
-        np.array([np.pad(p[k], (0, 64 - len(p[k])), constant_values=np.nan) for p in peaks]) for k in (0, 1)
-    )
+    false, found = (np.array([np.pad(p[k], (0, 64 - len(p[k])), constant_values=np.nan) for p in peaks]) for k in (0, 1))
     expected = froc(false, found, np.array([p[2] for p in peaks]))
     assert result["froc"]["value"] == pytest.approx(expected) and result["froc"]["num_scans"] == 6
     # Scan 1 has a confounder but no lesion, so it isn't scored.

@@ -657,8 +657,7 @@ def test_a_linear_model_ranks_as_well_as_lifelines_cox_fit(kind, name, shared_da
         objective = LINEAR[kind](by=int(np.median(time[train][event[train] > 0])))
         ours.append(x[test] @ linear_fit(objective, torch.tensor(x[train]), outcome[train]).numpy())
     found, expected = (
-        np.mean([concordance_index(time[fold == k], risk[k], event[fold == k]) for k in range(5)])
-        for risk in (ours, theirs)
+        np.mean([concordance_index(time[fold == k], risk[k], event[fold == k]) for k in range(5)]) for risk in (ours, theirs)
     )
     assert found > expected - 0.01
 
