@@ -310,3 +310,5 @@ def test_the_given_network_is_no_codebook_for_the_transformer(tmp_path):
 
     net = fine_tuned(Given(), "all", {}, 0, [-5.0, 120.0], 0.1, 0)
     assert isinstance(net, SurvivalMapNet) and all(p.requires_grad or "log_beta" in n for n, p in net.named_parameters())
+    with pytest.raises(InputError, match="--trainable head has no effect on codebooks"):
+        fine_tuned(Given(), "head", {}, 0, [-5.0, 120.0], 0.1, 0)

@@ -94,12 +94,14 @@ def fine_tuned(
             bound and its beta.
 
     Raises:
-        InputError: `trainable` is something else.
+        InputError: `trainable` is something else, or isn't "all" and codebooks are given.
     """
     if trainable not in FROZEN:
         raise InputError(f'trainable must be one of {", ".join(FROZEN)}, got "{trainable}".')
     own = {"clinical_dim": clinical_dim, "loc_range": list(loc_range), "beta": beta, "extra": extra}
     if isinstance(given.network, CodebookNet):
+        if trainable != "all":
+            raise InputError(f"--trainable {trainable} has no effect on codebooks, as the given weights are; leave it out.")
         return SurvivalMapNet(**own)
     known = inspect.signature(SurvivalMapNet).parameters
     taken = {name: value for name, value in given.network.arguments.items() if name in known}

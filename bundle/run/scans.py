@@ -116,14 +116,17 @@ def scans_to_evaluate(cohort: str | None, settings: dict | None, split: str | No
         logger.warning("whom the weights were trained on was left out of the bundle: be sure that none is evaluated here.")
     unseen = without_trained_on(records, settings)
     if len(unseen) < len(records):
-        logger.info(f"evaluating {len(unseen)} of {len(records)} scans; the weights were trained on the others.")
+        logger.info(f"evaluating {len(unseen)} of {len(records)} scans; the weights know patients of the others' ids.")
     if not unseen:
-        raise InputError(f"the weights were trained on every one of the {len(records)} scans to evaluate in {cohort}.")
+        raise InputError(
+            f"the weights were trained on patients with the ids of all {len(records)} scans to evaluate in {cohort} "
+            "(expected others; patients of another hospital need ids of their own, such as B_P001)."
+        )
     return encode_clinical(censored_at(tmax, unseen), settings["clinical"])
 
 
 def without_trained_on(records: list[dict], settings: dict) -> list[dict]:
-    """The records of patients on whom weights with these settings were not trained."""
+    """The records of patients whose ids are not among those that weights with these settings were trained on."""
     seen = set(settings["trained_on"])
     return [r for r in records if patient_digest(patient_of(r)) not in seen]
 

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException as AnyHTTPException
@@ -63,7 +63,6 @@ def make_app(jobs: Jobs, token: str, version: str, about: dict[str, Any]) -> Fas
             raise HTTPException(401, "the token is missing or wrong (expected the one of the server's start)", BEARER)
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)  # pages of docs load scripts from afar
-    guarded = [Depends(authorised)]
 
     @app.exception_handler(AnyHTTPException)
     async def refuse(request: Request, error: AnyHTTPException) -> JSONResponse:
@@ -84,20 +83,36 @@ def make_app(jobs: Jobs, token: str, version: str, about: dict[str, Any]) -> Fas
         alive = not any(task.done() for task in app.state.tasks)
         return answer(200 if alive else 503, {"status": "ok" if alive else "the queue has ended"})
 
-    @app.get("/metrics", dependencies=guarded)
+    for router in (about_server(jobs, version, known), uploads(jobs), results(jobs)):
+        app.include_router(router, dependencies=[Depends(authorised)])
+    return app
+
+
+def about_server(jobs: Jobs, version: str, known: dict[str, Any]) -> APIRouter:
+    """What the server tells of itself."""
+    router = APIRouter()
+
+    @router.get("/metrics")
     async def metrics() -> Response:
         return Response(generate_latest(jobs.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/info", dependencies=guarded)
+    @router.get("/info")
     async def info() -> JSONResponse:
         names = {"apiVersion": version, "modelName": "survival-map", "modelVersion": version}
         return answer(200, {**names, **known, "limits": jobs.limits._asdict()})
 
-    @app.post("/dicom/uri", dependencies=guarded)
+    return router
+
+
+def uploads(jobs: Jobs) -> APIRouter:
+    """How a job begins."""
+    router = APIRouter()
+
+    @router.post("/dicom/uri")
     async def uri() -> None:
         raise HTTPException(501, "this server fetches nothing (expected an upload to /dicom/files)")
 
-    @app.post("/dicom/files", dependencies=guarded)
+    @router.post("/dicom/files")
     async def upload(request: Request) -> JSONResponse:
         try:
             job = jobs.open()
@@ -118,17 +133,24 @@ def make_app(jobs: Jobs, token: str, version: str, about: dict[str, Any]) -> Fas
                 jobs.forget(job, "refused")
         return answer(202, told(jobs, job), headers={"Location": f"/jobs/{job.id}"})
 
-    @app.get("/jobs/{name}", dependencies=guarded)
+    return router
+
+
+def results(jobs: Jobs) -> APIRouter:
+    """What becomes of a job."""
+    router = APIRouter(prefix="/jobs/{name}")
+
+    @router.get("")
     async def look(name: str) -> JSONResponse:
         job = jobs.find(name)
         return answer(job.status, told(jobs, job), job.message)
 
-    @app.delete("/jobs/{name}", dependencies=guarded)
+    @router.delete("")
     async def delete(name: str) -> JSONResponse:
         jobs.forget(jobs.find(name), "deleted")
         return answer(200, message="the job was deleted")
 
-    @app.get("/jobs/{name}/{file}", dependencies=guarded)
+    @router.get("/{file}")
     async def deliver(name: str, file: str) -> StreamingResponse:
         job = jobs.find(name)
         if job.state != "done":
@@ -136,11 +158,11 @@ def make_app(jobs: Jobs, token: str, version: str, about: dict[str, Any]) -> Fas
         if file not in job.files:
             raise HTTPException(404, f"there is no such file, or it was delivered (there: {', '.join(job.files)})")
         path = job.files[file]
-        left = path.stat().st_size
-        headers = {"Content-Length": str(left)}
+        size = path.stat().st_size
+        headers = {"Content-Length": str(size), "Content-Disposition": f'attachment; filename="{job.id}_{file}"'}
 
         async def content() -> AsyncIterator[bytes]:
-            nonlocal left
+            left = size
             with open(path, "rb") as source:
                 while chunk := await asyncio.to_thread(source.read, _CHUNK_BYTES):
                     left -= len(chunk)
@@ -148,10 +170,9 @@ def make_app(jobs: Jobs, token: str, version: str, about: dict[str, Any]) -> Fas
                         jobs.delivered(job, file)
                     yield chunk
 
-        headers["Content-Disposition"] = f'attachment; filename="{job.id}_{file}"'
         return StreamingResponse(content(), media_type=MEDIA[path.suffix], headers=headers)
 
-    return app
+    return router
 
 
 BEARER = {"WWW-Authenticate": "Bearer"}
