@@ -119,30 +119,6 @@ def test_equal_to_the_oracles_on_real_tables(shared_data, table):
         assert rmst_bias(pmf, time, event, horizon) == pytest.approx(rmst_bias_by_lifelines(pmf, time, event, horizon))
 
 
-def test_equal_to_scikit_survival_with_the_training_cohorts_censoring():
-    risk, time, event, pmf = cohort(0)
-    risk, time, event, pmf = (values[time < 95] for values in (risk, time, event, pmf))
-    training = cohort(7, 200)[1:3]
-    assert training[0].max() > time.max() > 70
-    for cut in (100.0, 70.0):
-        training = tuple(values[training[0] <= cut] for values in training)
-        end = float(training[0].max())
-        training[1][training[0] == end] = 1  # so that the weights beyond the end would not be 0 anyway
-        there = Surv.from_arrays(training[1].numpy() == 1, training[0].numpy())
-        here = structured(time, event)
-        expected = sksurv.concordance_index_ipcw(there, here, risk.numpy(), tau=end)[0]
-        assert c_index_ipcw(risk, time, event, training) == pytest.approx(expected, abs=1e-6)
-        # scikit-survival refuses test times beyond the training follow-up: give them the largest it takes.
-        inside = structured(time.clamp_max(end), torch.where(time > end, 0, event))
-        months = np.arange(np.ceil(time.min().item()), min(np.ceil(time.max().item()), np.ceil(end)))
-        survival = 1 - pmf.cumsum(1).numpy()[:, months.astype(int) - 1]
-        expected = sksurv.integrated_brier_score(there, inside, survival, months)
-        assert integrated_brier(pmf, time, event, training) == pytest.approx(expected, abs=1e-6)
-        expected = sksurv.cumulative_dynamic_auc(there, inside, risk.numpy(), [36])[0][0]
-        assert cumulative_auc(risk, time, event, 36, training) == pytest.approx(expected, abs=1e-6)
-    assert cumulative_auc(risk, time, event, 70, training) is None
-
-
 def test_deaths_tied_with_censorings_weigh_by_the_censoring_before_them():
     """Months 1 2 2 3 3: one of two is censored at 2, and the death at 3 is tied with the last censoring."""
     time, event = torch.tensor([1.0, 2, 2, 3, 3]), torch.tensor([1.0, 1, 0, 1, 0])
@@ -251,23 +227,18 @@ def mean_lifetime(time, event):
     return np.trapezoid(values, knots) + values[-1] * (knots[-1] / (1 - values[-1]) - knots[-1]) / 2
 
 
-def mae_pseudo_observation_by_a_loop(predicted, time, event, training=None):
+def mae_pseudo_observation_by_a_loop(predicted, time, event):
     """Straight from the paper: each censored patient's own two Kaplan-Meier curves."""
     predicted, time, event = (values.numpy() for values in (predicted, time, event))
-    known = (time, event) if training is None else tuple(values.numpy() for values in training)
-    curve = KaplanMeierFitter().fit(*known)
+    curve = KaplanMeierFitter().fit(time, event)
     errors, weights = [], []
-    whole = mean_lifetime(*known)
+    whole = mean_lifetime(time, event)
     for i in range(len(time)):
         target, weight = time[i], 1.0
         if event[i] == 0:
             weight = 1 - curve.predict(time[i])
-            if training is None:
-                others = np.arange(len(time)) != i
-                target = len(time) * whole - (len(time) - 1) * mean_lifetime(time[others], event[others])
-            else:
-                among = mean_lifetime(np.append(known[0], time[i]), np.append(known[1], 0))
-                target = (len(known[0]) + 1) * among - len(known[0]) * whole
+            others = np.arange(len(time)) != i
+            target = len(time) * whole - (len(time) - 1) * mean_lifetime(time[others], event[others])
         errors.append(abs(predicted[i] - target))
         weights.append(weight)
     return np.average(errors, weights=weights)
@@ -277,11 +248,8 @@ def mae_pseudo_observation_by_a_loop(predicted, time, event, training=None):
 def test_mae_pseudo_observation_by_a_loop_over_patients(whole):
     for seed in range(3):
         risk, time, event, _ = cohort(seed, 40, whole)
-        training = cohort(seed + 7, 60, whole)[1:3]
-        ends = (training, (training[0].clamp_max(40), training[1]), (training[0] + 50, training[1]))
-        for known in (None, *ends):
-            expected = mae_pseudo_observation_by_a_loop(-risk, time, event, known)
-            assert mae_pseudo_observation(-risk, time, event, known) == pytest.approx(expected, abs=1e-6)
+        expected = mae_pseudo_observation_by_a_loop(-risk, time, event)
+        assert mae_pseudo_observation(-risk, time, event) == pytest.approx(expected, abs=1e-6)
         died = torch.ones(40)
         assert mae_pseudo_observation(-risk, time, died) == pytest.approx(mae_events(-risk, time, died))
 
@@ -376,19 +344,6 @@ def test_degenerate_cohorts_have_no_nan():
         assert result["c_index"] == {"value": None, "lower": None, "upper": None, "num_scans": 0}
         for entry in result.values():
             assert all(entry[k] is None or np.isfinite(entry[k]) for k in entry)
-
-
-def test_training_cohort_reaches_the_weights():
-    _, time, event, pmf = cohort(1)
-    training = cohort(7, 200)[1:3]
-    metric = SurvivalMetric(training, num_resamples=0)
-    metric(pmf, torch.stack([time, event], 1))
-    mean = (pmf * torch.arange(1, TMAX + 1)).sum(1)
-    entry = metric.aggregate()["c_index_ipcw"]
-    assert entry["value"] == pytest.approx(c_index_ipcw(-mean, time, event, training))
-    assert entry["value"] != c_index_ipcw(-mean, time, event) and entry["lower"] is None
-    with pytest.raises(InputError, match="no death"):
-        SurvivalMetric((time, event * 0))
 
 
 @pytest.mark.parametrize(

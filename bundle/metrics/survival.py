@@ -7,9 +7,8 @@ for a censored patient, and `pmf` is P(T = 1..tmax months), (N, tmax). The risk 
 the distribution; the point prediction whose error is measured is its median. A metric is None where the cohort can't
 tell: the docstrings say when.
 
-Metrics that weight by the probability of not being censored (IPCW) estimate it by Kaplan-Meier on `training`, a pair
-(time, event), or on the scored patients themselves if that is None. They use only what lies within its follow-up. A death
-at T is seen if C >= T, so that is the probability its weight is of: with times in whole months, P(C > T), which
+Metrics that weight by the probability of not being censored (IPCW) estimate it by Kaplan-Meier on the scored patients. A
+death at T is seen if C >= T, so that is the probability its weight is of: with times in whole months, P(C > T), which
 scikit-survival takes, is too small where somebody is censored at T, and 0 at the last time.
 
 Functions compute in the precision they are given; :class:`SurvivalMetric` gives them double.
@@ -34,7 +33,6 @@ from bundle.survival.kaplan_meier import kaplan_meier, kaplan_meier_censoring, r
 from bundle.survival.readout import dead_at
 
 HORIZONS = (12, 24, 36, 60)  # months
-Outcome = tuple[Tensor, Tensor]
 
 
 def _number(value: Tensor) -> float | None:
@@ -42,29 +40,24 @@ def _number(value: Tensor) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _alive_weight(at: Tensor, time: Tensor, event: Tensor, training: Outcome | None) -> Tensor:
+def _alive_weight(at: Tensor, time: Tensor, event: Tensor) -> Tensor:
     """1 / P(C > at), of who is seen alive at `at`, and 0 where that probability is 0."""
-    free = torch.from_numpy(kaplan_meier_censoring(*(training or (time, event))).evaluate(at)).to(time)
+    free = torch.from_numpy(kaplan_meier_censoring(time, event).evaluate(at)).to(time)
     return torch.where(free > 0, 1 / free, 0)
 
 
-def _death_weight(time: Tensor, event: Tensor, training: Outcome | None) -> Tensor:
+def _death_weight(time: Tensor, event: Tensor) -> Tensor:
     """1 / P(C >= time), of who is seen to die at `time`, and 0 where that probability is 0."""
-    return _alive_weight(time.double().nextafter(torch.zeros(())), time, event, training)
+    return _alive_weight(time.double().nextafter(torch.zeros(())), time, event)
 
 
-def _follow_up(time: Tensor, training: Outcome | None) -> float:
-    """Last time of the cohort or of `training`, whichever comes first."""
-    return float(min(time.max(), training[0].max()) if training else time.max())
-
-
-def _concordance(risk: Tensor, time: Tensor, event: Tensor, weight: Tensor | None, end: Tensor | None) -> float | None:
+def _concordance(risk: Tensor, time: Tensor, event: Tensor, weight: Tensor | None) -> float | None:
     died = event == 1
     first = time[died].min() if died.any() else torch.inf
     if not ((time > first) | ((time == first) & ~died)).any():
         return None
     # Times in double make torchsurv sum the weighted pairs in double.
-    return _number(ConcordanceIndex()(risk, died, time.double(), weight=weight, tmax=end, instate=False))
+    return _number(ConcordanceIndex()(risk, died, time.double(), weight=weight, instate=False))
 
 
 def c_index(risk: Tensor, time: Tensor, event: Tensor) -> float | None:
@@ -80,51 +73,46 @@ def c_index(risk: Tensor, time: Tensor, event: Tensor) -> float | None:
         >>> c_index(torch.tensor([3.0, 2.0, 1.0]), torch.tensor([5.0, 20.0, 30.0]), torch.tensor([1, 1, 0]))
         1.0
     """
-    return _concordance(risk, time, event, None, None)
+    return _concordance(risk, time, event, None)
 
 
-def c_index_ipcw(risk: Tensor, time: Tensor, event: Tensor, training: Outcome | None = None) -> float | None:
+def c_index_ipcw(risk: Tensor, time: Tensor, event: Tensor) -> float | None:
     """Uno's concordance: :func:`c_index` with pairs weighted by 1 / P(not censored before the first death)^2.
 
-    Deaths at or after the last time of `training` don't count as first deaths. Computed by torchsurv; Uno et al.,
-    Statistics in Medicine 2011. None without comparable pairs of non-zero weight.
+    Computed by torchsurv; Uno et al., Statistics in Medicine 2011. None without comparable pairs of non-zero weight.
     """
     if not (event == 1).any():
         return None
-    weight = _death_weight(time.double(), event, training)
-    return _concordance(risk, time, event, weight, training[0].max() if training else None)
+    return _concordance(risk, time, event, _death_weight(time.double(), event))
 
 
-def integrated_brier(pmf: Tensor, time: Tensor, event: Tensor, training: Outcome | None = None) -> float | None:
+def integrated_brier(pmf: Tensor, time: Tensor, event: Tensor) -> float | None:
     """Brier score of S(t), weighted for censoring, averaged over the follow-up by the trapezoidal rule; 0 is best.
 
-    Over the whole months from the first time of the cohort to just before its last, and no further than `tmax` or the
-    follow-up of `training`. Computed by torchsurv; Graf et al., Statistics in Medicine 1999. None without deaths, or if
-    the follow-up holds fewer than two whole months.
+    Over the whole months from the first time of the cohort to just before its last, and no further than `tmax`. Computed
+    by torchsurv; Graf et al., Statistics in Medicine 1999. None without deaths, or if the follow-up holds fewer than two
+    whole months.
     """
-    start, end = math.ceil(time.min()), min(math.ceil(_follow_up(time, training)), pmf.shape[1] + 1)
+    start, end = math.ceil(time.min()), min(math.ceil(time.max()), pmf.shape[1] + 1)
     if end - start < 2 or not (event == 1).any():
         return None
     grid = torch.arange(start, end)
-    at_time, at_grid = _death_weight(time, event, training), _alive_weight(grid, time, event, training)
+    at_time, at_grid = _death_weight(time, event), _alive_weight(grid, time, event)
     brier = BrierScore()
     brier(survival_curve(pmf)[:, grid - 1], event == 1, time, grid.to(time), at_time, at_grid)
     return _number(brier.integral())
 
 
-def cumulative_auc(
-    risk: Tensor, time: Tensor, event: Tensor, horizon: float, training: Outcome | None = None
-) -> float | None:
+def cumulative_auc(risk: Tensor, time: Tensor, event: Tensor, horizon: float) -> float | None:
     """Cumulative/dynamic AUC: does risk tell those dead by the horizon (months) from those alive after it?
 
     0.5 is chance. The dead are weighted by 1 / P(not censored before their death), equal risks count half. Computed by
-    torchsurv; Uno et al., JASA 2007. None with no death by the horizon, no one followed beyond it, or a horizon beyond
-    the follow-up of `training`.
+    torchsurv; Uno et al., JASA 2007. None with no death by the horizon, or no one followed beyond it.
     """
     died = event == 1
-    if not (died & (time <= horizon)).any() or horizon >= _follow_up(time, training):
+    if not (died & (time <= horizon)).any() or horizon >= time.max():
         return None
-    at, weight = time.new_tensor([horizon]), _death_weight(time, event, training)
+    at, weight = time.new_tensor([horizon]), _death_weight(time, event)
     # torchsurv asks for weights at the horizon, but this kind of AUC doesn't use them.
     auc = Auc()(risk, died, time, new_time=at, weight=weight, weight_new_time=torch.ones_like(at), instate=False)
     return _number(auc.squeeze())
@@ -177,28 +165,26 @@ def mae_censored(predicted: Tensor, time: Tensor, event: Tensor) -> float | None
     return _number((time - predicted)[event != 1].clamp_min(0).mean())
 
 
-def mae_pseudo_observation(predicted: Tensor, time: Tensor, event: Tensor, training: Outcome | None = None) -> float | None:
+def mae_pseudo_observation(predicted: Tensor, time: Tensor, event: Tensor) -> float | None:
     """Weighted mean |predicted - time| of all patients, months, with pseudo-observations for the censored (MAE-PO).
 
     The pseudo-observation of a patient is what they add to the mean lifetime of the N patients they are among:
     N * mean(all) - (N - 1) * mean(all others). A censored patient has weight 1 - S(c), a death 1. The mean lifetime is
     the area under the Kaplan-Meier curve, taken as linear between deaths and, from the last time on, along the line
-    from (0, 1) through the last point down to 0. The others are `training` if given, else the other scored patients.
+    from (0, 1) through the last point down to 0.
     Qi et al., An effective meaningful way to evaluate survival models, ICML 2023; same as their package SurvivalEVAL.
 
-    None without deaths to estimate the curve from, or if all weights are 0: no deaths are scored, and all were censored
-    before the first death.
+    None without deaths.
     """
-    predicted, time = predicted.double(), time.double()
-    known_time, known_event = (time, event) if training is None else (training[0].double(), training[1])
-    if not (known_event == 1).any():
+    if not (event == 1).any():
         return None
-    deaths, count = known_time[known_event == 1].unique(return_counts=True)
-    at_risk = (known_time >= deaths.unsqueeze(1)).sum(1)
-    order = known_time.sort().values
+    predicted, time = predicted.double(), time.double()
+    deaths, count = time[event == 1].unique(return_counts=True)
+    at_risk = (time >= deaths.unsqueeze(1)).sum(1)
+    order = time.sort().values
     censored = time[event != 1]
 
-    # Curves of the cohort without (or with) each censored patient, all at once: one by one they would take minutes.
+    # Curves of the cohort without each censored patient, all at once: one by one they would take minutes.
     def mean_lifetime(at_risk: Tensor, last: Tensor) -> Tensor:
         curve = (1 - count / at_risk.double()).cumprod(1)
         curve = torch.cat([torch.ones_like(curve[:, :1]), curve, curve[:, -1:]], 1)
@@ -206,17 +192,13 @@ def mae_pseudo_observation(predicted: Tensor, time: Tensor, event: Tensor, train
         end = curve[:, -1]
         return torch.trapezoid(curve, knots) + 0.5 * end.square() / (1 - end) * last[:, 0]
 
-    # A patient who leaves (or joins) is missing (or counts) among those at risk up to c, and may move the last time.
-    if training is None:
-        change, last = -1, torch.where(censored == order[-1], order[-2:][0], order[-1])
-    else:
-        change, last = 1, censored.clamp_min(order[-1])
+    # A patient who leaves is missing among those at risk up to c, and may move the last time.
+    last = torch.where(censored == order[-1], order[-2:][0], order[-1])
     base = mean_lifetime(at_risk.unsqueeze(0), order[-1:].unsqueeze(1))
-    other = mean_lifetime(at_risk + change * (deaths <= censored.unsqueeze(1)), last.unsqueeze(1))
-    size = len(known_time)
+    other = mean_lifetime(at_risk - (deaths <= censored.unsqueeze(1)).int(), last.unsqueeze(1))
     target, weight = time.clone(), torch.ones_like(time)
-    target[event != 1] = change * ((size + change) * other - size * base)
-    weight[event != 1] -= torch.from_numpy(kaplan_meier(known_time, known_event).evaluate(censored))
+    target[event != 1] = len(time) * base - (len(time) - 1) * other
+    weight[event != 1] -= torch.from_numpy(kaplan_meier(time, event).evaluate(censored))
     return _number((weight * (predicted - target).abs()).sum() / weight.sum())
 
 
@@ -267,13 +249,11 @@ class SurvivalMetric(ScanMetric):
     the survival curves.
 
     Args:
-        training: (time, event) of the training cohort, each (M,), for the censoring distribution; None: the scored
-            patients' own.
         num_resamples, seed: of the bootstrap.
 
     Raises:
-        InputError: `training` without a death, shapes that differ, probabilities that don't sum to 1, a time that isn't
-            above 0 or an event that isn't 0 or 1.
+        InputError: shapes that differ, probabilities that don't sum to 1, a time that isn't above 0 or an event that
+            isn't 0 or 1.
 
     Example:
         >>> metric = SurvivalMetric(num_resamples=0)
@@ -282,15 +262,8 @@ class SurvivalMetric(ScanMetric):
         {'value': 1.0, 'lower': None, 'upper': None, 'num_scans': 3}
     """
 
-    def __init__(self, training: Outcome | None = None, num_resamples: int = 200, seed: int = 0) -> None:
+    def __init__(self, num_resamples: int = 200, seed: int = 0) -> None:
         super().__init__(num_resamples, seed)
-        if training is not None:
-            time, event = (torch.as_tensor(values, dtype=torch.float64) for values in training)
-            _check_outcome(time, event)
-            if not (event == 1).any():
-                raise InputError("The training cohort has no death (event 1); the censoring weights need one.")
-            training = time, event
-        self.training = training
 
     def __call__(self, y_pred: Any, y: Any = None, patient_id: Sequence[str] | None = None) -> None:
         pmf, outcome = (
@@ -334,21 +307,21 @@ class SurvivalMetric(ScanMetric):
     def statistics(self) -> dict[str, tuple[Statistic, int]]:
         """Each metric as a function of the rows of :meth:`table` to count, and the number of patients it stands on."""
         pmf, time, event, _ = self._scans()
-        outcome, weights = (time, event), {"training": self.training}
+        outcome = (time, event)
         median, mean = quantile_months(pmf, 0.5), mean_months(pmf)
         everybody, deaths = len(time), int((event == 1).sum())
-        auc = {f"auc_{h}m": _over(cumulative_auc, -mean, *outcome, horizon=h, **weights) for h in HORIZONS}
+        auc = {f"auc_{h}m": _over(cumulative_auc, -mean, *outcome, horizon=h) for h in HORIZONS}
         bias = {f"rmst_bias_{h}m": _over(rmst_bias, pmf, *outcome, horizon=h) for h in HORIZONS}
         return {
             "c_index": (_over(c_index, -mean, *outcome), everybody),
-            "c_index_ipcw": (_over(c_index_ipcw, -mean, *outcome, **weights), everybody),
-            "integrated_brier": (_over(integrated_brier, pmf, *outcome, **weights), everybody),
+            "c_index_ipcw": (_over(c_index_ipcw, -mean, *outcome), everybody),
+            "integrated_brier": (_over(integrated_brier, pmf, *outcome), everybody),
             **{name: (statistic, everybody) for name, statistic in auc.items()},
             "d_calibration_p": (_over(d_calibration, pmf, *outcome), everybody),
             "mae_events": (_over(mae_events, median, *outcome), deaths),
             "rae_events": (_over(rae_events, median, *outcome), deaths),
             "mae_censored": (_over(mae_censored, median, *outcome), everybody - deaths),
-            "mae_pseudo_observation": (_over(mae_pseudo_observation, median, *outcome, **weights), everybody),
+            "mae_pseudo_observation": (_over(mae_pseudo_observation, median, *outcome), everybody),
             **{name: (statistic, everybody) for name, statistic in bias.items()},
             "correlation": (_over(correlation, mean, *outcome), deaths),
             "mean_time_censored": (_over(mean_time_censored, mean, event), everybody - deaths),
