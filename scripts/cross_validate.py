@@ -42,7 +42,7 @@ from bundle.run.settings import differences
 from bundle.run.start import exit_on_sigterm, make_folder
 from bundle.survival import OBJECTIVES
 from scripts.cross_validation_report import Scores, compare, page
-from scripts.jobs import literal, locked, overrides, run_jobs, run_module, threads_of
+from scripts.jobs import literal, locked, options_of, overrides, run_jobs, run_module, threads_of
 
 BASELINES = ("clinical_only", "image_only")
 OF_IMAGES = ("network_def", "codebook_def", "recipe")  # keys of training that don't reach clinical_only
@@ -65,18 +65,6 @@ class Model:
     folder: str
     files: list[str]
     options: dict[str, str]
-
-
-def options_of(words: Sequence[str]) -> dict[str, str]:
-    """Config overrides, ``--key value`` or ``--key=value``."""
-    found: dict[str, str] = {}
-    rest = list(words)
-    while rest:
-        key, given, value = rest.pop(0).partition("=")
-        if not key.startswith("--") or len(key) == 2 or not (given or rest):
-            raise InputError(f"after --, {key} is no override (expected --key value, such as --max_epochs 50).")
-        found[key[2:]] = value if given else rest.pop(0)
-    return found
 
 
 def read_config(files: Sequence[str]) -> ConfigParser:

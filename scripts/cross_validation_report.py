@@ -132,7 +132,7 @@ def page(table: pd.DataFrame, parts: dict[int, dict], num_resamples: int, comman
     means, differences = [], []
     for name in (first, *others):
         rows = cells.loc[name].reindex(shown)
-        means.append({"model": name} | {titles[r.Index]: spread(r) for r in rows.itertuples()})
+        means.append({"model": name} | {titles[r.Index]: with_deviation(r) for r in rows.itertuples()})
         for r in rows.dropna(subset="p").itertuples():
             title, _, digits = METRICS[r.Index]
             change, low, high = (f"{value:+.{digits}f}" for value in (r.difference, r.lower, r.upper))
@@ -149,7 +149,7 @@ def page(table: pd.DataFrame, parts: dict[int, dict], num_resamples: int, comman
     return f"{text}\nMade by `{command}`.\n"
 
 
-def spread(row: tuple) -> str:
+def with_deviation(row: tuple) -> str:
     """Mean ± standard deviation, as far as there are any."""
     digits = METRICS[row.Index][2]
     if np.isnan(row.mean):

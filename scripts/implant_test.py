@@ -32,10 +32,10 @@ from bundle.run.settings import differences
 from bundle.run.start import exit_on_sigterm, make_folder
 from bundle.survival.kaplan_meier import kaplan_meier
 from scripts import make_implants
-from scripts.cross_validate import CrossValidation, options_of, read_config
+from scripts.cross_validate import CrossValidation, read_config
 from scripts.implant_ceiling import mask_ceiling
 from scripts.implant_test_report import report
-from scripts.jobs import locked, overrides, run_jobs, run_module, threads_of
+from scripts.jobs import locked, options_of, overrides, run_jobs, run_module, threads_of
 
 CONFIGS = ["configs/train.json", "configs/evaluate.json"]
 OWN = ("num", "seed", "test_share", "overwrite", "picture")  # options of make_implants that are set here

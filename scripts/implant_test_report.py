@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from bundle.files import write_text
 from bundle.report.pictures import LUNG_WINDOW, plane, png
 from bundle.report.report import write_implant_test
+from scripts.jobs import spread
 
 FOUND = 0.5  # of the way from the base rate to the ceiling
 VISIBLE = 0.1  # average precision of the ceiling, at least; and twice the base rate
@@ -25,15 +26,6 @@ SHOWN = {  # columns of the tables: heading and digits
     "base_rate": ("base rate", 3),
     "pointing_game": ("pointing", 2),
 }
-
-
-def spread(values: pd.Series, digits: int = 2) -> str:
-    """Mean and range over the seeds: ``0.54 (0.50–0.57)``."""
-    values = values.astype(float).dropna()
-    if values.empty:
-        return "–"
-    mean, low, high = (f"{v:.{digits}f}" for v in (values.mean(), values.min(), values.max()))
-    return f"{mean} ({low}–{high})" if low != high else mean
 
 
 def reached(rows: pd.DataFrame) -> pd.Series:

@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-__all__ = ["literal", "locked", "markdown", "overrides", "run_jobs", "run_module", "threads_of"]
+from bundle.errors import InputError
+
+__all__ = ["literal", "locked", "markdown", "options_of", "overrides", "run_jobs", "run_module", "spread", "threads_of"]
 
 _running: set[subprocess.Popen] = set()
 
@@ -25,6 +27,22 @@ _running: set[subprocess.Popen] = set()
 def overrides(options: dict[str, Any]) -> list[str]:
     """Words of a command line: ``{"seed": 1}`` is ``--seed 1``."""
     return [word for key, value in options.items() for word in (f"--{key}", str(value))]
+
+
+def options_of(words: Sequence[str]) -> dict[str, str]:
+    """Config overrides of a command line, ``--key value`` or ``--key=value``.
+
+    Raises:
+        InputError: a word is none.
+    """
+    found: dict[str, str] = {}
+    rest = list(words)
+    while rest:
+        key, given, value = rest.pop(0).partition("=")
+        if not key.startswith("--") or len(key) == 2 or not (given or rest):
+            raise InputError(f"{key} is no override (expected --key value, such as --max_epochs 50).")
+        found[key[2:]] = value if given else rest.pop(0)
+    return found
 
 
 def run_module(*args: str, log: Path, threads: int, lock: int | None = None) -> None:
@@ -108,6 +126,20 @@ def literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+def spread(values: pd.Series, digits: int = 2, of: str = "mean") -> str:
+    """The mean, or the "sum", of the numbers that are there, with the least and the greatest where they differ.
+
+    Example:
+        >>> spread(pd.Series([0.5, 0.58, None])), spread(pd.Series([3, 3]), 0, "sum"), spread(pd.Series([None]))
+        ('0.54 (0.50–0.58)', '6', '–')
+    """
+    values = values.astype(float).dropna()
+    if values.empty:
+        return "–"
+    middle, low, high = (f"{getattr(values, name)():.{digits}f}" for name in (of, "min", "max"))
+    return middle if low == high else f"{middle} ({low}–{high})"
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -10,7 +10,6 @@ A second run goes on where the first was stopped. Any other --key value override
 """
 
 import argparse
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,7 @@ from bundle.data import ScanCache, read_cohort
 from bundle.errors import InputError
 from bundle.run.config import check_config
 from bundle.run.start import begin, make_folder
-from scripts.jobs import literal
-
-SAMPLE = 3  # scans on which reading is timed
+from scripts.jobs import literal, options_of
 
 
 def cache_of(args: argparse.Namespace, overrides: dict[str, Any]) -> ScanCache:
@@ -42,29 +39,6 @@ def cache_of(args: argparse.Namespace, overrides: dict[str, Any]) -> ScanCache:
     return ScanCache(records, transform, make_folder(args.cache_dir), args.on_fault)
 
 
-def report(cache: ScanCache, made: int, seconds: float) -> str:
-    """What the cache holds and what it saves, measured: bytes of all files, seconds on the first scans."""
-    records, sample = cache.data, cache.data[:SAMPLE]
-    paths = {Path(record[key]) for record in records for key in ("image", "lung_mask") if key in record}
-    files = {file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()}
-    source, cached = (sum(f.stat().st_size for f in of) / 1e6 for of in (files, {cache.file(r) for r in records}))
-    start = time.perf_counter()
-    voxels = sum(cache[i]["image"].numel() for i in range(len(records)))
-    hit = (time.perf_counter() - start) / len(records)
-    start = time.perf_counter()
-    for record in sample:
-        cache.preprocess(record)
-    miss = (time.perf_counter() - start) / len(sample)
-    return (
-        f"{len(records)} scans in {cache.cache_dir}: {made} preprocessed in {seconds:.1f} s, "
-        f"{len(records) - made} there already.\n"
-        f"On disk {cached:.1f} MB; the sources have {source:.1f} MB, image and lung in float32 would have "
-        f"{8 * voxels / 1e6:.1f} MB.\n"
-        f"Reading a scan takes {hit:.3f} s from the cache and {miss:.3f} s from its source (mean of {len(sample)}), so "
-        f"an epoch saves {(miss - hit) * len(records):.1f} s."
-    )
-
-
 def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(
         prog="python -m scripts.preprocess", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -75,13 +49,10 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--config_file", nargs="+", default=["configs/train.json"], help="as in training (default: train.json)")
     p.add_argument("--on_fault", choices=("fail", "skip"), default="fail", help="skip leaves out bad scans (default: fail)")
     args, rest = p.parse_known_args(argv)
-    if len(rest) % 2 or not all(key.startswith("--") for key in rest[::2]):
-        p.error(f"expected --key value, got {' '.join(rest)}")
     begin()
-    cache = cache_of(args, {key[2:]: literal(text) for key, text in zip(rest[::2], rest[1::2])})
-    start = time.perf_counter()
+    cache = cache_of(args, {key: literal(text) for key, text in options_of(rest).items()})
     made = cache.fill(args.jobs if args.jobs > 1 else 0, partial(tqdm, desc="preprocessing", unit="scan"))
-    print(report(cache, made, time.perf_counter() - start))
+    print(f"{len(cache.data)} scans in {cache.cache_dir}: {made} preprocessed, {len(cache.data) - made} there already.")
 
 
 if __name__ == "__main__":

@@ -405,7 +405,7 @@ def test_the_table_is_the_mean_and_spread_of_what_evaluation_wrote(finished):
     assert "16 scans of 14 patients, 8 of them with a death" in page and "Difference from centime" in page
     assert f"| clinical_only | {table.loc[('clinical_only', 'c_index'), 'mean']:.3f} ±" in page
     # So is what resamples are scored by, on all scans as they are.
-    options = cross_validate.options_of(SMALL.split()) | {"clinical": "{'age': 'numeric'}"}
+    options = jobs.options_of(SMALL.split()) | {"clinical": "{'age': 'numeric'}"}
     configs = ["configs/cohort/phantom.json"]
     cv = cross_validate.CrossValidation(out, str(cohort), ["centime"], folds=2, configs=configs, options=options)
     scores = cv.scores(cv.models[0])

@@ -34,9 +34,9 @@ from bundle.phantoms import PHANTOMS, Phantom, PhantomCohort, PhantomParams, pha
 from bundle.report.pictures import write_png
 from bundle.run import TrainedModel
 from bundle.survival import mean_months
-from scripts.jobs import markdown
+from scripts.jobs import markdown, spread
 from scripts.research.sweep import HELD_OUT, TRAINED, name_of_run
-from scripts.research.tables import USUAL_SCANS, cell, label, usual_size
+from scripts.research.tables import USUAL_SCANS, label, usual_size
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 UNTRAINED = 5  # networks with random weights
@@ -138,8 +138,8 @@ def controls_of(run: Path, phantom: str, size: int, seed: int, num: int) -> tupl
                 curves.append({"phantom": phantom, "what": what, "share": share, "months": trained.months(hu)})
     mean = {name: np.mean(values, 0) for name, values in found.items()}  # over scans; of random weights one a network
     row = {"phantom": label(phantom, size), "seed": seed, "scans": len(found["ap"]), "AP": f"{mean['ap']:.3f}"}
-    row["random weights: rank correlation"] = cell(pd.Series(mean["rho"]), 2)
-    row["random weights: AP"] = cell(pd.Series(mean["random_ap"]), 3)
+    row["random weights: rank correlation"] = spread(pd.Series(mean["rho"]))
+    row["random weights: AP"] = spread(pd.Series(mean["random_ap"]), 3)
     rest = {"shuffled_ap": "shuffled voxels: AP", "nothing_ap": "nothing: AP", "base_rate": "base rate"}
     return row | {title: f"{mean[name]:.3f}" for name, title in rest.items()}, curves
 

@@ -12,7 +12,7 @@ from bundle.files import write_text
 from bundle.metrics.bootstrap import bootstrap
 from bundle.phantoms import PHANTOMS, PhantomParams, phantom_name
 from bundle.survival import OBJECTIVES
-from scripts.jobs import markdown
+from scripts.jobs import markdown, spread
 from scripts.research.variants import VARIANTS
 
 KEY = ["phantom", "size", "variant", "train_scans", "seed", "test"]
@@ -57,8 +57,8 @@ HEAD = f"""\
 
 Each run trains one configuration on {USUAL_SCANS} phantoms of one seed, unless another number of scans is given: nine
 tenths to train on, one to choose the weights by. It learns from survival times alone, and is measured on 24 phantoms of
-another seed; masks serve these numbers only. A cell is the mean over seeds (least–greatest). `default` is the shipped
-configuration. `scripts/research/variants.py` says what a variant changes and what it is *measured on*.
+another seed; masks serve these numbers only. A cell is the mean over seeds (least–greatest, where they differ). `default`
+is the shipped configuration. `scripts/research/variants.py` says what a variant changes and what it is *measured on*.
 Phantoms have 64³ voxels (`chest` 107³) unless a size is given. Seeds from {RESERVED} on were kept for the
 report; they were seen once while the severity fit was being changed.
 
@@ -165,15 +165,6 @@ def numbers(rows: pd.DataFrame) -> pd.DataFrame:
     return table.assign(section=[section(*row) for row in where], reserved=table.seed >= RESERVED)
 
 
-def cell(values: pd.Series, digits: int, total: bool = False) -> str:
-    """Mean, or total, over seeds (least–greatest)."""
-    values = values.dropna()
-    if not len(values):
-        return "–"
-    spread = f" ({values.min():.{digits}f}–{values.max():.{digits}f})" if len(values) > 1 else ""
-    return f"{values.sum() if total else values.mean():.{digits}f}{spread}"
-
-
 def targets(table: pd.DataFrame) -> str:
     """How many phantoms meet each of the TARGETS and which miss it, with what they reach, by the shipped configuration."""
     table = table[table.section == AS_SHIPPED]
@@ -267,6 +258,6 @@ def lines_of(part: pd.DataFrame) -> str:
         cells = {"phantom": label(phantom, size), **{title: group[key].iloc[0] for key, title in keys.items()}}
         cells["seeds"] = seeds_name(group.seed)
         for name, (title, digits) in shown.items():
-            cells[title] = cell(group[name], digits, total=name == "inverted")
+            cells[title] = spread(group[name], digits, "sum" if name == "inverted" else "mean")
         lines.append(cells)
     return markdown(pd.DataFrame(lines))
