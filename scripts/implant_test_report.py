@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from bundle.files import write_text
 from bundle.report.pictures import LUNG_WINDOW, plane, png
-from bundle.report.report import write_implant_test
+from bundle.report.report import write_page
 from scripts.jobs import spread
 
 FOUND = 0.5  # of the way from the base rate to the ceiling
@@ -169,8 +169,9 @@ def report(out: Path, rows: pd.DataFrame, expected: int, command: str) -> list[s
         for row in rows.itertuples()
     ]
     write_text(out / "implant_test.csv", rows.to_csv(index=False, float_format="%.6g"))
-    write_implant_test(
+    write_page(
         out / "implant_test.html",
+        "implant_test.html",
         answer=first,
         sentences=sentences,
         curves=draw_curves(rows),

@@ -11,6 +11,7 @@ from bundle.report.pictures import heat_colours
 
 HOT = 0.25  # share of the hottest voxel's heat from which on a voxel belongs to a region
 LEAST_ML = 0.1  # of a region that is listed
+MOST = 10  # regions that are listed
 LUNG_COLOUR = (0.5, 0.7, 0.9)  # red, green, blue, beside the colours of heat
 EVEN = 2.0  # a map whose hottest voxel is below so many times the lung's mean has no regions
 
@@ -38,25 +39,25 @@ def fault_of(heat: np.ndarray, lung: np.ndarray) -> str:
     return ""
 
 
-def region_ranks(heat: np.ndarray, lung: np.ndarray, affine: np.ndarray, most: int = 10) -> np.ndarray:
+def region_ranks(heat: np.ndarray, lung: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """The rank of the region that each voxel of a map belongs to, 1 for that with most risk, 0 for none; uint8.
 
-    A region is a connected part of at least :data:`LEAST_ML`. A map with a :func:`fault_of` has none. Arguments are as for
-    :func:`ranked_regions`.
+    A region is a connected part of at least :data:`LEAST_ML`; :data:`MOST` of them are ranked. A map with a
+    :func:`fault_of` has none. Arguments are as for :func:`ranked_regions`.
     """
     if fault_of(heat, lung):
         return np.zeros(heat.shape, np.uint8)
     labels, _ = ndimage.label(heat >= HOT * heat.max(), np.ones((3, 3, 3)))
     share, size = (np.bincount(labels.ravel(), weights) for weights in (heat.ravel(), None))
     ml = size * abs(np.linalg.det(affine[:3, :3])) / 1000
-    listed = [n for n in share[1:].argsort()[::-1] + 1 if ml[n] >= LEAST_ML][:most]
+    listed = [n for n in share[1:].argsort()[::-1] + 1 if ml[n] >= LEAST_ML][:MOST]
     ranks = np.zeros(len(size), np.uint8)
     ranks[listed] = np.arange(1, len(listed) + 1)
     return ranks[labels]
 
 
 def ranked_regions(
-    heat: np.ndarray, hu: np.ndarray, lung: np.ndarray, affine: np.ndarray, masked: bool = True, most: int = 10
+    heat: np.ndarray, hu: np.ndarray, lung: np.ndarray, affine: np.ndarray, masked: bool = True
 ) -> list[Region]:
     """The connected parts of a map, those with most risk first; none of a map with a :func:`fault_of`.
 
@@ -66,9 +67,8 @@ def ranked_regions(
         lung: True in the lung, same shape.
         affine: of the voxels (RAS, mm).
         masked: whether the lung is known; else side, third and pleura are not, and stay empty and NaN.
-        most: how many are listed.
     """
-    ranks = region_ranks(heat, lung, affine, most)
+    ranks = region_ranks(heat, lung, affine)
     if not ranks.any():
         return []
     spacing = np.linalg.norm(affine[:3, :3], axis=0)

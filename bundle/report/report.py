@@ -231,18 +231,6 @@ def write_evaluation_report(
     write_page(path, "evaluation.html", groups=metric_groups(metrics), pictures=pictures, failed=failed, **said)
 
 
-def write_implant_test(path: str | Path, **content: Any) -> None:
-    """Write the page of `scripts.implant_test`.
-
-    Args:
-        path: of the HTML file.
-        content: `answer`, a sentence; `sentences`, one for each number of patients and each doubt; `curves` and `examples`,
-            PNGs; `tables`, by title a list of rows, each a mapping from heading to text; `found`, the share of the way from
-            base rate to ceiling that counts as found; `command`.
-    """
-    write_page(path, "implant_test.html", **content)
-
-
 class MetricGroup(NamedTuple):
     """One set of metrics as pages and terminals show it."""
 
