@@ -87,7 +87,9 @@ class Server:
 
     def left(self) -> list[Path]:
         """The files of scans and results that are there."""
-        return [path for path in self.temporary.rglob("*") if path.is_file() and path.name != "lock"]
+        walk = os.walk(self.temporary)  # which passes over a folder that is deleted meanwhile
+        found = [Path(folder, name) for folder, _, names in walk for name in names if name != "lock"]
+        return [path for path in found if path.is_file()]  # no sockets
 
     def ask(self, method: str, path: str, body: object = None, token: str | None = None, **headers: str):
         """Status, message and content of an answer; the content is the parsed ``data`` of JSON, else the body."""
