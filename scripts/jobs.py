@@ -19,8 +19,6 @@ from tqdm import tqdm
 
 from bundle.errors import InputError
 
-__all__ = ["literal", "locked", "markdown", "options_of", "overrides", "run_jobs", "run_module", "spread", "threads_of"]
-
 _running: set[subprocess.Popen] = set()
 
 
