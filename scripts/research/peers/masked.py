@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bundle.networks.codebook_net import between_tokens
+from bundle.networks.descriptors import level_and_spread
 from bundle.run.codebooks import Tokens, words_of
 from bundle.run.trained import TrainedModel
 from scripts.research.peers import ours
@@ -53,10 +54,12 @@ def fit(cohort: Cohort, seed: int) -> Predict:
     words, lesions = [], []
     for scan in tqdm(cohort.train, desc="words", unit="scan", leave=False):
         tokens, lesion = tokens_of(scan)
+        described = tokens.described.float()
         ill = lesion.nonzero()[:, 0]
         ill = ill[torch.randperm(len(ill))[: TOKENS // 4]]
         drawn = torch.cat([ill, torch.randint(len(lesion), (TOKENS - len(ill),))])
-        words.append(words_of(network, tokens)[drawn])
+        with torch.no_grad():
+            words.append(network.words_of(network.standardised(described[drawn], *level_and_spread(described))))
         lesions.append(lesion[drawn])
     size = network.centres.shape[1]
     evidence, bias = train(torch.cat(words), torch.cat(lesions), size)
