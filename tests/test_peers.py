@@ -200,7 +200,9 @@ def test_survival_map_is_called_by_its_commands_and_sees_no_mask(cohort, monkeyp
     def run_module(*words, **_):
         options = dict(zip(words[2::2], words[3::2]))
         called.append(options)
-        if "inference" in options["--config_file"]:
+        if "train" in options["--config_file"]:
+            (Path(options["--ckpt_dir"]) / "settings.json").write_text('{"learnt": {"verdict": "unsure"}}')
+        else:
             table = pd.read_csv(options["--cohort"])
             assert list(table) == ["patient_id", "image", "lung_mask"]
             (maps := Path(options["--output_dir"]) / "maps").mkdir(parents=True, exist_ok=True)
@@ -210,7 +212,7 @@ def test_survival_map_is_called_by_its_commands_and_sees_no_mask(cohort, monkeyp
 
     monkeypatch.setattr(ours, "run_module", run_module)
     risk, heat = ours.fit(cohort, 3)(cohort.test[0])
-    assert (risk, heat.shape) == (2.5, SHAPE)
+    assert (risk, heat.shape, ours.verdict_of(cohort)) == (2.5, SHAPE, "unsure")
     assert called[0]["--seed"] == "3" and called[1]["--ckpt"].endswith("model.pt")
     learnt = pd.read_csv(called[0]["--cohort"])
     assert list(learnt.patient_id) == [scan.row.patient_id for scan in cohort.train] and learnt.site.nunique() == 3
@@ -276,6 +278,8 @@ def test_targets_are_judged_cohort_by_cohort():
     assert found["AP over the ceiling's"] == "1 of 2; 0.75 (0.60 to 0.90)"
     assert found["AP over the same network's with masks"] == "1 of 2; 0.94 (0.75 to 1.12)"
     assert found["pointing"].startswith("2 of 2")
+    rows["learnt"] = rows.seed.map({2: "yes", 3: "no"})
+    assert page.verdicts(rows) == "Verdict of the training in these 2 cohorts: yes in 1 (AP 0.90), no in 1 (AP 0.60).\n"
 
 
 def test_a_cell_is_the_mean_with_least_and_greatest():

@@ -25,6 +25,7 @@ from bundle.errors import InputError
 from bundle.files import write_atomically, write_json, write_text
 from bundle.phantoms.implants import DISEASES
 from scripts import make_implants
+from scripts.research.peers import ours
 from scripts.research.peers.cohort import Cohort
 from scripts.research.peers.measure import measure
 from scripts.research.peers.page import draw, page
@@ -82,6 +83,8 @@ def measure_one(out: Path, cohort: Cohort, key: dict) -> dict:
     predict = module_of(key["method"]).fit(cohort, key["seed"])
     fitted = sum(os.times()[:4])
     found, planes = measure(cohort, predict)
+    if key["method"] == "ours":
+        found["learnt"] = ours.verdict_of(cohort)
     row = {**key, **found, "fit_seconds": fitted - start, "test_seconds": sum(os.times()[:4]) - fitted}
     name = "_".join(str(key[k]) for k in KEY)
     (out / "results").mkdir(exist_ok=True)

@@ -3,6 +3,7 @@
 """Survival Map itself, by its own commands: train.json, then inference.json on the scans to measure on."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import nibabel as nib
@@ -37,9 +38,18 @@ def write_table(path: Path, scans: list[Scan], columns: tuple[str, ...] = ()) ->
     return path
 
 
+def folder_of(cohort: Cohort) -> Path:
+    return (cohort.folder / f"survival_map_{digest()}_{len(cohort.train)}").absolute()
+
+
+def verdict_of(cohort: Cohort) -> str:
+    """What the training said that it learnt: yes, unsure or no."""
+    return json.loads((folder_of(cohort) / "settings.json").read_text())["learnt"]["verdict"]
+
+
 def train(cohort: Cohort, seed: int) -> Path:
     """Its weights. What a stopped training had reached is beside the cohort, and the same command goes on from there."""
-    folder = (cohort.folder / f"survival_map_{digest()}_{len(cohort.train)}").absolute()
+    folder = folder_of(cohort)
     if not (folder / "done").is_file():
         folder.mkdir(exist_ok=True)
         # The recipe "auto" fits the transformer as well, four more minutes, and has kept the codebooks on implants.

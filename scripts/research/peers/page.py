@@ -77,6 +77,13 @@ def targets(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def verdicts(rows: pd.DataFrame) -> str:
+    """What trainings said that they learnt, with the AP that went with it."""
+    own = rows[rows.method == "ours"]
+    parts = [f"{v} in {len(p)} (AP {cell(p.average_precision, 2)})" for v, p in own.groupby("learnt", sort=False)]
+    return f"Verdict of the training in these {len(own)} cohorts: {', '.join(parts)}.\n"
+
+
 def aim_text(aim: dict[int, float]) -> str:
     """One number, or one for each number of scans."""
     values = list(dict.fromkeys(aim.values()))
@@ -98,7 +105,7 @@ def page(rows: pd.DataFrame, titles: dict[str, str], command: str, anatomies: li
     if (rows.method == "ours").any():
         healthy = cell(rows[rows.method == "ours"].healthy_deaths, 2)
         aims = AIMS.format(healthy=healthy)
-        text.append(f"\n## Survival Map against what was aimed at\n{aims}\n{markdown(targets(rows))}")
+        text.append(f"\n## Survival Map against what was aimed at\n{aims}\n{markdown(targets(rows))}\n{verdicts(rows)}")
     for (disease, num), part in rows.groupby(["disease", "num"], sort=False):
         lines = []
         for method, title in titles.items():
