@@ -50,9 +50,7 @@ def targets(rows: pd.DataFrame) -> pd.DataFrame:
     ours = {name: values["ours"] for name, values in table.items()}
     peers = {name: values.drop(columns=["ours", *TOLD], errors="ignore") for name, values in table.items()}
     best = {name: values.max(axis=1) for name, values in peers.items()}
-    # Of cohorts that a peer was measured on, and of peers that were measured on all.
-    usual = {name: values.dropna(axis=1).groupby("num").transform("mean").idxmax(axis=1) for name, values in peers.items()}
-    usual = {name: pd.Series([peers[name].loc[k, v] for k, v in of.items()], of.index, float) for name, of in usual.items()}
+    usual = {name: best_on_average(values.dropna(axis=1)) for name, values in peers.items()}
     c, ap = "c_index_less_oracle", "average_precision"
     aims = [
         ("C-index less the oracle's", {120: -0.06, 300: -0.04}, 1, ours[c]),
@@ -75,6 +73,14 @@ def targets(rows: pd.DataFrame) -> pd.DataFrame:
             line[f"{num} scans"] = met + cell(part, 2)
         lines.append(line)
     return pd.DataFrame(lines)
+
+
+def best_on_average(peers: pd.DataFrame) -> pd.Series:
+    """A measure of the peer that has the highest mean, over cohorts of as many scans, in each cohort; NaN without peers."""
+    if peers.empty:
+        return pd.Series(np.nan, peers.index)
+    parts = [part[part.mean().idxmax()] for _, part in peers.groupby(level="num")]
+    return pd.concat(parts).loc[peers.index]
 
 
 def verdicts(rows: pd.DataFrame) -> str:
