@@ -23,9 +23,11 @@ class CodebookNet(nn.Module):
        one word of every book.
     3. Each word has a hazard, 0 for tissue that doesn't shorten life. A voxel's evidence is the mean of its words' hazards,
        smoothed over 5 mm. It is told at every second voxel an axis, and interpolated between.
-    4. The weight is a base that all voxels have plus the square of the evidence, as a share of the whole lung's: a lung
-       without evidence is evenly lit. The root of the mean square is the patient's risk, on the scale of the evidence,
-       and tells the months.
+    4. The root of the mean square of the evidence is the patient's risk, on the scale of the evidence, and tells the months.
+    5. A student draws the map: the logistic regression, on all words of a voxel at once, that tells the hottest voxels of
+       the cohort from the others. It sees what the mean over books can't: which words go together.
+    6. The weight is a base that all voxels have plus the square of what the student says (of the evidence where there is
+       no student), as a share of the whole lung's: a lung without evidence is evenly lit.
 
     :class:`bundle.run.CodebookStage` fits books, hazards and months from a cohort at once. That is a convex problem, and
     needs far fewer patients than the steps of a transformer.
@@ -68,6 +70,9 @@ class CodebookNet(nn.Module):
         self.register_buffer("chosen", torch.zeros(books, few, dtype=torch.long))
         self.register_buffer("centres", torch.zeros(books, words, few))
         self.hazard = nn.Parameter(torch.zeros(books, words))
+        self.register_buffer("student", torch.zeros(books, words))  # log odds
+        self.register_buffer("student_bias", torch.zeros(()))
+        self.register_buffer("student_scale", torch.zeros(()))  # evidence of a voxel that it is sure of; 0: no student
         self.register_buffer("base", torch.tensor(1e-6))
         self.offset = nn.Parameter(torch.tensor(self.high / 2))  # months without any evidence
         self.slope = nn.Parameter(torch.tensor(self.high / 2))  # months that go with evidence of 1
@@ -92,6 +97,15 @@ class CodebookNet(nn.Module):
         for book in range(words.shape[1]):
             total = total + self.hazard[book][words[:, book].long()]
         return total / words.shape[1]
+
+    def drawn(self, words: Tensor, evidence: Tensor) -> Tensor:
+        """What the map shows of each token, (M,), on the scale of the evidence: what the student says, if there is one."""
+        if not bool(self.student_scale > 0):
+            return evidence
+        odds = self.student_bias.expand(words.shape[0])
+        for book in range(words.shape[1]):
+            odds = odds + self.student[book][words[:, book].long()]
+        return self.student_scale * odds.sigmoid()
 
     def months(self, evidence: Tensor) -> Tensor:
         """Location in months of lung with some evidence, 0 to 1, throughout."""
@@ -120,16 +134,18 @@ class CodebookNet(nn.Module):
             raise ValueError("a scan of the batch has no lung voxel.")
         described = describe(image, lung, tokens)
         level, spread = level_and_spread(described)
-        evidence = self.evidence(self.words_of(self.standardised(described, level, spread)))
+        words = self.words_of(self.standardised(described, level, spread))
+        evidence = self.evidence(words)
         cells = torch.div(tokens, 2, rounding_mode="floor")
         patient = self.months(root_mean(smoothed(evidence, cells, 0.5 * self.smoothing)))
-        return self.read(between_tokens(evidence, cells, 0.5 * self.smoothing, lung).clamp_min(0), patient, lung)
+        drawn = between_tokens(self.drawn(words, evidence), cells, 0.5 * self.smoothing, lung)
+        return self.read(drawn.clamp_min(0), patient, lung)
 
-    def read(self, evidence: Tensor, patient: Tensor, lung: Tensor) -> Tensor:
-        """The map (2, D, H, W) of the evidence at each voxel (D, H, W) and the patient's months."""
-        weight = (self.base + evidence.square()) * lung
+    def read(self, drawn: Tensor, patient: Tensor, lung: Tensor) -> Tensor:
+        """The map (2, D, H, W) of what is drawn at each voxel (D, H, W) and the patient's months."""
+        weight = (self.base + drawn.square()) * lung
         weight = weight / weight.sum()
-        location = self.months(evidence)
+        location = self.months(drawn)
         location = (location + patient - (location * weight).sum()) * lung
         return torch.stack([location, weight])
 

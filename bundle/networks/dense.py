@@ -81,6 +81,7 @@ class DenseCodebooks(nn.Module):
     def __init__(self, network: CodebookNet) -> None:
         super().__init__()
         self.network = network
+        self.taught = bool(network.student_scale > 0)
 
     def forward(self, image: Tensor, lung: Tensor, clinical: Tensor | None = None) -> Tensor:
         net, image, lung = self.network, image[0, 0], lung[0, 0].to(image.dtype)
@@ -90,13 +91,16 @@ class DenseCodebooks(nn.Module):
         inside = keep.reshape(-1)
         described = describe(image, lung, 2 * cells)
         x = net.standardised(described, *level_and_spread(described, inside.unsqueeze(1)))
-        total = torch.zeros_like(x[:, 0])
-        for chosen, centres, hazard in zip(net.chosen, net.centres, net.hazard, strict=True):
-            total = total + hazard[nearest(x[:, chosen], centres)]
+        total, odds = torch.zeros_like(x[:, 0]), net.student_bias.expand(len(x))
+        for chosen, centres, hazard, student in zip(net.chosen, net.centres, net.hazard, net.student, strict=True):
+            word = nearest(x[:, chosen], centres)
+            total, odds = total + hazard[word], odds + student[word]
         evidence = (total / len(net.hazard)).view(grid) * keep
         sigma = 0.5 * net.smoothing
         near, count = blur(evidence, sigma), blur(keep.to(image.dtype), sigma)
         patient = net.months(root_mean(near / count.clamp_min(1e-6), keep))
+        if self.taught:
+            near = blur((net.student_scale * odds.sigmoid()).view(grid) * keep, sigma)
         for axis in range(3):  # to voxels: between two tokens, the mean of both; beyond the last, the last
             end = torch.where(inside, cells[:, axis], -1).amax(0)
             voxel = torch.arange(image.shape[axis], device=image.device)

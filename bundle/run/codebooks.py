@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import ignite.distributed as idist
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,6 +39,9 @@ FOLDS = 10
 SAMPLE = 40_000  # tokens of a cohort that k-means sees
 BOOK_SAMPLE = 20_000  # of them for each book
 ROUNDS = 8  # of k-means
+HOTTEST = 0.005  # share of a cohort's tokens that the student learns to tell from the others
+TAUGHT = 2000  # tokens of a scan that it sees
+BATCH = 4096
 LEAST_AT_SITE = 10  # patients that a site must have to be a stratum of its own
 
 
@@ -149,6 +154,55 @@ def floored(spread: Tensor) -> Tensor:
 def risk_of(network: CodebookNet, words: Tensor, index: Tensor) -> Tensor:
     """The risk of a scan by the network's hazards, a number, as :meth:`CodebookNet.forward` has it."""
     return root_mean(smoothed(network.evidence(words), index.long() // 2, 0.5 * network.smoothing))
+
+
+def teach(network: CodebookNet, words: Sequence[Tensor], scans: Sequence[Tokens], risk: Tensor, seed: int) -> None:
+    """Fit the student to tell the cohort's hottest tokens, by the network's hazards, from the others; no mask is asked.
+
+    Its scale is such that what it says of the scans is in all as large as their risk (N,). Where hazards are all 0 there is
+    no student.
+
+    Source of learning from one's own answers: Lee, ICML workshop on representation learning, 2013 (pseudo-labels).
+    """
+    g = torch.Generator().manual_seed(seed)
+    sigma, (books, size) = 0.5 * network.smoothing, network.hazard.shape
+    with torch.no_grad():
+        cells = [scan.index.long() // 2 for scan in scans]
+        evidence = [smoothed(network.evidence(w), c, sigma) for w, c in zip(words, cells, strict=True)]
+    some = torch.cat([e[torch.randint(len(e), (TAUGHT,), generator=g)] for e in evidence])
+    bar = some.kthvalue(max(1, int((1 - HOTTEST) * len(some)))).values
+    seen, told = [], []
+    for w, e in zip(words, evidence, strict=True):
+        hot = (e > bar).nonzero()[:, 0]
+        hot = hot[torch.randperm(len(hot), generator=g)[: TAUGHT // 4]]
+        token = torch.cat([hot, torch.randint(len(e), (TAUGHT - len(hot),), generator=g)])
+        seen.append(w[token].long() + size * torch.arange(books))
+        told.append((e > bar)[token].float())
+    seen, told = torch.cat(seen), torch.cat(told)
+    network.student_scale.zero_()
+    if not told.any():
+        return
+    student = nn.EmbeddingBag(books * size, 1, mode="sum")
+    nn.init.zeros_(student.weight)
+    bias = nn.Parameter(torch.logit(told.mean(), 1e-6).view(1))
+    groups = [{"params": student.parameters(), "weight_decay": 1.0}, {"params": bias, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.03)
+    steps = 8 * -(-len(seen) // BATCH)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        token = torch.randint(len(seen), (BATCH,), generator=g)
+        loss = F.binary_cross_entropy_with_logits(student(seen[token])[:, 0] + bias, told[token])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        network.student.copy_(student.weight.view(books, size))
+        network.student_bias.copy_(bias[0])
+        network.student_scale.fill_(1.0)
+        told = zip(words, evidence, cells, strict=True)
+        said = [root_mean(smoothed(network.drawn(w, e), c, sigma)) for w, e, c in told]
+        network.student_scale.copy_((risk.square().mean() / torch.stack(said).square().mean()).sqrt())
 
 
 def fit_months(network: CodebookNet, risk: Tensor, outcome: Tensor, objective: Objective, clinical: Tensor) -> float | None:
@@ -400,6 +454,7 @@ class CodebookStage:
         variance = fit_months(self.network, risk, outcome, self.objective, clinical)
         if variance is not None:
             self.objective.variance = variance
+        teach(self.network, self.words, self.scans, risk, self.seed)
         added = unseen_months(self.network, risk, outcome, self.objective, clinical, self.folds)
         self.location = self.network.months(risk).detach() + added
         if hasattr(self.objective, "fit_baseline"):
