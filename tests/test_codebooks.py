@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy import ndimage, optimize
+from sklearn.metrics import average_precision_score
 
 from bundle.errors import InputError
 from bundle.maps import Familiarityd
@@ -24,7 +25,7 @@ from bundle.maps.scan_space import in_cells
 from bundle.metrics import verdict as verdicts
 from bundle.metrics.verdict import in_words, martingale_residuals, verdict
 from bundle.networks import CodebookNet
-from bundle.networks.descriptors import describe, tokens_at
+from bundle.networks.descriptors import describe, level_and_spread, tokens_at
 from bundle.report import pictures
 from bundle.run import TrainedModel
 from bundle.run.codebooks import (
@@ -35,6 +36,7 @@ from bundle.run.codebooks import (
     risk_of,
     site_folds,
     strata_of,
+    teach,
     unseen_months,
     words_of,
 )
@@ -128,8 +130,11 @@ def test_a_map_is_the_same_for_another_calibration_of_the_scanner():
 
 
 @pytest.mark.parametrize("clinical_dim", [0, 2])
-def test_a_map_is_a_location_and_a_weight_for_the_lung_alone_in_torchscript_too(clinical_dim):
+@pytest.mark.parametrize("taught", [False, True])
+def test_a_map_is_a_location_and_a_weight_for_the_lung_alone_in_torchscript_too(clinical_dim, taught):
     net = network(clinical_dim)
+    if taught:
+        net.student.normal_(), net.student_scale.fill_(0.6)
     image, lung = (torch.stack([x, y])[:, None] for x, y in zip(scan(0), scan(1, margin=4)))
     clinical = torch.randn(2, clinical_dim) if clinical_dim else None
     found, script = net(image, lung, clinical), torch.jit.script(net)
@@ -318,6 +323,51 @@ def test_an_end_of_an_interval_that_few_patients_reach_is_not_drawn_in():
     low, high = interval_levels(pmf, outcome)
     assert low < 1e-3 and high > 1 - 1e-3
     assert quantile_months(pmf[:1], float(dead_at(pmf[:1], torch.tensor([37.3])))).item() == pytest.approx(37.3, abs=1e-3)
+
+
+def test_a_student_draws_the_map_and_leaves_the_months_alone():
+    net, (image, lung) = network(), scan(3)
+    plain = net(image[None, None], lung[None, None])[0]
+    net.student.normal_(), net.student_bias.fill_(-1.0), net.student_scale.fill_(0.6)
+    taught = net(image[None, None], lung[None, None])[0]
+    months = [float((m[0] * m[1]).sum()) for m in (plain, taught)]
+    assert months[0] == pytest.approx(months[1], abs=1e-3) and not torch.allclose(plain[1], taught[1], rtol=0.1)
+    index = tokens_at(lung)
+    described = describe(image, lung, index)
+    words = net.words_of(net.standardised(described, *level_and_spread(described))).numpy()
+    odds = sum(net.student[book, words[:, book].tolist()] for book in range(4)).numpy() - 1
+    said = 0.6 / (1 + np.exp(-odds))
+    volumes = [np.zeros([(n + 1) // 2 for n in image.shape]) for _ in range(2)]
+    for volume, values in zip(volumes, (said, 1.0)):
+        volume[tuple((index // 2).T.numpy())] = values
+    near, count = (ndimage.gaussian_filter(v, 0.9, mode="constant", radius=int(3 * 0.9 + 0.5)) for v in volumes)
+    at = tuple((index // 2).T.numpy())
+    weight = float(net.base) + (near[at] / count[at]) ** 2
+    assert np.corrcoef(taught[1][tuple(index.T)], weight)[0, 1] > 0.9999
+
+
+def test_a_student_sees_which_words_go_together_where_their_mean_is_misled():
+    """A lesion has its word in each book more often than not; one other word of harmless tissue has as high a hazard."""
+    g, net, scans, words, lesions = torch.Generator().manual_seed(0), network(), [], [], []
+    for _ in range(30):
+        lesion = torch.rand(800, generator=g) < 0.01
+        drawn = torch.randint(1, 9, (800, 4), generator=g)
+        drawn[(torch.rand(800, 4, generator=g) < 0.75) & lesion[:, None]] = 0
+        index = torch.stack(torch.meshgrid(*(2 * torch.arange(n) for n in (8, 10, 10)), indexing="ij"), -1).view(-1, 3)
+        words.append(drawn.to(torch.int16)), lesions.append(lesion)
+        scans.append(Tokens(torch.zeros(800, 29), index.to(torch.int16)))
+    net.hazard.copy_(torch.tensor([1.0, 0.9, *[0.1] * 7]).expand(4, 9))
+    net.smoothing = 0.2  # lesions here are single voxels
+    risk = torch.full((30,), 0.4)
+    teach(net, words, scans, risk, seed=0)
+    evidence = [net.evidence(w) for w in words]
+    told = [net.drawn(w, e) for w, e in zip(words, evidence)]
+    mean, taught = (np.mean([average_precision_score(y, x) for x, y in zip(one, lesions)]) for one in (evidence, told))
+    assert taught > mean + 0.05
+    assert torch.stack([t.square().mean() for t in told]).mean().sqrt() == pytest.approx(0.4, rel=0.05)
+    net.hazard.zero_()
+    teach(net, words, scans, risk, seed=0)
+    assert net.student_scale == 0 and torch.equal(net.drawn(words[0], evidence[0]), evidence[0])
 
 
 def test_an_upper_bound_beyond_the_last_death_is_open():

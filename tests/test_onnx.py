@@ -22,6 +22,7 @@ FORMS = {
     "overlapping": {"dim": 16, "overlap": 0.5, "head": "hazard", "texture": False},
     "wide windows": {"dim": 16, "window": 3, "head": "attention", "depth": 1},
     "codebooks": {"name": "CodebookNet", "books": 5, "words": 20, "clinical_dim": 1},
+    "taught codebooks": {"name": "CodebookNet", "books": 5, "words": 20, "clinical_dim": 1},
 }
 
 
@@ -36,6 +37,8 @@ def made(name: str) -> torch.nn.Module:
         network.centres.normal_(generator=generator)
         network.chosen.copy_(torch.randint(29, network.chosen.shape, generator=generator))
         network.hazard.data.uniform_(-0.3, 1, generator=generator)
+        if name.startswith("taught"):
+            network.student.normal_(generator=generator), network.student_scale.fill_(0.5)
     return network
 
 
