@@ -157,10 +157,10 @@ def test_a_clinical_cohort_keeps_their_test_patients_and_is_read_by_the_bundle(t
 
     monkeypatch.setitem(sources.TRAINED_ON, "gbsg", 60)
     table = pd.DataFrame({"x0": np.arange(90), "duration": 1.0 + np.arange(90), "event": 1})
-    path = clinical.cohort(tmp_path, table, "gbsg", 0, 40)
+    path = clinical.cohort(tmp_path, table, "gbsg", 0)
     records = read_cohort(path, clinical={"x0": "numeric"}, tmax=100)
     split = [r["split"] for r in records]
-    assert [split.count(name) for name in ("train", "val", "test")] == [36, 4, 30]
+    assert [split.count(name) for name in ("train", "val", "test")] == [54, 6, 30]
     assert all((int(r["covariates"]["x0"]) >= 60) == (r["split"] == "test") for r in records)
     assert max(r["time"] for r in records) == clinical.LONGEST
 
@@ -186,7 +186,8 @@ def test_it_goes_on_where_it_stopped_and_says_what_is_published(tmp_path, archiv
         made.append(args)
         if len(made) == 2:
             raise KeyboardInterrupt
-        return dict(c_index=0.9 + len(made) / 100, oracle=0.95, d_cal=0.1, d_calibration_p=0.0, mae_events=3.0)
+        scores = dict(c_index=0.9 + len(made) / 100, oracle=0.95, d_cal=0.1, d_calibration_p=0.0, mae_events=3.0)
+        return {"kept": "CodebookNet", **scores}
 
     monkeypatch.setattr(survival_mnist, "measured", measured)
     arguments = [
@@ -206,7 +207,7 @@ def test_it_goes_on_where_it_stopped_and_says_what_is_published(tmp_path, archiv
     benchmarks.main(arguments)
     assert len(made) == 1 + len(survival_mnist.VARIANTS)
     page = (tmp_path / "p.md").read_text()
-    assert "| as shipped | us | 0.910 | 0.100 | 0.000 | 3.0 |" in page
+    assert "| as shipped (kept CodebookNet) | us | 0.910 | 0.100 | 0.000 | 3.0 |" in page
     assert "| categorical | X-CAL, table 12 | 0.945 | 0.018 | – | – |" in page
 
 
@@ -219,6 +220,7 @@ def test_a_bag_is_trained_by_the_bundle_and_read_tile_by_tile(tmp_path, monkeypa
     monkeypatch.setitem(bags.SCHEDULE, "max_epochs", 1)
     rows = bags.measured_map(tmp_path, images, shown, "Pos-Neg", 0, True, 1)
     assert [row["score"] for row in rows] == ["weight (heat)", "months"]
+    assert {row["kept"] for row in rows} <= {"CodebookNet", "SurvivalMapNet"}
     assert all(0 <= row[name] <= 1 for row in rows for name in ("auprc", "auprc_2", "bag_auc"))
     tiles = bags.made(images, shown, 0, bags.QUICK_BAGS)["test"][1]
     _, location, weight = bags.read(tmp_path / "Pos-Neg_1_0/model.pt", tiles)

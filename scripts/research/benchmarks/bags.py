@@ -20,7 +20,7 @@ from torch import Tensor
 from bundle.files import write_text
 from bundle.run.trained import TrainedModel
 from scripts.research.benchmarks.peers import PEERS, explained, fitted
-from scripts.research.benchmarks.runs import train, volumes, write_picture
+from scripts.research.benchmarks.runs import kept, train, volumes, write_picture
 
 TILES, GRID, SIDE = 30, (5, 6), 8  # tiles of a bag, laid as rows and columns; pixels of a tile's side
 BAGS = {"train": 2000, "val": 500, "test": 1000}  # as theirs
@@ -154,19 +154,21 @@ def measured_map(
     digits, tiles = parts["test"]
     label, evidence = RULES[rule](digits)
     killing = range(len(evidence)) if len(evidence) > 2 else [1]  # of two classes one is the other reversed
-    risks, danger, weights = [], [], []
+    risks, danger, weights, networks = [], [], [], []
     for k in killing:
         table = cohort(work / f"bags_{seed}", parts, rule, k)
         configs, options = ["configs/cohort/phantom.json"], {**TILE_IS_PATCH, **SCHEDULE}
         ckpt = train(work / f"{rule}_{k}_{seed}", table, configs, options, seed, threads)
         risk, location, weight = read(ckpt, tiles)
         risks, danger, weights = [*risks, risk], [*danger, -location], [*weights, weight]
+        networks.append(kept(ckpt))
     if len(evidence) == 2:
         risks, danger, weights = [-risks[0], risks[0]], [-danger[0], danger[0]], weights * 2
     auc = bag_auc(torch.stack(risks, 1).numpy(), label)
     by_name = {"weight (heat)": weights, "months": danger}
+    common = {"model": "Survival Map", "kept": " ".join(sorted(set(networks))), "bag_auc": auc}
     return [
-        {"model": "Survival Map", "score": name, "bag_auc": auc, "auprc": result[0], "auprc_2": result[1]}
+        {**common, "score": name, "auprc": result[0], "auprc_2": result[1]}
         for name, values in by_name.items()
         for result in [scored(torch.stack(values, 2).numpy(), evidence)]
     ]

@@ -40,15 +40,24 @@ def train(folder: Path, cohort: Path, configs: list[str], options: dict, seed: i
     return folder / "model.pt"
 
 
-@torch.no_grad()
-def predicted(ckpt: Path, pictures: np.ndarray, clinical: torch.Tensor | None = None) -> torch.Tensor:
-    """P(T = 1..tmax months) of each picture's patient, (B, tmax), by 8 of the 64 origins of the patch grid.
+def kept(ckpt: Path) -> str:
+    """Which of the recipe's two networks the training kept."""
+    return TrainedModel(str(ckpt)).settings["network"]["name"]
 
-    They are those from which severity is told; the others would sharpen a map, which isn't looked at here.
+
+@torch.no_grad()
+def predicted(
+    ckpt: Path, pictures: np.ndarray, clinical: torch.Tensor | None = None, shifts: int | None = None
+) -> torch.Tensor:
+    """P(T = 1..tmax months) of each picture's patient, (B, tmax), by at most 8 of the origins of the patch grid.
+
+    They are those from which severity is told; the others would sharpen a map, which isn't looked at here. `shifts`:
+    origins an axis, None for the usual.
     """
     model, found = TrainedModel(str(ckpt)), []
-    shifts, network = model.usual_shifts, model.network.eval()
-    inferer = GridShiftInferer(shifts, model.stride, refine=False, few_origins=True, severity=model.severity)
+    network = model.network.eval()
+    origins = {"few_origins": True, "severity": model.severity}
+    inferer = GridShiftInferer(shifts or model.usual_shifts, model.stride, refine=False, **origins)
     for part in torch.arange(len(pictures)).split(64):
         image = volumes(pictures[part])
         known = {} if clinical is None else {"clinical": clinical[part]}
