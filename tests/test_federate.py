@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import importlib.util
 import json
@@ -29,6 +30,7 @@ from bundle.survival.cox import minimise, partial_log_likelihood
 from bundle.survival.objectives import classical_log_likelihood
 from bundle.survival.priors import location_bounds
 from scripts import federate
+from scripts.research import federated as three_sites
 
 from .conftest import write_scan
 
@@ -317,6 +319,9 @@ def test_codebooks_of_sites(cohorts, tmp_path, monkeypatch):
         return float(classical_log_likelihood(pmf, *outcome.unbind(1)).mean())
 
     assert likelihood(model.network, model.objective.variance) > likelihood(pooled, variance) - 0.05
+    assert float(state["state.top"][0]) == pytest.approx(float(risk.mean() + 2 * risk.std(correction=0)), rel=1e-4)
+    lowest = model.network.months(risk) == model.network.low
+    assert lowest.float().mean() < 0.1  # the riskiest are told apart
     secrets = np.array([record["time"] for site in federation.values() for record in site.records])
     sizes = {2, 3, 4, 6, 29, 36, 250, 9000}  # sites, words, books, descriptors: no axis is of patients
     for message, weight in left:
@@ -409,3 +414,21 @@ def test_simulator_goes_on_without_sites_that_fail_or_hang(cohorts, tmp_path, mo
     assert b"Ahab" not in words
     assert b"torn" not in words
     assert b"torn.nii.gz" in (out / "west" / "site.log").read_bytes()
+
+
+def test_page_says_which_aim_is_missed():
+    scores = {
+        "codebook": {"federated": (0.88, 0.80), "c": (0.7, 0.7)},
+        "network": {"federated": (0.88, 0.60), "c": (0.7, 0.7)},
+    }
+    args = argparse.Namespace(recipes=["codebook", "network"], seeds=[0, 1], phantom="spheres", epochs=4, rounds=3)
+    rows = [
+        {"recipe": recipe, "way": way, "seed": seed, "c_index": c + 0.04 * seed, "ap": ap + 0.04 * seed}
+        for recipe in args.recipes
+        for way in three_sites.RECIPES[recipe]
+        for c, ap in [scores[recipe].get(way, (0.9, 0.8))]
+        for seed in args.seeds
+    ]
+    text = three_sites.page(pd.DataFrame(rows), args, "python -m it")
+    assert "on average: codebook, met; network, missed in the AP." in text
+    assert "| codebook | federated | 0.90 (0.88 to 0.92) | 0.82 (0.80 to 0.84) | -0.02, +0.00 |" in text

@@ -198,12 +198,15 @@ class SharedCodebooks:
 
     def tell_risk(self, state: Arrays) -> Arrays:
         risk = self.unseen_risk(state).double()
-        return {"risk": risk.sum().numpy(), "log": risk.clamp_min(1e-6).log().sum().numpy()}
+        told = {"risk": risk, "square": risk.square(), "log": risk.clamp_min(1e-6).log()}
+        return {key: value.sum().numpy() for key, value in told.items()}
 
     def next_risk(self, state: Arrays, own: Arrays, patients: float) -> Arrays:
         start = self.months_fit(state | {"state.top": np.ones(1)}).start.numpy()
         size = len(start)
-        found = {"top": np.atleast_1d(2 * own["risk"]), "base": np.atleast_1d(np.exp(2 * own["log"]))}
+        # The largest risk is one patient's, and not told. Of those above `top` many would have the lowest month alike.
+        top = own["risk"] + 2 * np.sqrt(np.maximum(own["square"] - own["risk"] ** 2, 0))
+        found = {"top": np.atleast_1d(top), "base": np.atleast_1d(np.exp(2 * own["log"]))}
         found |= {"u": start, "trial": start, "loss": np.array([1e30]), "damping": np.array([1.0])}
         found |= {"gradient": np.zeros(size), "hessian": np.eye(size)}
         return {f"state.{key}": value for key, value in found.items()}
