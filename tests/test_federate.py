@@ -154,7 +154,7 @@ def test_familiar_is_what_looks_like_the_scans_of_any_site():
     np.testing.assert_allclose(found.spread, whole.spread, rtol=0.03)  # over 29 scans, not 28
     assert len(found.distances) == 14
     assert np.abs(np.subtract.outer(found.distances, whole.distances)).min(1).max() < 0.05
-    assert found.strangeness(looks[1][0]) == 0
+    assert found.strangeness(looks[1][0]) < 0.2
     assert fit_familiarity(looks[0], list(range(14))).strangeness(looks[1][0]) == 1  # by its own scans it would be strange
 
 
