@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import importlib.util
 import json
@@ -21,7 +22,16 @@ from bundle.data import fit_clinical
 from bundle.errors import InputError
 from bundle.federated.codebooks import SharedCodebooks
 from bundle.federated.site import Site, bundle_digest, checked_job, kept_at_site
-from bundle.federated.sums import MINIMUM, clinical_encoding, death_priors, moments, site_sums
+from bundle.federated.sums import (
+    MINIMUM,
+    clinical_encoding,
+    death_priors,
+    look_sums,
+    moments,
+    shared_familiarity,
+    site_sums,
+)
+from bundle.maps.familiarity import fit_familiarity
 from bundle.run import TrainedModel
 from bundle.run.codebooks import as_maps, fit_months
 from bundle.survival import location_range, softmin_beta
@@ -29,6 +39,7 @@ from bundle.survival.cox import minimise, partial_log_likelihood
 from bundle.survival.objectives import classical_log_likelihood
 from bundle.survival.priors import location_bounds
 from scripts import federate
+from scripts.research import federated as three_sites
 
 from .conftest import write_scan
 
@@ -132,6 +143,21 @@ def test_of_few_patients_nothing_is_told():
         death_priors(sums, 100)
 
 
+def test_familiar_is_what_looks_like_the_scans_of_any_site():
+    """The same as of all scans in one place; how far is usual is told by the site's own scans, left out."""
+    g = torch.Generator().manual_seed(0)
+    looks = [torch.randn(n, 108, generator=g) + shift for n, shift in ((14, 0), (9, 6), (6, 0))]
+    sums = mean([({"looks": look_sums(own, k, 3)}, len(own)) for k, own in enumerate(looks)])["looks"]
+    found = shared_familiarity(sums, looks[0], 0)
+    whole = fit_familiarity(torch.cat(looks), [k for k, own in enumerate(looks) for _ in own])
+    np.testing.assert_allclose(found.mean, whole.mean, atol=1e-4)
+    np.testing.assert_allclose(found.spread, whole.spread, rtol=0.03)  # over 29 scans, not 28
+    assert len(found.distances) == 14
+    assert np.abs(np.subtract.outer(found.distances, whole.distances)).min(1).max() < 0.05
+    assert found.strangeness(looks[1][0]) < 0.2
+    assert fit_familiarity(looks[0], list(range(14))).strangeness(looks[1][0]) == 1  # by its own scans it would be strange
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -162,9 +188,9 @@ def test_what_leaves_a_site(cohorts, tmp_path):
     secrets = np.array([value for record in records for value in (record["time"], record["covariates"]["age"])])
     for number, (answer, weight) in enumerate(left):
         assert weight == (12, 10, 8)[number % 3]
-        assert answer.keys() == {"sums"} | (shapes.keys() if number >= 3 else set())
+        assert answer.keys() == {"sums"} | ({"looks", *shapes} if number >= 3 else set())
         for key, value in answer.items():
-            assert value.shape == ((3, 2) if key == "sums" else shapes[key])
+            assert value.shape == {"sums": (3, 2), "looks": (5, 3, 108), **shapes}[key]
             for scale in (1.0, weight):  # as it is, and as a sum
                 near = np.abs(scale * value.ravel().astype(float)[:, None] / secrets - 1) < 1e-6
                 assert not near.any(), (key, value.ravel()[near.any(1)], secrets[near.any(0)], scale)
@@ -200,7 +226,7 @@ def test_all_start_alike_and_a_missed_round_is_no_harm(cohorts, tmp_path):
         assert scheduler.get_last_lr()[0] == pytest.approx(scheduler.base_lrs[0] * scheduler.lr_lambda(3 * steps))
     assert answer.keys() == again.keys()
     with pytest.raises(InputError, match="without a network"):
-        south.answer({"sums": message["sums"]}, 4)
+        south.answer({"sums": message["sums"], "looks": message["looks"]}, 4)
 
 
 def test_logs_stay_at_the_site(tmp_path, caplog):
@@ -317,8 +343,11 @@ def test_codebooks_of_sites(cohorts, tmp_path, monkeypatch):
         return float(classical_log_likelihood(pmf, *outcome.unbind(1)).mean())
 
     assert likelihood(model.network, model.objective.variance) > likelihood(pooled, variance) - 0.05
+    assert float(state["state.top"][0]) == pytest.approx(float(risk.mean() + 2 * risk.std(correction=0)), rel=1e-4)
+    lowest = model.network.months(risk) == model.network.low
+    assert lowest.float().mean() < 0.1  # the riskiest are told apart
     secrets = np.array([record["time"] for site in federation.values() for record in site.records])
-    sizes = {2, 3, 4, 6, 29, 36, 250, 9000}  # sites, words, books, descriptors: no axis is of patients
+    sizes = {2, 3, 4, 6, 29, 36, 108, 250, 9000}  # sites, words, books, descriptors: no axis is of patients
     for message, weight in left:
         for key, value in message.items():
             assert set(value.shape) - {1, 3} <= sizes, key
@@ -409,3 +438,21 @@ def test_simulator_goes_on_without_sites_that_fail_or_hang(cohorts, tmp_path, mo
     assert b"Ahab" not in words
     assert b"torn" not in words
     assert b"torn.nii.gz" in (out / "west" / "site.log").read_bytes()
+
+
+def test_page_says_which_aim_is_missed():
+    scores = {
+        "codebook": {"federated": (0.88, 0.80), "c": (0.7, 0.7)},
+        "network": {"federated": (0.88, 0.60), "c": (0.7, 0.7)},
+    }
+    args = argparse.Namespace(recipes=["codebook", "network"], seeds=[0, 1], phantom="spheres", epochs=4, rounds=3)
+    rows = [
+        {"recipe": recipe, "way": way, "seed": seed, "c_index": c + 0.04 * seed, "ap": ap + 0.04 * seed}
+        for recipe in args.recipes
+        for way in three_sites.RECIPES[recipe]
+        for c, ap in [scores[recipe].get(way, (0.9, 0.8))]
+        for seed in args.seeds
+    ]
+    text = three_sites.page(pd.DataFrame(rows), args, "python -m it")
+    assert "on average: codebook, met; network, missed in the AP." in text
+    assert "| codebook | federated | 0.90 (0.88 to 0.92) | 0.82 (0.80 to 0.84) | -0.02, +0.00 |" in text

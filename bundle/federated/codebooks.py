@@ -16,8 +16,6 @@ from torch import Tensor
 from bundle.data import ScanCache
 from bundle.errors import InputError
 from bundle.federated.sums import MINIMUM
-from bundle.files import save_checked
-from bundle.maps.familiarity import fit_familiarity, look
 from bundle.networks.codebook_net import nearest
 from bundle.run.codebooks import (
     ROUNDS,
@@ -30,7 +28,6 @@ from bundle.run.codebooks import (
     risk_of,
     rooted,
     shares_of,
-    site_folds,
     words_of,
 )
 from bundle.run.scans import outcomes
@@ -54,7 +51,8 @@ class SharedCodebooks:
     - shares: mean and square of each word's root share, to standardise it.
     - hazards: gradient of the site's own log partial likelihood (its risk sets are its own patients), at the hazards of
       all and at those without each site; ridge-Cox by gradient steps of Barzilai and Borwein's length.
-    - risk, months: out of fold, so that each site is a fold; the summed likelihood with two derivatives, by Newton's steps.
+    - risk, months: mean, square and logarithm of risks out of fold, so that each site is a fold; the summed likelihood with
+      two derivatives, by Newton's steps.
 
     Sums over fewer than :data:`~bundle.federated.sums.MINIMUM` tokens or deaths are told as 0.
 
@@ -198,12 +196,15 @@ class SharedCodebooks:
 
     def tell_risk(self, state: Arrays) -> Arrays:
         risk = self.unseen_risk(state).double()
-        return {"risk": risk.sum().numpy(), "log": risk.clamp_min(1e-6).log().sum().numpy()}
+        told = {"risk": risk, "square": risk.square(), "log": risk.clamp_min(1e-6).log()}
+        return {key: value.sum().numpy() for key, value in told.items()}
 
     def next_risk(self, state: Arrays, own: Arrays, patients: float) -> Arrays:
         start = self.months_fit(state | {"state.top": np.ones(1)}).start.numpy()
         size = len(start)
-        found = {"top": np.atleast_1d(2 * own["risk"]), "base": np.atleast_1d(np.exp(2 * own["log"]))}
+        # The largest risk is one patient's, and not told. Of those above `top` many would have the lowest month alike.
+        top = own["risk"] + 2 * np.sqrt(np.maximum(own["square"] - own["risk"] ** 2, 0))
+        found = {"top": np.atleast_1d(top), "base": np.atleast_1d(np.exp(2 * own["log"]))}
         found |= {"u": start, "trial": start, "loss": np.array([1e30]), "damping": np.array([1.0])}
         found |= {"gradient": np.zeros(size), "hessian": np.eye(size)}
         return {f"state.{key}": value for key, value in found.items()}
@@ -236,24 +237,12 @@ class SharedCodebooks:
         return {f"state.{key}": value for key, value in found.items()}
 
     def finish(self, message: Arrays) -> None:
-        """Put the fit of all into the stage of this site, and write it as the stage would have."""
+        """Put the fit of all into the stage of this site."""
         state, stage = self.next(message, len(PHASES) + 1), self.stage
         fit = self.months_fit(state)  # with the risk by hazards without this site
         variance = fit.keep(torch.as_tensor(state["state.u"]))
         if variance is not None:
             stage.objective.variance = variance
-        location = self.network.months(fit.risk.float())  # covariates' months have seen the outcome: they are left out
+        stage.location = self.network.months(fit.risk.float())  # covariates' months have seen the outcome: they are left out
         self.put_hazards(state, 0)
         self.network.base.copy_(torch.as_tensor(state["state.base"][0]))
-        looks = torch.stack([look(scan.described) for scan in self.scans])
-        familiarity = fit_familiarity(looks, site_folds(stage.train.data, stage.seed))
-        save_checked(
-            {
-                "identity": stage.identity(),
-                "familiarity": list(vars(familiarity).values()),
-                "network": self.network.state_dict(),
-                "objective": stage.objective.arguments,
-                "location": location,
-            },
-            stage.path,
-        )

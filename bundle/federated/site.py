@@ -19,8 +19,10 @@ from monai.fl.utils.exchange_object import ExchangeObject
 from bundle.data.fingerprint import code_digest
 from bundle.errors import InputError
 from bundle.federated.codebooks import PHASES, SharedCodebooks
-from bundle.federated.sums import clinical_encoding, death_priors, kinds, site_sums
+from bundle.federated.sums import clinical_encoding, death_priors, kinds, look_sums, shared_familiarity, site_sums
 from bundle.files import file_sha256
+from bundle.maps.familiarity import look
+from bundle.run.codebooks import Tokens
 from bundle.run.scans import training_cohort
 
 ROOT = Path(__file__).parents[2]  # this site's own copy of the bundle
@@ -29,7 +31,7 @@ CONFIGS = ["configs/train.json", "configs/federated.json"]
 OF_THE_JOB = ("tmax", "horizon", "seed", "learning_rate", "batch_size", "spacing", "hu_window", "lung_mask")
 OF_THE_JOB += ("margin", "severity")
 OF_THE_SITE = ("cohort", "ckpt_dir", "device", "num_workers", "on_fault", "lungmask_weights", "lung_mask_fill")
-SUMS, NET = "sums", "net."
+SUMS, LOOKS, NET = "sums", "looks", "net."
 
 Message = dict[str, np.ndarray]
 
@@ -37,6 +39,7 @@ Message = dict[str, np.ndarray]
 def bundle_digest() -> str:
     """SHA-256 of what must be the same at every site: the configs, and the code that computes what is averaged."""
     code = code_digest("networks/*.py", "survival/*.py", "federated/*.py", "data/clinical.py", "transforms/*.py")
+    code += code_digest("run/codebooks.py", "maps/familiarity.py")
     return code + "".join(file_sha256(ROOT / name)[:8] for name in CONFIGS)
 
 
@@ -77,11 +80,13 @@ class Site:
     """A hospital in a federated training: it answers one message a round, and keeps all else to itself.
 
     - Round 0: the message is empty; the answer is :func:`~bundle.federated.sums.site_sums`.
-    - Then the message has the mean of all sites' sums, and of what they answered last. With the recipe "network" the
-      site trains the mean of their networks for `local_epochs` by MONAI's `MonaiAlgo`, and answers with the weights; with
-      "codebook" it answers as :class:`~bundle.federated.codebooks.SharedCodebooks`.
-    - In the last round the site finishes the network of all on its own scans (verdict, familiarity, and months where the
-      recipe is "network"). It writes `model.pt` and `settings.json` into its own `ckpt_dir`, and answers what it was told.
+    - Then the message has the mean of all sites' sums, and of what they answered last. In round 1 the site adds
+      :func:`~bundle.federated.sums.look_sums`, whose mean every later message has. With the recipe "network" the site trains
+      the mean of their networks for `local_epochs` by MONAI's `MonaiAlgo`, and answers with the weights; with "codebook" it
+      answers as :class:`~bundle.federated.codebooks.SharedCodebooks`.
+    - In the last round the site finishes the network of all on its own scans (verdict, and months where the recipe is
+      "network"); familiar is what looks like the scans of any site. It writes `model.pt` and `settings.json` into its own
+      `ckpt_dir`, and answers what it was told.
 
     Each answer comes with the number of scans that the site trains on, by which a mean is weighted. A site that missed
     rounds, or was started again, goes on with the next one. Risk sets and likelihoods are those of the site's patients.
@@ -104,12 +109,14 @@ class Site:
         if name not in job["sites"]:
             raise InputError(f"the job is of {', '.join(job['sites'])}, not of {name}.")
         self.name = name
+        self.index, self.sites = job["sites"].index(name), len(job["sites"])
         self.job, self.own = dict(job), dict(own)
         self.clinical = self.job["clinical"]
         seed, on_fault = self.job.get("seed", 0), self.own.get("on_fault", "fail")
         cohort = training_cohort(self.own["cohort"], None, seed, kinds(self.clinical), self.job["tmax"], on_fault)
         self.records = cohort["train"]
         self.algo: MonaiAlgo | None = None
+        self.looks = torch.empty(0)
         self.shared: SharedCodebooks | None = None
 
     def answer(self, message: Message, number: int) -> tuple[Message, int]:
@@ -124,12 +131,17 @@ class Site:
             raise InputError(f"round {number} came without the sums of round 0.")
         if self.algo is None:
             self.build(message[SUMS])
+        if number == 1:
+            looks = look_sums(self.looks, self.index, self.sites)
+        elif LOOKS in message:
+            looks = message[LOOKS]
+        else:
+            raise InputError(f"round {number} came without the looks of round 1.")
         last = number > training_rounds(self.job)
         if self.shared is not None:
-            rest = {key: value for key, value in message.items() if key != SUMS}
-            found = self.shared.finish(rest) if last else self.shared.answer(rest, number)
+            found = self.shared.finish(message) if last else self.shared.answer(message, number)
         else:
-            weights = {key.removeprefix(NET): torch.as_tensor(value) for key, value in message.items() if key != SUMS}
+            weights = {k.removeprefix(NET): torch.as_tensor(v) for k, v in message.items() if k.startswith(NET)}
             if not weights and number > 1:
                 raise InputError(f"round {number} came without a network.")
             if last:
@@ -138,11 +150,14 @@ class Site:
                 trained = self.train(weights or self.first_weights(), number)
                 found = {NET + key: value for key, value in trained.items()}
         if last:
+            stage = self.part("train#codebooks")
+            stage.familiarity = shared_familiarity(looks, self.looks, self.index)
+            stage.write()
             self.part("train#best").finish(self.part("train#finish"))
             return message, len(self.records)
         if not all(np.isfinite(value).all() for value in found.values()):
             raise InputError(f"the answer of site {self.name} to round {number} is not finite.")
-        return {SUMS: message[SUMS], **found}, len(self.records)
+        return {SUMS: message[SUMS], LOOKS: looks, **found}, len(self.records)
 
     def build(self, sums: np.ndarray) -> None:
         """Make the training of this site's own config, with what all sites share; preprocess the scans."""
@@ -171,8 +186,10 @@ class Site:
         self.algo = algo
         if any(True for _ in self.part("objective").parameters()):
             raise InputError("the objective learns parameters of its own, which sites do not share.")
+        dataset = self.part("train#dataset")
+        self.looks = torch.stack([look(Tokens.cached(dataset, i).described) for i in range(len(dataset.data))])
         if job["recipe"] == "codebook":
-            self.shared = SharedCodebooks(self.part("train#codebooks"), job["sites"].index(self.name), len(job["sites"]))
+            self.shared = SharedCodebooks(self.part("train#codebooks"), self.index, self.sites)
 
     def part(self, name: str) -> Any:
         """A part of the site's training, by its id in the config."""

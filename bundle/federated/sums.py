@@ -5,8 +5,11 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from bundle.errors import InputError
+from bundle.maps.familiarity import Familiarity, distance, floored, rounded
 from bundle.survival.priors import location_bounds, steepness
 
 MINIMUM = 5  # patients: of fewer nothing is said
@@ -103,3 +106,23 @@ def death_priors(sums: np.ndarray, tmax: int) -> dict:
         raise InputError(f"no site has {MINIMUM} deaths to train on.")
     early, median = float(mean[0] - TENTH * std[0]), float(mean[0])
     return {"loc_range": location_bounds(early, median, tmax), "beta": steepness(early, median, tmax)}
+
+
+def look_sums(looks: Tensor, index: int, sites: int) -> np.ndarray:
+    """Count, sum and sum of squares of the looks (n, 108) of a site's scans, a scan: (1 + sites, 3, 108) over n.
+
+    The first is for all sites' scans; 1 + k is for all but those of site k, and 0 from that site.
+    """
+    x = looks.double()
+    sums = torch.stack([torch.ones_like(x), x, x.square()]).mean(1).repeat(1 + sites, 1, 1)
+    sums[1 + index] = 0
+    return sums.numpy()
+
+
+def shared_familiarity(sums: np.ndarray, looks: Tensor, index: int) -> Familiarity:
+    """The look of all sites' scans, from the mean of their :func:`look_sums`.
+
+    How far a scan may be from it is told by this site's own scans, (n, 108), from those of the others.
+    """
+    everybody, others = ([torch.tensor(part).float() for part in moments(sums[fit])] for fit in (0, 1 + index))
+    return rounded(*floored(*everybody), [distance(seen, *floored(*others)) for seen in looks])

@@ -68,16 +68,20 @@ def distance(seen: Tensor, mean: Tensor, spread: Tensor) -> float:
 def fit_familiarity(looks: Tensor, folds: Sequence[int]) -> Familiarity:
     """From the looks (N, 108) of the training scans, and the fold of each, in which it is left out with others."""
     fold = torch.tensor(folds)
-
-    def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-        floor = 0.02 + 0.01 * x.mean(0).abs()
-        return x.mean(0), (x.std(0).nan_to_num(0).square() + floor.square()).sqrt()
-
     distances = []
     for i, seen in enumerate(looks):
         others = looks[fold != fold[i]]
-        distances.append(distance(seen, *moments(others if len(others) > 1 else looks)))
-    mean, spread = moments(looks)
+        others = others if len(others) > 1 else looks
+        distances.append(distance(seen, *floored(others.mean(0), others.std(0))))
+    return rounded(*floored(looks.mean(0), looks.std(0)), distances)
+
+
+def floored(mean: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of looks, with a floor for a number that hardly varies."""
+    return mean, (spread.nan_to_num(0).square() + (0.02 + 0.01 * mean.abs()).square()).sqrt()
+
+
+def rounded(mean: Tensor, spread: Tensor, distances: Sequence[float]) -> Familiarity:
     return Familiarity(*[[round(float(x), 5) for x in part] for part in (mean, spread, sorted(distances))])
 
 

@@ -424,6 +424,10 @@ class CodebookStage:
         self.describe()
         if self.folds is not None:
             self.learn()
+        self.write()
+
+    def write(self) -> None:
+        """Write what was fitted, for :meth:`run` to read."""
         state = {"identity": self.identity(), "familiarity": list(vars(self.familiarity).values()), "network": None}
         if self.fitted:
             state["network"] = self.network.state_dict()
