@@ -315,7 +315,7 @@ def test_a_site_of_few_deaths_tells_no_gradient():
 @pytest.mark.slow
 def test_codebooks_of_sites(cohorts, tmp_path, monkeypatch):
     """From start to end in this process: all sites get one network, whose months are as likely as a fit to all scans."""
-    phases = ["tokens", *["words"] * 3, "shares", *["hazards"] * 20, "risk", *["months"] * 16]
+    phases = ["tokens", *["words"] * 3, "shares", *["hazards"] * 20, "risk", *["months"] * 16, "student"]
     for module in ("site", "codebooks"):
         monkeypatch.setattr(f"bundle.federated.{module}.PHASES", phases)
     there = dict(cohorts)

@@ -28,6 +28,7 @@ from bundle.run.codebooks import (
     risk_of,
     rooted,
     shares_of,
+    teach,
     words_of,
 )
 from bundle.run.scans import outcomes
@@ -36,7 +37,9 @@ from bundle.survival.ridge_cox import breslow
 TOKENS = 500  # of a scan, that k-means sees
 HAZARDS = 40  # rounds of gradient steps
 MONTHS = 16  # rounds of Newton's steps
-PHASES = ["tokens", *["words"] * ROUNDS, "shares", *["hazards"] * HAZARDS, "risk", *["months"] * MONTHS]
+PHASES = ["tokens", *["words"] * ROUNDS, "shares", *["hazards"] * HAZARDS, "risk", *["months"] * MONTHS, "student"]
+
+STUDENT = ("student", "student_bias", "student_scale")
 
 Arrays = dict[str, np.ndarray]
 
@@ -53,6 +56,8 @@ class SharedCodebooks:
       all and at those without each site; ridge-Cox by gradient steps of Barzilai and Borwein's length.
     - risk, months: mean, square and logarithm of risks out of fold, so that each site is a fold; the summed likelihood with
       two derivatives, by Newton's steps.
+
+    - student: each site teaches one on its own scans by the hazards of all; kept is their mean.
 
     Sums over fewer than :data:`~bundle.federated.sums.MINIMUM` tokens or deaths are told as 0.
 
@@ -236,6 +241,17 @@ class SharedCodebooks:
         found = {**kept, "damping": damping, "trial": kept["u"] - step}
         return {f"state.{key}": value for key, value in found.items()}
 
+    def tell_student(self, state: Arrays) -> Arrays:
+        risk = self.unseen_risk(state)
+        self.put_hazards(state, 0)
+        self.network.base.copy_(torch.as_tensor(state["state.base"][0]))
+        teach(self.network, self.words, self.scans, risk, self.stage.seed)
+        found = {name: getattr(self.network, name) for name in STUDENT}
+        return {name: (value.double() * len(self.scans)).numpy() for name, value in found.items()}
+
+    def next_student(self, state: Arrays, own: Arrays, patients: float) -> Arrays:
+        return {f"state.{name}": own[name] for name in STUDENT}
+
     def finish(self, message: Arrays) -> None:
         """Put the fit of all into the stage of this site."""
         state, stage = self.next(message, len(PHASES) + 1), self.stage
@@ -246,3 +262,5 @@ class SharedCodebooks:
         stage.location = self.network.months(fit.risk.float())  # covariates' months have seen the outcome: they are left out
         self.put_hazards(state, 0)
         self.network.base.copy_(torch.as_tensor(state["state.base"][0]))
+        for name in STUDENT:
+            getattr(self.network, name).copy_(torch.as_tensor(state[f"state.{name}"]))
