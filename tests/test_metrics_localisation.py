@@ -339,3 +339,12 @@ def test_bootstrap_leaves_out_resamples_without_a_value():
     assert bootstrap(0, statistic) == (None, None) and bootstrap(3, lambda i: 1.0, num=0) == (None, None)
     assert bootstrap(1, lambda i: 2.0) == (2, 2)
     assert with_interval(4, lambda i: None, 4) == {"value": None, "lower": None, "upper": None, "num_scans": 0}
+
+
+def test_otsu_takes_a_map_that_is_even_to_the_last_digit():
+    heat = np.full((4, 4, 4), 1e-4, np.float32)
+    heat[0] = np.nextafter(heat[0], np.float32(1))
+    mask = np.zeros(heat.shape, bool)
+    mask[0] = True
+    assert iou_otsu(heat, mask) == 1.0
+    assert iou_otsu(np.full((4, 4, 4), 1e-4, np.float32), mask) == 0.0

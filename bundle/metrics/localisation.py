@@ -185,8 +185,8 @@ def iou_otsu(heat: ArrayLike, mask: ArrayLike) -> float:
     top = heat.max()
     if top <= 0:
         return 0.0
-    # Heat is a share per voxel and may be tiny; the histogram should not depend on its scale.
-    heat = heat / top
+    # Heat is a share per voxel and may be tiny or all but even; the histogram should not depend on its scale.
+    heat = heat.astype(np.float64) / top
     hot = heat > threshold_otsu(heat.ravel())  # flat, or it warns of a colour picture
     return float((hot & mask).sum() / (hot | mask).sum())
 
