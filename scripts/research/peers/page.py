@@ -72,7 +72,7 @@ def targets(rows: pd.DataFrame) -> pd.DataFrame:
             met = f"{int((sign * (part - aim.get(num, 0.0)) >= 0).sum())} of {len(part)}; " if not aim or num in aim else ""
             line[f"{num} scans"] = met + cell(part, 2)
         lines.append(line)
-    return pd.DataFrame(lines)
+    return pd.DataFrame(lines).fillna("–")
 
 
 def best_on_average(peers: pd.DataFrame) -> pd.Series:
