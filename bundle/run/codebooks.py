@@ -39,7 +39,8 @@ FOLDS = 10
 SAMPLE = 40_000  # tokens of a cohort that k-means sees
 BOOK_SAMPLE = 20_000  # of them for each book
 ROUNDS = 8  # of k-means
-HOTTEST = 0.005  # share of a cohort's tokens that the student learns to tell from the others
+HOTTEST = 0.005  # share of a cohort's tokens that are sure to the student
+GRADED = 4  # power of the evidence of others, over that of these: disease of a second kind is not told to be harmless
 TAUGHT = 2000  # tokens of a scan that it sees
 BATCH = 4096
 LEAST_AT_SITE = 10  # patients that a site must have to be a stratum of its own
@@ -157,7 +158,7 @@ def risk_of(network: CodebookNet, words: Tensor, index: Tensor) -> Tensor:
 
 
 def teach(network: CodebookNet, words: Sequence[Tensor], scans: Sequence[Tokens], risk: Tensor, seed: int) -> None:
-    """Fit the student to tell the cohort's hottest tokens, by the network's hazards, from the others; no mask is asked.
+    """Fit the student to tell the cohort's hottest tokens, by the network's hazards, from the cold ones; no mask is asked.
 
     Its scale is such that what it says of the scans is in all as large as their risk (N,). Where hazards are all 0 there is
     no student.
@@ -177,10 +178,10 @@ def teach(network: CodebookNet, words: Sequence[Tensor], scans: Sequence[Tokens]
         hot = hot[torch.randperm(len(hot), generator=g)[: TAUGHT // 4]]
         token = torch.cat([hot, torch.randint(len(e), (TAUGHT - len(hot),), generator=g)])
         seen.append(w[token].long() + size * torch.arange(books))
-        told.append((e > bar)[token].float())
+        told.append((e[token] / bar.clamp_min(1e-12)).clamp(0, 1) ** GRADED)
     seen, told = torch.cat(seen), torch.cat(told)
     network.student_scale.zero_()
-    if not told.any():
+    if not told.any() or bar <= 0:
         return
     student = nn.EmbeddingBag(books * size, 1, mode="sum")
     nn.init.zeros_(student.weight)
