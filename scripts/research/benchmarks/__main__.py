@@ -23,9 +23,8 @@ from tqdm import tqdm
 from bundle.errors import InputError
 from bundle.files import write_json, write_text
 from bundle.run.start import exit_on_sigterm
-from scripts.jobs import locked, markdown, overrides, run_jobs
+from scripts.jobs import locked, markdown, overrides, run_jobs, spread
 from scripts.research.benchmarks import bags, clinical, runs, sources, survival_mnist
-from scripts.research.tables import cell
 
 BENCHMARKS = ("tables", "mnist", "bags")
 EXAMPLES = """\
@@ -165,9 +164,9 @@ def mnist_section(rows: pd.DataFrame, quick: bool) -> str:
     for model, group in rows.groupby("model", sort=False):
         names = {"C-index": ("c_index", 3), "D-CAL": ("d_cal", 3), "D-calibration p": ("d_calibration_p", 3)}
         names |= {"error, months": ("mae_events", 1)}
-        cells = {title: cell(group[n], k) for title, (n, k) in names.items()}
+        cells = {title: spread(group[n], k) for title, (n, k) in names.items()}
         lines.append({"model": with_kept(model, group), "by": "us", **cells})
-    lines.append({"model": "oracle", "by": "us", "C-index": cell(rows.groupby("seed").oracle.first(), 3)})
+    lines.append({"model": "oracle", "by": "us", "C-index": spread(rows.groupby("seed").oracle.first(), 3)})
     for model, (plain, calibrated) in XCAL.items():
         for what, (c, d) in (("", plain), (", X-CAL", calibrated)):
             lines.append({"model": model + what, "by": "X-CAL, table 12", "C-index": f"{c:.3f}", "D-CAL": f"{d:g}"})
@@ -184,7 +183,7 @@ def bags_section(rows: pd.DataFrame, quick: bool) -> str:
         names = {"AUPRC": "auprc", "AUPRC-2": "auprc_2", "bag AUROC": "bag_auc"}
         ours = model == "Survival Map"
         shown = {"bags": data, "model": with_kept(model, group) if ours else model, "score": score}
-        lines.append({**shown, **{t: cell(group[n], 3) for t, n in names.items()}})
+        lines.append({**shown, **{t: spread(group[n], 3) for t, n in names.items()}})
     number = (bags.QUICK_BAGS if quick else bags.BAGS).values()
     epochs = bags.SCHEDULE["max_epochs"]
     return BAGS.format(bags=", ".join(map(str, number)), epochs=epochs) + markdown(pd.DataFrame(lines))
@@ -193,9 +192,9 @@ def bags_section(rows: pd.DataFrame, quick: bool) -> str:
 def tables_section(rows: pd.DataFrame, quick: bool) -> str:
     lines = []
     for name, group in rows.groupby("data", sort=False):
-        cox = cell(group.groupby("seed").cox_regression.first().iloc[:1], 3)  # no seed changes it
+        cox = spread(group.groupby("seed").cox_regression.first().iloc[:1], 3)  # no seed changes it
         others = {"Cox regression": cox, "DeepSurv, published": f"{DEEPSURV[name]:.3f}"}
-        lines.append({"data": name, "clinical_only": cell(group.c_index, 3), **others})
+        lines.append({"data": name, "clinical_only": spread(group.c_index, 3), **others})
     words = " ".join(overrides(clinical.SCHEDULE))
     return TABLES.format(longest=clinical.LONGEST, overrides=words) + markdown(pd.DataFrame(lines))
 
