@@ -38,7 +38,6 @@ TOKENS = 500  # of a scan, that k-means sees
 HAZARDS = 40  # rounds of gradient steps
 MONTHS = 16  # rounds of Newton's steps
 PHASES = ["tokens", *["words"] * ROUNDS, "shares", *["hazards"] * HAZARDS, "risk", *["months"] * MONTHS, "student"]
-
 STUDENT = ("student", "student_bias", "student_scale")
 
 Arrays = dict[str, np.ndarray]
@@ -56,7 +55,6 @@ class SharedCodebooks:
       all and at those without each site; ridge-Cox by gradient steps of Barzilai and Borwein's length.
     - risk, months: mean, square and logarithm of risks out of fold, so that each site is a fold; the summed likelihood with
       two derivatives, by Newton's steps.
-
     - student: each site teaches one on its own scans by the hazards of all; kept is their mean.
 
     Sums over fewer than :data:`~bundle.federated.sums.MINIMUM` tokens or deaths are told as 0.
@@ -65,15 +63,15 @@ class SharedCodebooks:
 
     Args:
         stage: of the site's own training; its network is fitted.
+        scans: its training scans.
         index: of the site among all.
         sites: how many there are.
     """
 
-    def __init__(self, stage: CodebookStage, index: int, sites: int) -> None:
-        self.stage, self.index, self.sites = stage, index, sites
+    def __init__(self, stage: CodebookStage, scans: list[Tokens], index: int, sites: int) -> None:
+        self.stage, self.scans, self.index, self.sites = stage, scans, index, sites
         self.network = stage.network.requires_grad_(False)
         dataset: ScanCache = stage.train
-        self.scans = [Tokens.cached(dataset, i) for i in range(len(dataset.data))]
         self.outcome, self.clinical = outcomes(dataset.data), clinical_of(dataset.data)
         draw = torch.Generator().manual_seed(stage.seed)
         tokens = (scan.centred() for scan in self.scans)
@@ -244,7 +242,6 @@ class SharedCodebooks:
     def tell_student(self, state: Arrays) -> Arrays:
         risk = self.unseen_risk(state)
         self.put_hazards(state, 0)
-        self.network.base.copy_(torch.as_tensor(state["state.base"][0]))
         teach(self.network, self.words, self.scans, risk, self.stage.seed)
         found = {name: getattr(self.network, name) for name in STUDENT}
         return {name: (value.double() * len(self.scans)).numpy() for name, value in found.items()}

@@ -187,9 +187,10 @@ class Site:
         if any(True for _ in self.part("objective").parameters()):
             raise InputError("the objective learns parameters of its own, which sites do not share.")
         dataset = self.part("train#dataset")
-        self.looks = torch.stack([look(Tokens.cached(dataset, i).described) for i in range(len(dataset.data))])
+        scans = [Tokens.cached(dataset, i) for i in range(len(dataset.data))]
+        self.looks = torch.stack([look(scan.described) for scan in scans])
         if job["recipe"] == "codebook":
-            self.shared = SharedCodebooks(self.part("train#codebooks"), self.index, self.sites)
+            self.shared = SharedCodebooks(self.part("train#codebooks"), scans, self.index, self.sites)
 
     def part(self, name: str) -> Any:
         """A part of the site's training, by its id in the config."""

@@ -93,19 +93,14 @@ class CodebookNet(nn.Module):
 
     def evidence(self, words: Tensor) -> Tensor:
         """The mean hazard of the words (M, books) of each token, (M,)."""
-        total = torch.zeros(words.shape[0], dtype=self.hazard.dtype, device=words.device)
-        for book in range(words.shape[1]):
-            total = total + self.hazard[book][words[:, book].long()]
-        return total / words.shape[1]
+        nothing = torch.zeros((), dtype=self.hazard.dtype, device=words.device)
+        return summed(nothing, self.hazard, words) / words.shape[1]
 
     def drawn(self, words: Tensor, evidence: Tensor) -> Tensor:
         """What the map shows of each token, (M,), on the scale of the evidence: what the student says, if there is one."""
         if not bool(self.student_scale > 0):
             return evidence
-        odds = self.student_bias.expand(words.shape[0])
-        for book in range(words.shape[1]):
-            odds = odds + self.student[book][words[:, book].long()]
-        return self.student_scale * odds.sigmoid()
+        return self.student_scale * summed(self.student_bias, self.student, words).sigmoid()
 
     def months(self, evidence: Tensor) -> Tensor:
         """Location in months of lung with some evidence, 0 to 1, throughout."""
@@ -148,6 +143,14 @@ class CodebookNet(nn.Module):
         location = self.months(drawn)
         location = (location + patient - (location * weight).sum()) * lung
         return torch.stack([location, weight])
+
+
+def summed(start: Tensor, table: Tensor, words: Tensor) -> Tensor:
+    """`start`, a number, and what a table (books, size) has for each word (M, books) of a token, added up, (M,)."""
+    total = start.expand(words.shape[0])
+    for book in range(words.shape[1]):
+        total = total + table[book][words[:, book].long()]
+    return total
 
 
 def nearest(x: Tensor, centres: Tensor) -> Tensor:

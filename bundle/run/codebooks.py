@@ -157,6 +157,35 @@ def risk_of(network: CodebookNet, words: Tensor, index: Tensor) -> Tensor:
     return root_mean(smoothed(network.evidence(words), index.long() // 2, 0.5 * network.smoothing))
 
 
+def fit_odds(words: Tensor, told: Tensor, size: int, epochs: int, decay: float, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Logistic regression on the words (M, books) of tokens: log odds of each word, (books, size), and those of any token.
+
+    Args:
+        told: what is to be learned of each token, 0 to 1, (M,).
+        size: words of a book.
+        epochs: passes over the tokens.
+        decay: of the weights, as of AdamW; the log odds of any token have none.
+        g: draws the batches.
+    """
+    odds = nn.EmbeddingBag(words.shape[1] * size, 1, mode="sum")
+    nn.init.zeros_(odds.weight)
+    bias = nn.Parameter(torch.logit(told.mean(), 1e-6).view(1))
+    groups = [{"params": odds.parameters(), "weight_decay": decay}, {"params": bias, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.03)
+    steps = epochs * -(-len(words) // BATCH)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    of_book = size * torch.arange(words.shape[1])
+    for _ in range(steps):
+        token = torch.randint(len(words), (BATCH,), generator=g)
+        loss = F.binary_cross_entropy_with_logits(odds(words[token].long() + of_book)[:, 0] + bias, told[token])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return odds.weight.detach().view(-1, size), bias.detach()[0]
+
+
+@torch.no_grad()
 def teach(network: CodebookNet, words: Sequence[Tensor], scans: Sequence[Tokens], risk: Tensor, seed: int) -> None:
     """Fit the student to tell the cohort's hottest tokens, by the network's hazards, from the cold ones; no mask is asked.
 
@@ -166,44 +195,28 @@ def teach(network: CodebookNet, words: Sequence[Tensor], scans: Sequence[Tokens]
     Source of learning from one's own answers: Lee, ICML workshop on representation learning, 2013 (pseudo-labels).
     """
     g = torch.Generator().manual_seed(seed)
-    sigma, (books, size) = 0.5 * network.smoothing, network.hazard.shape
-    with torch.no_grad():
-        cells = [scan.index.long() // 2 for scan in scans]
-        evidence = [smoothed(network.evidence(w), c, sigma) for w, c in zip(words, cells, strict=True)]
+    cells, sigma = [scan.index.long() // 2 for scan in scans], 0.5 * network.smoothing
+    evidence = [smoothed(network.evidence(w), c, sigma) for w, c in zip(words, cells, strict=True)]
     some = torch.cat([e[torch.randint(len(e), (TAUGHT,), generator=g)] for e in evidence])
     bar = some.kthvalue(max(1, int((1 - HOTTEST) * len(some)))).values
+    network.student_scale.zero_()
+    if bar <= 0:
+        return
     seen, told = [], []
     for w, e in zip(words, evidence, strict=True):
         hot = (e > bar).nonzero()[:, 0]
         hot = hot[torch.randperm(len(hot), generator=g)[: TAUGHT // 4]]
         token = torch.cat([hot, torch.randint(len(e), (TAUGHT - len(hot),), generator=g)])
-        seen.append(w[token].long() + size * torch.arange(books))
-        told.append((e[token] / bar.clamp_min(1e-12)).clamp(0, 1) ** GRADED)
-    seen, told = torch.cat(seen), torch.cat(told)
-    network.student_scale.zero_()
-    if not told.any() or bar <= 0:
-        return
-    student = nn.EmbeddingBag(books * size, 1, mode="sum")
-    nn.init.zeros_(student.weight)
-    bias = nn.Parameter(torch.logit(told.mean(), 1e-6).view(1))
-    groups = [{"params": student.parameters(), "weight_decay": 1.0}, {"params": bias, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=0.03)
-    steps = 8 * -(-len(seen) // BATCH)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        token = torch.randint(len(seen), (BATCH,), generator=g)
-        loss = F.binary_cross_entropy_with_logits(student(seen[token])[:, 0] + bias, told[token])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    with torch.no_grad():
-        network.student.copy_(student.weight.view(books, size))
-        network.student_bias.copy_(bias[0])
-        network.student_scale.fill_(1.0)
-        told = zip(words, evidence, cells, strict=True)
-        said = [root_mean(smoothed(network.drawn(w, e), c, sigma)) for w, e, c in told]
-        network.student_scale.copy_((risk.square().mean() / torch.stack(said).square().mean()).sqrt())
+        seen.append(w[token])
+        told.append((e[token] / bar).clamp(0, 1) ** GRADED)
+    with torch.enable_grad():
+        odds, bias = fit_odds(torch.cat(seen), torch.cat(told), network.centres.shape[1], 8, 1.0, g)
+    network.student.copy_(odds)
+    network.student_bias.copy_(bias)
+    network.student_scale.fill_(1.0)
+    drawn = [network.drawn(w, e) for w, e in zip(words, evidence, strict=True)]
+    said = [root_mean(smoothed(d, c, sigma)) for d, c in zip(drawn, cells, strict=True)]
+    network.student_scale.copy_((risk.square().mean() / torch.stack(said).square().mean()).sqrt())
 
 
 def fit_months(network: CodebookNet, risk: Tensor, outcome: Tensor, objective: Objective, clinical: Tensor) -> float | None:

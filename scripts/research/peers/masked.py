@@ -4,47 +4,24 @@
 
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from bundle.networks.codebook_net import between_tokens
 from bundle.networks.descriptors import level_and_spread
-from bundle.run.codebooks import Tokens, words_of
+from bundle.run.codebooks import Tokens, fit_odds, words_of
 from bundle.run.trained import TrainedModel
 from scripts.research.peers import ours
 from scripts.research.peers.cohort import Cohort, Predict, Scan
 
 TITLE = "the same network with masks as labels"
-TOKENS, EPOCHS, BATCH = 2000, 12, 4096
+TOKENS, EPOCHS = 2000, 12
 
 
 def tokens_of(scan: Scan) -> tuple[Tokens, Tensor]:
     """Tokens as the network takes them, and whether a lesion is there, (M,)."""
     tokens = Tokens.of(scan.image[None], scan.mask("lung_mask")[None])
     return tokens, scan.mask("gt_mask")[tokens.index.long().unbind(1)]
-
-
-def train(words: Tensor, lesion: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """A number for each word, (books, size), and one for all: the logit of a lesion is their sum over a token's words."""
-    books = words.shape[1]
-    evidence = nn.EmbeddingBag(books * size, 1, mode="sum")
-    nn.init.zeros_(evidence.weight)
-    bias = nn.Parameter(torch.logit(lesion.float().mean()).view(1))
-    optimizer = torch.optim.AdamW([*evidence.parameters(), bias], lr=3e-2, weight_decay=0.01)
-    steps = EPOCHS * -(-len(words) // BATCH)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    of_book = size * torch.arange(books)
-    for _ in range(steps):
-        drawn = torch.randint(len(words), (BATCH,))
-        logit = evidence(words[drawn].long() + of_book)[:, 0] + bias
-        loss = F.binary_cross_entropy_with_logits(logit, lesion[drawn].float())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return evidence.weight.detach().view(books, size), bias.detach()
 
 
 def fit(cohort: Cohort, seed: int) -> Predict:
@@ -62,7 +39,7 @@ def fit(cohort: Cohort, seed: int) -> Predict:
             words.append(network.words_of(network.standardised(described[drawn], *level_and_spread(described))))
         lesions.append(lesion[drawn])
     size = network.centres.shape[1]
-    evidence, bias = train(torch.cat(words), torch.cat(lesions), size)
+    evidence, bias = fit_odds(torch.cat(words), torch.cat(lesions).float(), size, EPOCHS, 0.01, torch.default_generator)
     network.hazard.data.copy_(evidence)
 
     @torch.no_grad()
