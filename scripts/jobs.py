@@ -118,6 +118,11 @@ def run_jobs(call: Callable[..., Any], todo: Iterable[tuple], jobs: int) -> Iter
         pool.shutdown()
 
 
+def cpu_seconds() -> float:
+    """Seconds of a core that this process has used, on all of them, and those that it started and that have ended."""
+    return sum(os.times()[:4])
+
+
 def literal(text: str) -> Any:
     """A value of a command line as `monai.bundle run` reads it."""
     try:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from bundle.errors import InputError
 from bundle.files import write_json, write_text
 from bundle.run.start import exit_on_sigterm
-from scripts.jobs import locked, markdown, overrides, run_jobs, spread
+from scripts.jobs import cpu_seconds, locked, markdown, overrides, run_jobs, spread
 from scripts.research.benchmarks import bags, clinical, runs, sources, survival_mnist
 
 BENCHMARKS = ("tables", "mnist", "bags")
@@ -116,8 +116,8 @@ def jobs(args: argparse.Namespace, work: Path) -> dict[tuple, Callable[[], list[
     for seed in args.seeds:
         how = (seed, args.quick, args.threads)
         for name in sources.TRAINED_ON if "tables" in args.only else ():
-            todo["tables", name, "clinical_only", seed] = lambda n=name, h=how: clinical.measured(
-                work, sources.table(n, data, args.tables), n, h[0], h[2]
+            todo["tables", name, "clinical_only", seed] = lambda n=name, s=seed: clinical.measured(
+                work, sources.table(n, data, args.tables), n, s, args.threads
             )
         for name in survival_mnist.VARIANTS if "mnist" in args.only else ():
             todo["mnist", "", name, seed] = lambda n=name, h=how: survival_mnist.measured(work, *images(), n, *h)
@@ -136,9 +136,9 @@ def results(args: argparse.Namespace, work: Path, write: Callable[[pd.DataFrame,
     def measure(key: tuple) -> None:
         if not files[key].is_file():
             bar.set_description(" ".join(str(part) for part in key if part != ""))
-            before = sum(os.times()[:4])  # seconds of this process and those it started
+            before = cpu_seconds()
             found = todo[key]()
-            seconds = sum(os.times()[:4]) - before
+            seconds = cpu_seconds() - before
             rows = found if isinstance(found, list) else [found]
             write_json(files[key], [{**row, "cpu_seconds": seconds} for row in rows])
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from bundle.maps import GridShiftInferer
+from bundle.run.settings import read_settings
 from bundle.run.trained import TrainedModel
 from scripts.jobs import overrides, run_module
 
@@ -42,7 +43,7 @@ def train(folder: Path, cohort: Path, configs: list[str], options: dict, seed: i
 
 def kept(ckpt: Path) -> str:
     """Which of the recipe's two networks the training kept."""
-    return TrainedModel(str(ckpt)).settings["network"]["name"]
+    return read_settings(ckpt)["network"]["name"]
 
 
 @torch.no_grad()

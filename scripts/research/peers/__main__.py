@@ -9,7 +9,6 @@ measure one again, delete its file in OUT/results.
 import argparse
 import importlib
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -25,6 +24,7 @@ from bundle.errors import InputError
 from bundle.files import write_atomically, write_json, write_text
 from bundle.phantoms.implants import DISEASES
 from scripts import make_implants
+from scripts.jobs import cpu_seconds
 from scripts.research.peers import ours
 from scripts.research.peers.cohort import Cohort
 from scripts.research.peers.measure import measure
@@ -79,13 +79,13 @@ def cohort_of(args: argparse.Namespace, backgrounds: Path, most: int, disease: s
 def measure_one(out: Path, cohort: Cohort, key: dict) -> dict:
     """Fit and measure a method; its result and the planes of the picture are written."""
     torch.manual_seed(key["seed"])
-    start = sum(os.times()[:4])  # of all cores, and of processes that were started
+    start = cpu_seconds()
     predict = module_of(key["method"]).fit(cohort, key["seed"])
-    fitted = sum(os.times()[:4])
+    fitted = cpu_seconds()
     found, planes = measure(cohort, predict)
     if key["method"] == "ours":
         found["learnt"] = ours.verdict_of(cohort)
-    row = {**key, **found, "fit_seconds": fitted - start, "test_seconds": sum(os.times()[:4]) - fitted}
+    row = {**key, **found, "fit_seconds": fitted - start, "test_seconds": cpu_seconds() - fitted}
     name = "_".join(str(key[k]) for k in KEY)
     (out / "results").mkdir(exist_ok=True)
     if planes:

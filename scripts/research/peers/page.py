@@ -58,13 +58,15 @@ def targets(rows: pd.DataFrame) -> pd.DataFrame:
         ("C-index less that of the peer best on average", {}, 1, ours[c] - usual[c]),
         ("AP less the best peer's", {}, 1, ours[ap] - best[ap]),
         ("AP less that of the peer best on average", {}, 1, ours[ap] - usual[ap]),
+        *(
+            (f"AP over {of_it}", {120: 0.85, 300: 0.9}, 1, ours[ap] / table[ap][method])
+            for method, of_it in TOLD.items()
+            if method in table[ap]
+        ),
         ("pointing", {120: 0.8, 300: 0.8}, 1, ours["pointing_game"]),
         ("heat in look-alikes / their share", {120: 2.0, 300: 2.0}, -1, ours["lookalike_heat"]),
         ("heat of the healthy / of the diseased", {120: 0.3, 300: 0.3}, -1, ours["healthy_heat"]),
     ]
-    for method, of_it in reversed(TOLD.items()):
-        if method in table[ap]:
-            aims.insert(5, (f"AP over {of_it}", {120: 0.85, 300: 0.9}, 1, ours[ap] / table[ap][method]))
     lines = []
     for name, aim, sign, values in aims:
         line = {"measure": name, "aim": "≥ 0" if not aim else ("≥ " if sign > 0 else "≤ ") + aim_text(aim)}
