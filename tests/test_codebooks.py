@@ -23,7 +23,7 @@ from bundle.maps import Familiarityd
 from bundle.maps.familiarity import fit_familiarity, look
 from bundle.maps.scan_space import in_cells
 from bundle.metrics import verdict as verdicts
-from bundle.metrics.verdict import in_words, martingale_residuals, verdict
+from bundle.metrics.verdict import in_words, martingale_residuals, prediction_accuracy, verdict
 from bundle.networks import CodebookNet
 from bundle.networks.descriptors import describe, level_and_spread, tokens_at
 from bundle.report import pictures
@@ -273,6 +273,26 @@ def test_the_verdict_says_no_to_noise_yes_to_a_signal_and_unsure_of_few(monkeypa
     assert verdict(risk, *few.T, by="validation")["verdict"] == "unsure"
     alike = verdict(torch.ones(60), *outcome.T, by="validation")
     assert alike["verdict"] == "no" and alike["p_value"] == 1
+
+
+def test_accuracy_is_against_kaplan_and_meier():
+    """Where all died, a Brier score is the plain mean of squares."""
+    _, outcome = drawn(50, 3)
+    outcome[:, 1] = 1
+    time, event = outcome.double().T
+    cohort, months = cohort_pmf(outcome, 100), np.arange(np.ceil(time.min()), np.ceil(time.max()))
+    pmf = normal_log_pmf(time + torch.linspace(-9, 9, 50), 80.0, 100).exp().double()
+    alive = time.numpy()[:, None] > months
+
+    def score(p: np.ndarray) -> float:
+        survival = 1 - p.cumsum(-1)[..., months.astype(int) - 1]
+        return np.trapezoid(((survival - alive) ** 2).mean(0), months)
+
+    found = prediction_accuracy(pmf, cohort, time, event)
+    assert found == pytest.approx(1 - score(pmf.numpy()) / score(np.array(cohort)[None]), abs=1e-6) and 0 < found < 1
+    assert prediction_accuracy(torch.tensor(cohort).expand(50, -1), cohort, time, event) == pytest.approx(0, abs=1e-9)
+    assert prediction_accuracy(pmf.flip(0), cohort, time, event) < 0
+    assert prediction_accuracy(pmf, cohort, time, torch.zeros(50)) is None
 
 
 def test_a_shuffle_that_ties_counts_as_reached():
@@ -570,7 +590,7 @@ def test_auto_keeps_what_the_validation_supports_and_both_join_in_an_ensemble(
 
     def validated(self, found):
         count = len(self.val.data)
-        return torch.arange(float(count)), gain + 0.01 * torch.arange(float(count))
+        return torch.eye(100)[10 : 10 + count], gain + 0.01 * torch.arange(float(count))
 
     monkeypatch.setattr(Finish, "validated", validated)
     monkeypatch.setattr("bundle.run.training.log_likelihood_of", lambda objective, maps, outcome: torch.zeros(len(outcome)))

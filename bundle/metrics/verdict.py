@@ -2,10 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a training learnt anything: its predictions of patients it hadn't seen, against chance."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from bundle.metrics.survival import c_index
+from bundle.metrics.survival import c_index, integrated_brier
 
 YES, NO = 0.005, 0.02  # p-values below and above which the verdict is certain
 LEAST_DEATHS = 5  # with fewer the verdict is not certain
@@ -58,10 +60,33 @@ def verdict(risk: Tensor, time: Tensor, event: Tensor, by: str, seed: int = 0) -
     }  # fmt: skip
 
 
+def prediction_accuracy(pmf: Tensor, cohort: Sequence[float], time: Tensor, event: Tensor) -> float | None:
+    """Index of prediction accuracy (IPA): how much better than Kaplan and Meier's estimate of the cohort, for everybody.
+
+    1 - integrated Brier score / that of the estimate: 1 is right, 0 is no better, below 0 is worse.
+
+    Args:
+        pmf: P(T = 1..tmax months), (N, tmax), of patients whose outcomes the prediction has not seen.
+        cohort: the estimate, (tmax,), from :func:`~bundle.survival.calibration.cohort_pmf`.
+        time: months, (N,).
+        event: 1 died, 0 censored, (N,).
+
+    Returns:
+        None where :func:`~bundle.metrics.survival.integrated_brier` is, or the estimate makes no error.
+
+    Source: Kattan and Gerds, Diagnostic and Prognostic Research 2 (2018) 7.
+    """
+    pmf, time, event = pmf.double(), time.double(), event.double()
+    own, null = (integrated_brier(p, time, event) for p in (pmf, pmf.new_tensor(cohort).expand_as(pmf)))
+    return 1 - own / null if own is not None and null else None
+
+
 def in_words(found: dict) -> str:
     """One sentence on a verdict, for logs, messages and reports."""
     tested = f"{found['by']}, {found['patients']} patients, {found['deaths']} deaths, p = {found['p_value']:.2g}"
     c = "" if found["c_index"] is None else f"C-index {found['c_index']:.2f}, "
+    if found.get("ipa") is not None:  # weights of earlier versions have none
+        c += f"IPA {found['ipa']:+.2f}, "
     what = {
         "yes": "the training learnt something",
         "unsure": "it is not sure that the training learnt anything",

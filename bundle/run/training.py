@@ -20,7 +20,7 @@ from bundle.data import ScanCache
 from bundle.errors import InputError
 from bundle.handlers.tracking import write_verdict
 from bundle.maps import GridShiftInferer
-from bundle.metrics.verdict import in_words, verdict
+from bundle.metrics.verdict import in_words, prediction_accuracy, verdict
 from bundle.run.codebooks import CodebookStage, as_maps
 from bundle.run.engine import prepare_batch
 from bundle.run.scans import outcomes
@@ -117,19 +117,20 @@ class Finish:
         found, outcome, levels = None, outcomes(self.val.data), list(LEVELS)
         if self.codebooks.recipe != "codebook":
             found = self.fitted(objective)
-            risk, log_likelihood = self.validated(found)
+            pmf, log_likelihood = self.validated(found)
         network: nn.Module = self.network
         if self.codebooks.fitted and (found is None or not self.network_wins(log_likelihood)):
             network, readout = self.codebooks.network, self.codebooks.objective
             found = {"objective": {"name": readout.name, **readout.arguments}, "severity": None}
-            risk, outcome = -self.codebooks.location, outcomes(self.dataset.data)
-            levels = interval_levels(readout.pmf(as_maps(self.codebooks.location)), outcome)
-        by = "validation" if network is self.network else "out of fold"
+            pmf, outcome = readout.pmf(as_maps(self.codebooks.location)), outcomes(self.dataset.data)
+            levels = interval_levels(pmf, outcome)
+        trained_on, by = outcomes(self.dataset.data), "validation" if network is self.network else "out of fold"
+        cohort = {"pmf": cohort_pmf(trained_on, found["objective"]["tmax"])}
+        risk = -mean_months(pmf) if network is self.network else -self.codebooks.location  # months may tie, locations don't
         learnt = verdict(risk, *outcome.unbind(1), by=by)
+        learnt["ipa"] = prediction_accuracy(pmf, cohort["pmf"], *outcome.unbind(1))
         logger.log(logging.INFO if learnt["verdict"] == "yes" else logging.WARNING, f"verdict: {in_words(learnt)}.")
         write_verdict(self.codebooks.path.with_name("history.csv"), learnt["verdict"])
-        trained_on = outcomes(self.dataset.data)
-        cohort = {"pmf": cohort_pmf(trained_on, found["objective"]["tmax"])}
         cohort |= {"last_death": last_death(trained_on), "levels": levels}
         familiarity = dataclasses.asdict(self.codebooks.familiarity)
         name = {"name": type(network).__name__, **network.arguments}
@@ -163,7 +164,7 @@ class Finish:
         return {"objective": {**objective, "variance": variance}, "severity": severity and dataclasses.asdict(severity)}
 
     def validated(self, found: dict) -> tuple[Tensor, Tensor]:
-        """Risk (minus the mean months) and log-likelihood of each validation scan, (N,), by the network as `found`.
+        """P(T = 1..tmax months) (N, tmax) and log-likelihood (N,) of the validation scans, by the network as `found`.
 
         Where the scans ask for a larger variance than the training scans did, `found` gets it.
         """
@@ -173,7 +174,7 @@ class Finish:
         if severity is not None and len(maps) >= LEAST_SCANS:
             objective.variance = found["objective"]["variance"] = least_variance(objective, maps, outcome)
         one = [log_likelihood_of(objective, m, o[None]) for m, o in zip(maps, outcome, strict=True)]
-        return -torch.cat([mean_months(objective.pmf(m)) for m in maps]).detach(), torch.cat(one)
+        return torch.cat([objective.pmf(m) for m in maps]).detach(), torch.cat(one)
 
     def read(self, severe: bool) -> tuple[Tensor, ...]:
         """Location, extra numbers, outcome and, if severe, the numbers that tell severity, of each training scan."""
