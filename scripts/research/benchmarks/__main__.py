@@ -9,11 +9,10 @@ made again, in a new folder of --work.
 
 import argparse
 import functools
-import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from bundle.errors import InputError
 from bundle.files import write_json, write_text
 from bundle.run.start import exit_on_sigterm
-from scripts.jobs import cpu_seconds, locked, markdown, overrides, run_jobs, spread
+from scripts.jobs import cpu_seconds, locked, markdown, overrides, run_jobs, spread, version_of
 from scripts.research.benchmarks import bags, clinical, runs, sources, survival_mnist
 
 BENCHMARKS = ("tables", "mnist", "bags")
@@ -97,16 +96,6 @@ put together from `survival`. Times are scaled so that the longest is {longest:g
 training patients to validate, and `{overrides}`.
 
 """
-
-
-def version_of(folders: Sequence[str]) -> str:
-    """Short hash of all code and configs by which the numbers are made; this page's own code is none of them."""
-    files = sorted(file for folder in folders for kind in ("*.py", "*.json") for file in Path(folder).rglob(kind))
-    digest = hashlib.sha256()
-    for file in files:
-        if file != Path(__file__).resolve().relative_to(Path.cwd()):
-            digest.update(str(file).encode() + file.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def jobs(args: argparse.Namespace, work: Path) -> dict[tuple, Callable[[], list[dict] | dict]]:
@@ -221,7 +210,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     torch.set_num_threads(args.threads)
-    version = version_of(["bundle", "configs", "scripts/research/benchmarks"])
+    own = "scripts/research/benchmarks"
+    version = version_of("bundle", "configs", own, but=f"{own}/__main__.py")
     work = args.work.resolve() / (f"{version}_quick" if args.quick else version)
     exit_on_sigterm()
     command = " ".join(["python -m scripts.research.benchmarks", *(sys.argv[1:] if argv is None else argv)])

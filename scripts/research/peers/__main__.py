@@ -24,7 +24,7 @@ from bundle.errors import InputError
 from bundle.files import write_atomically, write_json, write_text
 from bundle.phantoms.implants import DISEASES
 from scripts import make_implants
-from scripts.jobs import cpu_seconds
+from scripts.jobs import cpu_seconds, version_of
 from scripts.research.peers import ours
 from scripts.research.peers.cohort import Cohort
 from scripts.research.peers.measure import measure
@@ -85,7 +85,8 @@ def measure_one(out: Path, cohort: Cohort, key: dict) -> dict:
     found, planes = measure(cohort, predict)
     if key["method"] == "ours":
         found["learnt"] = ours.verdict_of(cohort)
-    row = {**key, **found, "fit_seconds": fitted - start, "test_seconds": cpu_seconds() - fitted}
+    code = version_of("bundle", "configs", "scripts/research/peers", but="scripts/research/peers/page.py")
+    row = {**key, "code": code, **found, "fit_seconds": fitted - start, "test_seconds": cpu_seconds() - fitted}
     name = "_".join(str(key[k]) for k in KEY)
     (out / "results").mkdir(exist_ok=True)
     if planes:

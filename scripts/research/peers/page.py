@@ -20,7 +20,7 @@ learns from the months and events of the training scans alone, but for the last 
 measured by the same code on test scans of anatomies that no method has seen: {anatomies}.
 The oracle's C-index is that of the true share of diseased lung. Of a seed, the smaller cohort is the first scans of the
 larger, and the test scans are the same. Every method compares patients within their anatomy alone, as within a site. A
-cell is the mean over seeds, with the least and greatest.
+cell is the mean over seeds, with the least and greatest.{versions}
 
     {command}
 """
@@ -109,19 +109,21 @@ def cell(values: pd.Series, digits: int, sign: str = "") -> str:
 
 def page(rows: pd.DataFrame, titles: dict[str, str], command: str, anatomies: list[str]) -> str:
     """A table for each disease and number of training scans, a method a row."""
-    text = [HEAD.format(command=command, anatomies=", ".join(anatomies))]
+    versions = " and ".join(f"`{version}`" for version in sorted(rows.code.unique()))
+    versions = f" Made by code and configs {versions}."
+    text = [HEAD.format(command=command, anatomies=", ".join(anatomies), versions=versions)]
     if (rows.method == "ours").any():
         healthy = cell(rows[rows.method == "ours"].healthy_deaths, 2)
         aims = AIMS.format(healthy=healthy)
         text.append(f"\n## Survival Map against what was aimed at\n{aims}\n{markdown(targets(rows))}\n{verdicts(rows)}")
     for (disease, num), part in rows.groupby(["disease", "num"], sort=False):
-        lines = []
+        lines, same = [], part.drop_duplicates("seed")
         for method, title in titles.items():
             own = part[part.method == method]
             if len(own):
+                fewer = "" if len(own) == len(same) else f" (seed {', '.join(map(str, sorted(own.seed)))})"
                 digits = {name: 0 if name == "fit_seconds" else 2 for name in MEASURES}
-                lines.append({"method": title} | {MEASURES[name]: cell(own[name], digits[name]) for name in MEASURES})
-        same = part.drop_duplicates("seed")
+                lines.append({"method": title + fewer} | {MEASURES[n]: cell(own[n], digits[n]) for n in MEASURES})
         seeds = ", ".join(map(str, sorted(same.seed)))
         text.append(f"\n## {disease.replace('_', ' ').capitalize()}, {num} training scans\n\nSeeds: {seeds}.")
         text.append(f" {same.test_scans.iloc[0]} test scans, {cell(same.test_diseased, 0)} of them diseased.")
@@ -141,6 +143,7 @@ def draw(path: Path, planes: dict[str, dict[str, Path]], titles: dict[str, str])
         for ax, name in zip(line, ["CT", "truth", *titles]):
             ax.set_axis_off()
             title = f"{disease.replace('_', ' ')}" if name == "CT" else titles.get(name, name)
+            title += " (not measured)" if name in titles and name not in kept else ""
             ax.set_title(title, color="white", fontsize=7, wrap=True)
             ax.imshow(section(first["image"]), cmap="gray", vmin=LUNG_WINDOW[0], vmax=LUNG_WINDOW[1])
             for mask, colour in (("lesion", "red"), ("lookalike", "deepskyblue")):
