@@ -203,9 +203,11 @@ def numbers(folder: Path) -> dict[str, float | int]:
     cohort, test = (pd.read_csv(folder / "implants" / name) for name in ("cohort.csv", "test.csv"))
     metrics, settings = (json.loads((folder / name).read_text()) for name in ("test/metrics.json", "train/settings.json"))
     share, time, event = (torch.tensor(test[name].to_numpy()) for name in ("share", "time", "event"))
+    learnt_from = cohort[cohort.split != "test"]
     maps = {name: metrics["localisation"][name]["value"] for name in ("average_precision", "pointing_game")}
     return {
-        "deaths": int(cohort[cohort.split != "test"].event.sum()),
+        "deaths": int(learnt_from.event.sum()),
+        "most_a_chest": int(learnt_from.site.value_counts().max()),
         "test_scans": len(test),
         "test_anatomies": ", ".join(sorted(set(test.anatomy.astype(str)))),
         "c_index": metrics["survival"]["c_index"]["value"],

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from bundle.files import write_text
 from bundle.report.pictures import LUNG_WINDOW, plane, png
 from bundle.report.report import write_page
+from bundle.run.codebooks import LEAST_AT_SITE
 from scripts.jobs import spread
 
 FOUND = 0.5  # of the way from the base rate to the ceiling
@@ -82,6 +83,12 @@ def doubts(rows: pd.DataFrame, expected: int) -> list[str]:
         found.append(
             f"The times hardly depend on the disease: even its true share orders patients with a C-index of {oracle:.2f} "
             "only. More patients help little; a larger effect or less noise would."
+        )
+    most = rows.get("most_a_chest", pd.Series(dtype=float)).max()  # runs of earlier versions don't tell
+    if most >= LEAST_AT_SITE:
+        found.append(
+            f"Up to {most:.0f} patients were made of one chest, and training compares them with each other. Real patients share "
+            "no chest: they are harder, and more of them may be needed."
         )
     anatomies = {name for names in rows.test_anatomies for name in names.split(", ")}
     if len(anatomies) < 3:

@@ -254,9 +254,8 @@ def parser() -> argparse.ArgumentParser:
             continue
         pair = name in ranges or isinstance(default, tuple)
         kind = ranges.get(name) or type(default[0] if pair else 0.0 if default is None else default)
-        shown = (
-            "by the disease" if default is None and name != "censoring" else " ".join(map(str, default)) if pair else default
-        )
+        unset = "by the window" if name == "censoring" else "by the disease"
+        shown = unset if default is None else " ".join(map(str, default)) if pair else default
         choices = list(DISEASES) if name == "disease" else None
         metavar = ("LEAST", "MOST") if pair else None
         p.add_argument(

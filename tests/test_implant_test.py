@@ -150,6 +150,7 @@ def test_a_stopped_test_goes_on_and_more_may_be_asked_for(backgrounds, tmp_path,
         cohort = pd.read_csv(out / "runs" / f"{row.patients}_seed{row.seed}" / "implants" / "cohort.csv")
         test, learnt = cohort[cohort.split == "test"], cohort[cohort.split != "test"]
         assert len(test) == 3 and len(learnt) == row.patients and learnt.event.sum() == row.deaths
+        assert learnt.anatomy.value_counts().max() == row.most_a_chest
         assert not set(test.anatomy) & set(learnt.anatomy) and set(test.anatomy) == set(row.test_anatomies.split(", "))
         assert abs(1 - cohort.event.mean() - 0.6) < 0.1
         # nobody in the test is lost from sight, and the oracle is that of the true share
@@ -222,6 +223,7 @@ def test_the_ceiling_is_high_where_masks_can_be_seen_and_the_base_rate_where_not
 def runs(patients, precision, ceiling=0.6, oracle=0.8):
     table = {"patients": patients, "seed": range(len(precision)), "average_precision": precision, "ceiling": ceiling}
     table |= {"base_rate": 0.02, "deaths": 30, "c_index": 0.7, "c_index_oracle": oracle, "test_anatomies": "a, b"}
+    table |= {"most_a_chest": 2}
     return pd.DataFrame(table)
 
 
@@ -257,3 +259,5 @@ def test_doubts_are_told():
     said = " ".join(doubts(runs(60, [0.1, 0.2], oracle=0.53), 3))
     assert "2 of 3 runs" in said and "C-index of 0.53" in said and "Measured on a, b only" in said
     assert not doubts(runs(60, [0.1]).assign(test_anatomies="a, b, c"), 1)
+    shared = doubts(runs(60, [0.1]).assign(test_anatomies="a, b, c", most_a_chest=[12]), 1)
+    assert len(shared) == 1 and "Up to 12 patients were made of one chest" in shared[0]

@@ -12,6 +12,7 @@ described once, and kept in --out.
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -44,7 +45,8 @@ FILES = ("image", "lung_mask", "gt_mask", "confounder_mask")
 HEAD = """\
 # Does it know what it knows?
 
-Made by `python -m scripts.research.honesty`. Implants: {implants}. {train} scans to train on, {test}
+Made by `{command}`.
+Implants: {implants}; other options of `python -m scripts.make_implants` as by default. {train} scans to train on, {test}
 to measure on, of anatomies that no training has seen. Recipe: codebook.
 
 ## Verdicts
@@ -66,7 +68,7 @@ FAMILIAR = """
 
 AUROC with which the distance from the training scans tells strange scans from the {test} of the test anatomies, and the
 median familiarity of the strange ones; that of the test scans themselves is {usual:.2f}. Strange scans are test scans that
-were changed, or chest phantoms.
+were changed, or chest phantoms. An abdomen has no familiarity: it is refused ([real scans](real_scans.md)).
 
 """
 
@@ -216,12 +218,12 @@ def familiarity(trials: Trials, phantoms: Path | None) -> tuple[pd.DataFrame, fl
     return pd.DataFrame(rows), float(np.median([known.quantile(seen) for seen in usual]))
 
 
-def page(args: argparse.Namespace, trials: Trials, found: pd.DataFrame) -> str:
+def page(args: argparse.Namespace, trials: Trials, found: pd.DataFrame, command: str) -> str:
     """The page of results."""
     test = len(trials.test.data)
     known = json.loads((args.cohort.parent / "implants.json").read_text())
-    implants = f"{known['disease']}, seed {known['seed']}, tested on {', '.join(known['test_anatomies'])}"
-    text = HEAD.format(implants=implants, train=len(trials.stage.train.data), test=test)
+    implants = f"{known['disease']}, {known['num']} scans, seed {known['seed']}, tested on {', '.join(known['test_anatomies'])}"
+    text = HEAD.format(command=command, implants=implants, train=len(trials.stage.train.data), test=test)
     counts = []
     for kind, rows in found.groupby("kind"):
         verdicts = rows["verdict"].value_counts()
@@ -253,13 +255,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(words)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         trials = Trials(args.cohort, args.out)
         todo = [("drawn", seed) for seed in range(args.drawn)] + [("shuffled", seed) for seed in range(args.shuffled)]
         found = pd.DataFrame([trials.train(*which) for which in tqdm(todo, desc="trainings", unit="training")])
-        write_text(args.page, page(args, trials, found))
+        write_text(args.page, page(args, trials, found, shlex.join(["python", "-m", "scripts.research.honesty", *words])))
     except InputError as e:
         sys.exit(f"error: {e}")
 
