@@ -87,8 +87,8 @@ def doubts(rows: pd.DataFrame, expected: int) -> list[str]:
     most = rows.get("most_a_chest", pd.Series(dtype=float)).max()  # runs of earlier versions don't tell
     if most >= LEAST_AT_SITE:
         found.append(
-            f"Up to {most:.0f} patients were made of one chest, and training compares them with each other. Real patients share "
-            "no chest: they are harder, and more of them may be needed."
+            f"Up to {most:.0f} patients were made of one chest, and training compares them with each other. Real patients "
+            "share no chest: they are harder, and more of them may be needed."
         )
     anatomies = {name for names in rows.test_anatomies for name in names.split(", ")}
     if len(anatomies) < 3:

@@ -222,7 +222,8 @@ def page(args: argparse.Namespace, trials: Trials, found: pd.DataFrame, command:
     """The page of results."""
     test = len(trials.test.data)
     known = json.loads((args.cohort.parent / "implants.json").read_text())
-    implants = f"{known['disease']}, {known['num']} scans, seed {known['seed']}, tested on {', '.join(known['test_anatomies'])}"
+    implants = f"{known['disease']}, {known['num']} scans, seed {known['seed']}, "
+    implants += f"tested on {', '.join(known['test_anatomies'])}"
     text = HEAD.format(command=command, implants=implants, train=len(trials.stage.train.data), test=test)
     counts = []
     for kind, rows in found.groupby("kind"):
