@@ -3,11 +3,14 @@
 """What a model says of real scans without known disease: months, familiarity, and whether vessels light up.
 
 Predicts every scan by `configs/inference.json`, and writes a table and a sheet of pictures. A voxel of the lung is called
-central vessel if it is above -500 HU, smoothed over 3 mm, and deeper than 15 mm below the surface of the closed lung. Its
-heat is compared with its share of the lung: 1 is what an evenly lit lung gives. Tumours and scars there count as vessels.
+central vessel if it is above -500 HU, smoothed over 3 mm, and deeper than 15 mm below the surface of the closed lung.
+Tumours and scars there count as vessels. The edge is what lies within 6 mm of the surface of the lung mask. The heat of both
+is compared with their share of the lung: 1 is what an evenly lit lung gives.
 """
 
 import argparse
+import json
+import os
 import sys
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from tqdm import tqdm
 from bundle.errors import InputError
 from bundle.files import write_text
 from bundle.report.pictures import write_png
+from bundle.report.report import believed
 from bundle.transforms import LoadCTd
 from scripts.jobs import markdown, overrides, run_module
 
@@ -29,12 +33,21 @@ HEAD = """\
 # Real scans
 
 Made by `python -m scripts.research.real_scans`. No disease of known place is in these scans: the table shows what the
-weights say of them. *Vessels*: heat of central vessels relative to their share of the lung; 1 is an evenly lit lung. A
-tumour at the hilum counts as vessels. *Familiarity*: share of the training scans that look as strange or stranger. The
-weights in `models/` were trained on implants in lidc-idri_0001, 0002, 0028, 0295 and chest_pyradiomics_lung1: these
-chests they have seen.
+weights say of them. Of the weights: {verdict}.
+
+*Vessels*: share of the heat in central vessels over their share of the lung; 1 is an evenly lit lung, and 2 the most that
+is wanted. A tumour at the hilum counts as vessels. *Edge*: the same within 6 mm of the surface of the lung mask.
+*Familiarity*: share of the training scans that look as strange or stranger. The weights in `models/` were trained on
+implants in lidc-idri_0001, 0002, 0028, 0295 and chest_pyradiomics_lung1: these chests they have seen.
 
 """
+FOOT = """
+Each picture goes through the hottest voxel, and is scaled to it.
+
+![Heat of the scans above, each through its hottest voxel]({picture})
+"""
+EDGE = 6  # mm
+COLUMNS = ("scan", "months", "95 %", "familiarity", "vessels", "edge", "message")
 
 
 def on_grid(path: Path, heat: Path, lung: Path) -> dict:
@@ -60,19 +73,18 @@ def central_vessels(hu: np.ndarray, lung: np.ndarray) -> np.ndarray:
 def row_of(name: str, path: Path, row: pd.Series, maps: Path) -> dict:
     """A row of the table about one scan."""
     if row["status"] != "ok":
-        return {"scan": name, "months": "", "95 %": "", "familiarity": "", "vessels": "", "message": row["message"]}
+        return {**dict.fromkeys(COLUMNS, ""), "scan": name, "message": row["message"]}
     scan = on_grid(path, maps / f"{name}_heat.nii.gz", maps / f"{name}_lung.nii.gz")
     lung, heat = scan["lung_mask"] > 0, scan["heat"].clip(0)
+    edge = lung & (ndimage.distance_transform_edt(np.pad(lung, 1))[1:-1, 1:-1, 1:-1] * 3 <= EDGE)
+
+    def ratio(part: np.ndarray) -> str:
+        return f"{heat[part].sum() / heat[lung].sum() / (part.sum() / lung.sum()):.2f}" if part.any() else ""
+
+    months, interval = f"{row['median_months']:.1f}", f"{row['lower_months']:.0f}–{row['upper_months']:.0f}"
+    known, said = f"{row['familiarity']:.2f}", "" if pd.isna(row["message"]) else row["message"]
     vessels = central_vessels(scan["image"], lung)
-    ratio = heat[vessels].sum() / heat[lung].sum() / (vessels.sum() / lung.sum()) if vessels.any() else np.nan
-    return {
-        "scan": name,
-        "months": f"{row['median_months']:.1f}",
-        "95 %": f"{row['lower_months']:.0f}–{row['upper_months']:.0f}",
-        "familiarity": f"{row['familiarity']:.2f}",
-        "vessels": f"{ratio:.2f}",
-        "message": "" if pd.isna(row["message"]) else row["message"],
-    }
+    return dict(zip(COLUMNS, (name, months, interval, known, ratio(vessels), ratio(edge), said), strict=True))
 
 
 def sheet(names: list[str], maps: Path) -> Figure:
@@ -96,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--ckpt", type=Path, default=Path("models/model.pt"), help="weights (default models/model.pt)")
     p.add_argument("--out", type=Path, default=Path("runs/real_scans"), metavar="DIR", help="folder of work")
     p.add_argument("--page", type=Path, default=Path("docs/results/real_scans.md"), metavar="MD", help="page of results")
-    p.add_argument("--picture", type=Path, metavar="PNG", help="sheet of pictures (default DIR/real_scans.png)")
+    p.add_argument("--picture", type=Path, metavar="PNG", help="sheet of pictures (default beside the page)")
     args = p.parse_args(argv)
     try:
         names = {path.name.split(".")[0]: path.resolve() for path in args.images}
@@ -118,8 +130,12 @@ def main(argv: list[str] | None = None) -> None:
         maps = args.out / "maps"
         scans = tqdm(names.items(), desc="real scans", unit="scan")
         rows = [row_of(name, path, table.loc[name], maps) for name, path in scans]
-        write_text(args.page, HEAD + markdown(pd.DataFrame(rows)))
-        write_png(args.picture or args.out / "real_scans.png", sheet(list(names), maps))
+        settings = json.loads(args.ckpt.with_name("settings.json").read_text(encoding="utf-8"))
+        head = HEAD.format(verdict=believed(settings)["verdict"])
+        picture = args.picture or args.page.with_suffix(".png")
+        foot = FOOT.format(picture=os.path.relpath(picture, args.page.parent))
+        write_text(args.page, head + markdown(pd.DataFrame(rows)) + foot)
+        write_png(picture, sheet(list(names), maps))
     except (InputError, RuntimeError) as e:
         sys.exit(f"error: {e}")
 
