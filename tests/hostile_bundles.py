@@ -15,6 +15,7 @@ import stat
 import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -423,6 +424,62 @@ ATTACKS: dict[str, tuple[Callable[[Files], None], str, str]] = {
         "not a package",
     ),
     "a scan that is a bomb": (added("docs/x.nii.gz", b"\x1f\x8b broken"), "docs/x.nii.gz", "can't be unpacked"),
+    "a file is opened, its mode behind a star": (expression("open(*['x', 'w'])"), CONFIG, "opens a file, and not for"),
+    "a target that is put together": (component("$'os.' + 'system'", command="x"), CONFIG, "is called, which is not"),
+    "a target by reference": (with_keys(nm="os.system", harm={"_target_": "$@nm", "command": "x"}), CONFIG, "is called"),
+    "a module of a value": (expression("@dl.context.reducer.io"), CONFIG, "takes .io of a value"),
+    "a file by an object": (expression("@dl.x.FileIO('x', 'w')"), CONFIG, "takes .FileIO"),
+    "an address that is put together": (expression("'http' + '://x.org'"), CONFIG, "an address in the network"),
+    "attributes by a text": (expression("('{0._' + '_class_' + '_}').format(1)"), CONFIG, "by .format"),
+    "a print into a file": (expression("print('x', file=@a)"), CONFIG, "prints into a file"),
+    "a file is written by an object": (expression("@f.write(b'x')"), CONFIG, "writes by .write"),
+    "the same, handed on": (expression("list(map(@f.write, [b'x']))"), CONFIG, "takes .write"),
+    "the same, in part": (imported("import functools", "functools.partial(@f.write, b'x')()"), CONFIG, "takes .write"),
+    "a file is copied": (imported("import pathlib", "pathlib.Path('a').copy('/x')"), CONFIG, "copies a file"),
+    "a file is made by a name": (expression("monai.data.create_file_basename('x', 'y', '/z')"), CONFIG, "is not on the"),
+    "a compiler": (component("SupervisedTrainer", compile_kwargs={"options": {"cpp.cxx": "x"}}), CONFIG, "a compiler"),
+    "a compiler in an expression": (expression("@network_def.compile(options={})"), CONFIG, "may name a compiler"),
+    "classes of a class": (expression("torch.nn.Module.mro()"), CONFIG, "mro is not on the list"),
+    "a network that downloads by default": (component("EfficientNetBN", model_name="b0"), CONFIG, "downloads weights"),
+    "the same in an expression": (expression("monai.networks.nets.MILModel(2)"), CONFIG, "pretrained is True"),
+    "weights from an address": (component("HoVerNet", pretrained_url="$@a"), CONFIG, "pretrained_url is"),
+    "a metric that downloads": (component("ignite.metrics.InceptionScore"), CONFIG, "is called, which is not"),
+    "a log file elsewhere": (component("LogfileHandler", output_dir=".", filename="/x/.bashrc"), CONFIG, "within the bund"),
+    "weights elsewhere": (component("CheckpointSaver", save_dir="m", file_prefix="../x"), CONFIG, "within the bundle"),
+    "results elsewhere by a reference": (
+        with_keys(a="@b", b="/etc", harm={"_target_": "SaveImaged", "keys": "pred", "output_dir": "$@a"}),
+        CONFIG,
+        "within the bundle",
+    ),
+    "results elsewhere by an expression": (
+        component("SaveImaged", keys="pred", output_dir="$'/' + 'etc'"),
+        CONFIG,
+        "within the bundle",
+    ),
+    "logging: a value within a value": (
+        logging_conf("args=(sys.stdout,)", f"x=' if __import__('os').system('touch {CANARY}') else '\nargs=('%(x)s',)"),
+        "configs/logging.conf",
+        "put together from other values",
+    ),
+    "logging: defaults of a formatter": (
+        logging_conf("format=", "defaults=__import__('os').system('x')\nformat="),
+        "configs/logging.conf",
+        "is more than values",
+    ),
+    "a config of other programs": (added("tox.ini", "[testenv]\ncommands = touch x\n"), "tox.ini", "not a part of"),
+    "an array of objects by another name": (
+        added("models/p.npy", object_array().replace(b"'|O'", b"'O8'")),
+        "models/p.npy",
+        "an array of Python objects",
+    ),
+    "download: over a file, by another name": (large_file(path="./models/MODEL.pt"), "large_files.yml", "would replace"),
+    "metadata that are none": (added("configs/metadata.json", "[]"), "configs/metadata.json", "it is no metadata"),
+    "metadata: packages that are none": (
+        with_keys("configs/metadata.json", required_packages_version={"": "1"}),
+        "configs/metadata.json",
+        "no name of a package",
+    ),
+    "a manifest that is none": (added("manifest.json", '{"format": 1, "files": [[1, "x"]]}'), "manifest.json", "no table"),
     "a text that is none": (added("docs/x.md", b"\xff\xfe\x00"), "docs/x.md", "no text in UTF-8"),
 }
 
@@ -485,6 +542,13 @@ def _flagged(files: Files) -> bytes:
     return _zip(files | {"models/model.pt": bytes(data)})
 
 
+def _second_name(files: Files) -> bytes:
+    """Info-ZIP's field of a name in Unicode: some programs take it in place of the name."""
+    info, other = zipfile.ZipInfo("docs/good.txt"), b"../../evil.txt"
+    info.extra = struct.pack("<HHBL", 0x7075, 5 + len(other), 1, zlib.crc32(b"docs/good.txt")) + other
+    return _zip(files, lambda archive: archive.writestr(info, b"x"))
+
+
 ZIPS: dict[str, tuple[Callable[[Files], bytes], str]] = {
     "zip: out of the folder": (lambda f: _zip(f, lambda z: _entry(z, "../../evil.txt")), "leads out of the bundle"),
     "zip: an absolute name": (lambda f: _zip(f, lambda z: _entry(z, "/etc/evil.txt")), "leads out of the bundle"),
@@ -496,6 +560,7 @@ ZIPS: dict[str, tuple[Callable[[Files], bytes], str]] = {
     "zip: files that overlap": (_overlapping, "overlaps another|header"),
     "zip: a name twice": (lambda f: _zip(f, lambda z: _entry(z, "models/MODEL.pt")), "two files have this name"),
     "zip: two names for a file": (_other_name_inside, "two headers for it differ"),
+    "zip: a second name": (_second_name, "has a second name"),
     "zip: something in front": (lambda f: b"#!/bin/sh\n" + _zip(f), "in front of the zip"),
     "zip: something behind": (lambda f: _zip(f) + b"x", "behind the end"),
     "zip: an invisible character": (lambda f: _zip(f, lambda z: _entry(z, "docs/a\u202etxt.md")), "can't be seen"),

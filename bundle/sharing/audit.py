@@ -45,6 +45,7 @@ LARGE = (*WEIGHTS, ".npy", ".npz", ".nii", ".nii.gz")
 IMAGES = {".png": b"\x89PNG", ".jpg": b"\xff\xd8\xff", ".jpeg": b"\xff\xd8\xff", ".gif": b"GIF8"}
 CODE = (".py", ".html", ".css", ".js", ".gz", ".sh", ".toml")  # harmless only if it is what this copy has, too
 LOG_CLASSES = ("StreamHandler", "NullHandler", "FileHandler", "logging.StreamHandler", "logging.Formatter", "Formatter")
+_LOG_SECTION = re.compile(r"DEFAULT|loggers|handlers|formatters|(logger|handler|formatter)_.*")
 LOG_ARGS = {ast.Expression, ast.Tuple, ast.List, ast.Dict, ast.Constant, ast.Load}
 SCHEMAS = "https://github.com/Project-MONAI/"  # verify_metadata downloads the schema that the metadata name
 SHAPE_NODES = (ast.Expression, ast.BinOp, ast.Constant, ast.Name, ast.Load, ast.Add, ast.Sub, ast.Mult, ast.Pow)
@@ -266,10 +267,14 @@ def logging_faults(text: str) -> Iterator[str]:
         yield f"it can't be read: {short(e)}"
         return
     for section in (parser.default_section, *parser.sections()):
+        if not _LOG_SECTION.fullmatch(section):
+            yield f"{section}\tnot a part of a config of logging, which other programs may read"
         for name, value in parser[section].items():
+            if "%(" in value and name not in ("format", "datefmt", "style"):
+                yield f"{section}.{name}\t{short(value)} is put together from other values, and evaluated"
             if name == "class" and value.strip() not in LOG_CLASSES and not section.startswith("logger"):
                 yield f"{section}.class\t{short(value)} is called, which is not on the list"
-            if name in ("args", "kwargs"):
+            if name in ("args", "kwargs", "defaults"):
                 yield from (f"{section}.{name}\t{what}" for what in _argument_faults(value))
 
 
@@ -303,6 +308,12 @@ def _audit_content(name: str, content: Any, names: list[str], report: Audit) -> 
             report.add(
                 name, "schema", f"{short(content['schema'])} is downloaded by verify_metadata (expected {SCHEMAS}...)"
             )
+    if file == "metadata.json":
+        needs = content.get("required_packages_version") or {} if isinstance(content, dict) else None
+        if not isinstance(needs, dict) or not all(isinstance(each, str) for pair in needs.items() for each in pair):
+            report.add(name, "", "it is no metadata: expected keys, and required_packages_version with a version a package")
+        elif not all(re.fullmatch(r"[\w.\-]+", package) for package in needs):
+            report.add(name, "required_packages_version", "it has what is no name of a package")
     if file == "settings.json" and isinstance(content, dict) and "weights_sha256" in content:
         report.read.append(f"{name}: weights with SHA-256 {short(content['weights_sha256'])[:12]}...")
 
@@ -317,7 +328,8 @@ def download_faults(content: Any, names: list[str]) -> Iterator[tuple[str, str]]
         key = f"large_files#{number}"
         path, url, digest = (str(each.get(k) or "") for k in ("path", "url", "hash_val"))
         yield from ((f"{key}#path", f"{short(path)}: {what}") for what in name_faults(path))
-        if path in names or not path.lower().endswith((*WEIGHTS, *DATA)):
+        there = {name.lower() for name in names}
+        if PurePosixPath(path).as_posix().lower() in there or not path.lower().endswith((*WEIGHTS, *DATA)):
             yield f"{key}#path", f"{short(path)} would replace a file, or is neither weights nor data"
         if not url.startswith("https://"):
             yield f"{key}#url", f"{short(url)} (expected https)"

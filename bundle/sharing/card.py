@@ -9,13 +9,16 @@ import pandas as pd
 from bundle.metrics.verdict import in_words
 from bundle.report import metric_groups
 
-DOUBTS = """- The model was not tested on patients like yours, or its C-index there is no better than that of clinical
-  covariates alone.
-- Training with shuffled survival times gives maps that look the same.
-- Heat lies in both hila, along the edge of the lung mask, or evenly over the lung.
-- The lung mask is wrong: outside it nothing can be found.
+DOUBTS = """Do not believe a map if
+
+- the verdict above is `no` or `unsure`, or the scan's `familiarity` is near 0;
+- the model was not tested on patients like yours, or its C-index there is no better than that of clinical
+  covariates alone;
+- heat lies in both hila, along the edge of the lung mask, or evenly over the lung;
+- the lung mask is wrong: outside it nothing can be found;
 - `message` in `predictions.csv` has a warning: thick slices, cut lungs, metal, motion.
-- A map shows what the model used, not what causes death. If the predicted times are wrong, it means nothing."""
+
+A map shows what the model used, not what causes death. If the predicted times are wrong, it means nothing."""
 
 
 def model_card(

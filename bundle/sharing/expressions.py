@@ -10,6 +10,7 @@ import ast
 import builtins
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,11 +20,13 @@ from bundle.run.config import flat
 from bundle.sharing.names import (
     BUILTINS,
     MONAI_GLOBALS,
+    OUTPUTS,
     READ_MODES,
     RISKY_KEYS,
     ROOTS,
     STRICT_KEYS,
     component,
+    downloads,
     known,
     parameters,
 )
@@ -33,15 +36,21 @@ REFERENCES = "__local_refs"  # what MONAI calls the things that an expression re
 WITH_ADDRESSES = ("configs/metadata.json", "large_files.yml", "large_files.yaml", "large_files.json")  # checked elsewhere
 CLASSES = ("reader", "writer", "merger_cls")  # arguments that may be a class as well
 CUDNN = "torch.backends.cudnn"  # a module, whose switches configs set
+PART_OF_ADDRESS = re.compile(r"(?<!\benv)(?<!\bfile)(?<!\bsqlite)://|^\s*(\\\\|//)\w|^\s*(https?|ftp|tcp|s3|gs):/*\s*$")
 RANKS = ("LOCAL_RANK", "RANK", "WORLD_SIZE")
 # Attributes of values. What leads back to a module or to code of the interpreter, or writes, deletes, loads or downloads.
 BAD_ATTRIBUTES = set(
-    "os sys subprocess shutil builtins importlib socket ctypes pickle runpy pty posix inspect multiprocessing urllib http "
     "system popen Popen exec spawn call check_call check_output load_library exec_module load_module hub jit package mro "
-    "write_text write_bytes tofile dump dumps save savetxt savez memmap unlink rmdir rename chmod touch "
-    "symlink_to hardlink_to truncate load loads open extract extractall urlopen urlretrieve download request "
-    "from_file from_pretrained register_class run_cmd query".split()
+    "write_text write_bytes writelines write_results FileIO tofile dump dumps save savetxt savez memmap unlink rmdir "
+    "rename move move_into copy_into chmod touch symlink_to hardlink_to link_to truncate load loads open extract "
+    "extractall urlopen urlretrieve download request from_file from_pretrained register_class run_cmd query "
+    "multiprocessing_context reducer modules".split()
 )
+# What a value has by the name of a module of the standard library is that module, but for these.
+BAD_ATTRIBUTES |= sys.stdlib_module_names - set(
+    "array copy numbers profile random select statistics string test time".split()
+)
+BY_ARGUMENTS = ("eval", "replace", "write")  # harmless or not by what they are called with
 HARMLESS_TO = ("to_dict", "to_list", "to_numpy", "to_tensor")  # of pandas, all others that start so write files
 BAD_STARTS = ("_", "f_", "gi_", "cr_", "ag_", "tb_", "co_", "func_")
 NODES = (
@@ -88,14 +97,15 @@ class Configs:
 
     def value_faults(self, key: str, value: Any) -> Iterator[str]:
         name = _named(key)
-        if name == "_target_" and not (isinstance(value, str) and value.startswith("$")):
+        if name == "_target_":
             if not isinstance(value, str) or component(value) is None:
                 yield f"{short(value)} is called, which is not on the list of what a bundle may use"
         elif name in RISKY_KEYS:
             expected, harmless = RISKY_KEYS[name]
-            refers = ReferenceResolver.match_refs_pattern(value) if isinstance(value, str) and value.startswith("@") else {}
-            values = [each for ref in refers for each in self.values.get(ref, [value])] or [value]
-            if not all(harmless(each) or (name in CLASSES and _is_class(self, each)) for each in values):
+            values = list(self.meant(value))
+            if name in OUTPUTS and any(map(leads_out, values)):
+                yield f"{name} is {short(value)} (expected {expected})"
+            elif not all(harmless(each) or (name in CLASSES and _is_class(self, each)) for each in values):
                 yield f"{name} is {short(value)} (expected {expected})"
         if not isinstance(value, str):
             return
@@ -110,6 +120,16 @@ class Configs:
             yield from self.expression_faults(key, value)
         else:
             yield from self.reference_faults(ReferenceResolver.match_refs_pattern(_absolute(key, value)))
+
+    def meant(self, value: Any, depth: int = 8) -> Iterator[Any]:
+        """What a value is, or refers to: what a reference to a reference refers to."""
+        text = value.removeprefix("$") if isinstance(value, str) else ""
+        if not re.fullmatch(r"@[\w:#]+", text) or not depth:
+            yield value
+            return
+        for ref in ReferenceResolver.match_refs_pattern(text):
+            for each in self.values.get(ref, [value]):
+                yield from self.meant(each, depth - 1)
 
     def reference_faults(self, ids: Any) -> Iterator[str]:
         for each in ids:
@@ -151,7 +171,7 @@ class Expression:
         elif isinstance(node, ast.Constant):
             if isinstance(node.value, str) and "__" in node.value:
                 yield f"a text with a double underscore, {short(node.value)}"
-            if address(node.value):
+            if isinstance(node.value, str) and PART_OF_ADDRESS.search(node.value):
                 yield f"{short(node.value)} is an address in the network"
         elif isinstance(node, ast.arg):
             yield from self.binding_faults(node.arg)
@@ -202,6 +222,7 @@ class Expression:
             return
         if isinstance(node, ast.Attribute):
             writes = node.attr.startswith("to_") and node.attr not in HARMLESS_TO
+            writes = writes or (node.attr in BY_ARGUMENTS and not called)
             if node.attr in BAD_ATTRIBUTES or node.attr.startswith(BAD_STARTS) or writes:
                 yield f"it takes .{node.attr} of a value"
             yield from self.faults(node.value)
@@ -224,6 +245,8 @@ class Expression:
         func, args = node.func, node.args
         if "functools.partial" in self.full_names(func) and args:
             func, args = args[0], args[1:]
+            if isinstance(func, ast.Attribute) and func.attr in BY_ARGUMENTS:
+                yield f"it takes .{func.attr} of a value"
         if isinstance(func, (ast.Name, ast.Attribute)):
             yield from self.name_faults(func, called=True)
         else:
@@ -241,6 +264,8 @@ class Expression:
             given |= {key: each for key, each in zip(order, args) if key in RISKY_KEYS}
             if found and found.home == "torch.serialization.load":
                 given.setdefault("weights_only", ast.Constant(False))
+            if found and downloads(found.value):
+                given.setdefault("pretrained", ast.Constant(True))
         for key, each in given.items():
             plain = isinstance(each, ast.Constant)
             if (plain and key in RISKY_KEYS and not RISKY_KEYS[key][1](each.value)) or (not plain and key in STRICT_KEYS):
@@ -256,14 +281,27 @@ def special_call(node: ast.Call, names: list[str], bound: set[str]) -> list[str]
     if called == "open":
         mode = [keyword.value for keyword in node.keywords if keyword.arg == "mode"] or node.args[1:2]
         reads = all(isinstance(each, ast.Constant) and each.value in READ_MODES for each in mode)
+        reads = reads and not any(isinstance(each, ast.Starred) for each in node.args)
         return [] if reads and len(node.args) > 0 else ["it opens a file, and not for reading"]
+    if called == "print" and any(keyword.arg not in ("sep", "end") for keyword in node.keywords):
+        return ["it prints into a file"]
     if called == "setattr":
         cudnn = len(node.args) == 3 and ast.unparse(node.args[0]) == CUDNN and isinstance(plain[1], str)
         return [] if cudnn and isinstance(plain[2], bool) else ["it calls setattr"]
-    if isinstance(node.func, ast.Attribute) and node.func.attr == "eval" and not names and node.args + node.keywords:
-        return ["it evaluates a text by .eval"]
-    if isinstance(node.func, ast.Attribute) and node.func.attr == "replace" and not names and len(node.args) < 2:
-        return ["it renames a file by .replace"]
+    if isinstance(node.func, ast.Attribute) and not names:
+        method, given = node.func.attr, node.args + node.keywords
+        if method == "write" and given:
+            return ["it writes by .write"]
+        if method == "eval" and given:
+            return ["it evaluates a text by .eval"]
+        if method == "replace" and len(node.args) < 2:
+            return ["it renames a file by .replace"]
+        if method == "copy" and given:
+            return ["it copies a file by .copy"]
+        if method == "compile" and given:
+            return ["it compiles with settings, which may name a compiler"]
+        if method in ("format", "format_map") and not isinstance(node.func.value, ast.Constant):
+            return [f"it takes attributes by a text that can't be seen, by .{method}"]
     if names in (["os.environ.get"], ["os.getenv"]):
         return [] if plain[:1] and plain[0] in RANKS else ["it reads the environment"]
     return None
@@ -297,13 +335,33 @@ def _unsafe_loads(content: Any, key: str = "") -> Iterator[tuple[str, str]]:
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for name, value in items:
         yield from _unsafe_loads(value, f"{key}#{name}" if key else str(name))
+    if isinstance(content, dict) and content.get("compile_kwargs"):
+        yield f"{key}#compile_kwargs" if key else "compile_kwargs", f"expected {RISKY_KEYS['compile_kwargs'][0]}"
     if isinstance(content, dict) and isinstance(target := content.get("_target_"), str) and not target.startswith("$"):
         found = component(target)
         if found and found.home == "torch.serialization.load" and content.get("weights_only") is not True:
             yield key, "torch.load without weights_only true unpickles whatever the file holds"
+        if found and "pretrained" not in content and downloads(found.value):
+            yield key, f"{target} downloads weights (expected pretrained false)"
         open_ended = STRICT_KEYS.intersection(parameters(found.value if found else None)) - content.keys()
         if found and content.get("_mode_") == "callable" and open_ended and not found.home.startswith("bundle."):
             yield key, f"{target} is handed on, so that its {', '.join(sorted(open_ended))} can't be seen"
+
+
+def leads_out(value: Any) -> bool:
+    """Whether an expression of a place begins, or a part of its path does, outside of the bundle."""
+    if not (isinstance(value, str) and value.startswith("$")):
+        return False
+    try:
+        refs = ReferenceResolver.match_refs_pattern(value)
+        tree: ast.AST = ast.parse(ReferenceResolver.update_refs_pattern(value, refs)[1:].strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False  # which is told elsewhere
+    joined = [arg for node in ast.walk(tree) if isinstance(node, ast.Call) for arg in node.args]
+    while isinstance(tree, ast.BinOp):
+        tree = tree.left
+    harmless = RISKY_KEYS[OUTPUTS[0]][1]
+    return any(isinstance(each, ast.Constant) and not harmless(each.value) for each in (tree, *joined))
 
 
 def address(value: Any) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bundle.errors import InputError
 from bundle.run.settings import FORMAT
-from bundle.sharing.audit import Audit, audit_source
+from bundle.sharing.audit import HOME, Audit, audit_source
 from bundle.sharing.source import ZipSource, open_source
 
 PACKAGES = {"monai_version": "monai", "pytorch_version": "torch", "numpy_version": "numpy"}
@@ -72,9 +72,12 @@ def version_notes(source: ZipSource) -> list[str]:
                 f"its settings.json has format {found['format']}; this version reads {FORMAT}: update it first."
             )
     metadata = json.loads(source.read("configs/metadata.json")) if "configs/metadata.json" in names else {}
+    own = json.loads((HOME / "configs" / "metadata.json").read_text(encoding="utf-8"))
     wanted = {package: metadata.get(key) for key, package in PACKAGES.items()}
     wanted |= metadata.get("required_packages_version") or {}
     notes = []
+    if metadata.get("name") == own["name"] and metadata.get("version") != own["version"]:
+        notes.append(f"the bundle is version {metadata.get('version')}; this is {own['version']}")
     for package, expected in wanted.items():
         try:
             here = version(str(package)).split("+")[0]

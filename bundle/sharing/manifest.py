@@ -25,7 +25,9 @@ def manifest_faults(names: Iterable[str], read: Callable[[str], bytes]) -> Itera
     """File, key and fault of what a bundle's files and its manifest don't agree on."""
     try:
         content = json.loads(read(MANIFEST))
-        digests = dict(content["files"])
+        digests = content["files"]
+        if not isinstance(digests, dict):
+            raise TypeError("files is no table of digests by name")
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']}, this version reads {FORMAT}")
     except (ValueError, KeyError, TypeError, RecursionError, InputError) as e:

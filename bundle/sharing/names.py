@@ -93,6 +93,8 @@ NOT = (
     ),
     *("torch.utils.data.datapipes.", "torch.backends._", "monai.networks.nets.flexible_unet.FlexUNetEncoderRegister"),
     "monai.networks.layers.gmm.",  # compiles code with its arguments on the command line
+    *("monai.networks.nets.resnet.get_pretrained_resnet_medicalnet", "ignite.metrics.gan.", "ignite.metrics.fid"),
+    "monai.data.utils.create_file_basename",
 )
 # An argument or key that makes code run, and what is harmless there.
 READERS = set("itkreader nibabelreader numpyreader pilreader pydicomreader nrrdreader wsireader".split())
@@ -108,14 +110,15 @@ RISKY_KEYS = {
     "_debug_": ("left out", lambda v: v in (None, False)),
     "_mode_": ("default or callable", lambda v: v in ("default", "callable")),
     "dataset_name_or_id": ("a plain name", lambda v: str(v).replace("_", "").replace("-", "").isalnum()),
+    "pretrained_url": ("left out: it is downloaded", lambda v: v is None),
+    "compile_kwargs": ("left out: it may name a compiler", lambda v: v in (None, {})),
     "postprocessing_file": ("left out: it is unpickled", lambda v: v is None),
     "shell": ("false", lambda v: v in (None, False)),
 }
-OUTPUTS = ("output_dir", "ckpt_dir", "save_dir", "log_dir", "cache_dir", "dirname", "export_dir")
+OUTPUTS = ("output_dir", "ckpt_dir", "save_dir", "log_dir", "cache_dir", "dirname", "export_dir", "filename")
+OUTPUTS += ("final_filename", "file_prefix", "filename_prefix", "mapping_file_path", "output_postfix")
 STRICT_KEYS = set(RISKY_KEYS)  # whose values must be written out, and never be a reference that can't be followed
-RISKY_KEYS |= {
-    name: ("a folder within the bundle", lambda v: not re.match(r"[/\\~]|\w:|.*\.\.", str(v))) for name in OUTPUTS
-}
+RISKY_KEYS |= {name: ("a place within the bundle", lambda v: not re.match(r"[/\\~]|\w:|.*\.\.", str(v))) for name in OUTPUTS}
 READ_MODES = (None, "r", "rb", "rt")
 
 
@@ -132,7 +135,7 @@ class Known:
 def known(name: str) -> Known | None:
     """What a dotted name stands for if a bundle may use it, else None."""
     root, *rest = name.split(".")
-    if any(part.startswith("_") for part in rest):
+    if any(part.startswith("_") or part == "mro" for part in rest):
         return None
     if root not in ROOTS:
         if name in MODULES:
@@ -184,6 +187,15 @@ def component(target: str) -> Known | None:
 @cache
 def _locator() -> ComponentLocator:
     return ComponentLocator(excludes=[])
+
+
+def downloads(value: Any) -> bool:
+    """Whether a callable downloads weights where it isn't told not to, by `pretrained`."""
+    try:
+        argument = inspect.signature(value).parameters.get("pretrained")
+    except (ValueError, TypeError):
+        return False
+    return argument is not None and argument.default is True
 
 
 def parameters(value: Any) -> list[str]:

@@ -20,6 +20,7 @@ MAX_BYTES = 4 << 30  # of all files, unpacked
 MAX_RATIO = 200  # unpacked to packed, of a file above MAX_RATIO_FROM
 MAX_RATIO_FROM = 1 << 20
 _LOCAL = struct.Struct("<4s5H3I2H")  # a file's header in a zip, in front of its name: APPNOTE.TXT 4.3.7
+_NAME_FIELD = 0x7075  # Info-ZIP's Unicode path
 _END = 22  # bytes of a zip's last record, without a comment
 
 
@@ -32,7 +33,8 @@ class Finding:
     what: str
 
     def __str__(self) -> str:
-        return f"{self.file}{f' · {self.key}' if self.key else ''}: {self.what}"
+        text = f"{self.file}{f' · {self.key}' if self.key else ''}: {self.what}"
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)  # or a terminal obeys it
 
 
 def name_faults(name: str) -> Iterator[str]:
@@ -134,8 +136,21 @@ def _entry_faults(info: zipfile.ZipInfo, data: bytes) -> Iterator[str]:
     fields = _LOCAL.unpack(header)
     start = info.header_offset + _LOCAL.size
     name = data[start : start + fields[9]].decode("utf-8" if fields[2] & 0x800 else "cp437", "replace")
+    local = data[start + fields[9] : start + fields[9] + fields[10]]
+    if any(_NAME_FIELD in _extra_fields(extra) for extra in (info.extra, local)):
+        yield "it has a second name, which some programs take"
     if name != info.orig_filename or fields[3] != info.compress_type or (fields[2] ^ info.flag_bits) & 0x41:
         yield "the zip's two headers for it differ"
+
+
+def _extra_fields(extra: bytes) -> list[int]:
+    """Numbers of the fields behind a file's name in a zip: APPNOTE.TXT 4.5."""
+    found = []
+    while len(extra) >= 4:
+        number, size = struct.unpack("<2H", extra[:4])
+        found.append(number)
+        extra = extra[4 + size :]
+    return found
 
 
 class FolderSource:

@@ -93,6 +93,8 @@ def try_bundle(folder: Path) -> str:
         heat = np.load(io.BytesIO((folder / HEAT).read_bytes()), allow_pickle=False)
         phantom = (folder / PHANTOM).read_bytes()
         prediction, same = expected["prediction"], all(expected[name] == value for name, value in machine().items())
+        if not isinstance(prediction, dict):
+            raise TypeError("prediction is no table of numbers by name")
     except OSError as e:
         raise InputError(f"{e.filename} is missing: {folder} holds no bundle that was packed by scripts.share.") from e
     except (ValueError, KeyError, TypeError) as e:

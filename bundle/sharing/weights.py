@@ -8,10 +8,11 @@ A pickle is a program. The ones that torch writes for a state dict name a few fu
 
 import ast
 import io
-import json
 import pickletools
 import re
 from collections.abc import Iterator
+
+import numpy as np
 
 from bundle.errors import InputError
 from bundle.sharing.source import ZipSource
@@ -191,11 +192,11 @@ def array_faults(data: bytes) -> Iterator[str]:
         return
     try:
         header = ast.literal_eval(data[start : start + size].decode("latin1").strip())
-        kind = json.dumps(header["descr"])
-    except (SyntaxError, ValueError, TypeError, KeyError, RecursionError, MemoryError):
+        holds_objects = np.lib.format.descr_to_dtype(header["descr"]).hasobject
+    except (SyntaxError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, MemoryError):
         yield "its header can't be read"
         return
-    if "O" in kind:
+    if holds_objects:
         yield "an array of Python objects, which numpy unpickles"
 
 
