@@ -4,13 +4,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import math
+import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -583,6 +589,45 @@ def test_mlflow_by_one_override_has_settings_epochs_and_verdict(recipe, tiny_coh
     assert [(m.step, pytest.approx(m.value)) for m in logged] == list(enumerate(rows.train_loss, 1))
     text = json.dumps([found.data.params, found.data.tags])
     assert not any(digest in text for digest in settings["trained_on"]) and str(tiny_cohort.parent) not in text
+
+
+@pytest.fixture
+def mlflow_server(tmp_path):
+    """Address of an MLflow server of its own."""
+    for module in ("mlflow", "sqlalchemy", "flask", "flask_cors", "uvicorn"):
+        pytest.importorskip(module, reason=f"an MLflow server needs {module} (requirements-dev.txt)")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--host", "127.0.0.1", "--port", str(port)]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", *words]
+    with open(tmp_path / "server.log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=tmp_path, start_new_session=True)
+    address, until = f"http://127.0.0.1:{port}", time.monotonic() + 180
+    try:
+        while True:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=5):
+                break
+            assert process.poll() is None and time.monotonic() < until, (tmp_path / "server.log").read_text()
+            time.sleep(0.5)
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+
+
+@pytest.mark.slow
+def test_mlflow_to_a_server(mlflow_server, tiny_cohort, tmp_path, monkeypatch):
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server)
+    train(tiny_cohort, tmp_path / "run", tracking="configs/tracking/mlflow.json", max_epochs=1, recipe="network")
+    client = mlflow.MlflowClient(mlflow_server)
+    (found,) = client.search_runs([client.get_experiment_by_name("survival-map").experiment_id])
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert found.info.status == "FINISHED" and found.data.tags["weights_sha256"] == settings["weights_sha256"]
+    assert not (tmp_path / "run" / "mlruns.db").exists()
 
 
 @pytest.mark.slow
