@@ -114,19 +114,20 @@ class Finish:
     def __call__(self, objective: dict) -> tuple[nn.Module, dict]:
         """The network to keep and what its `settings.json` gains, from the settings of the objective as learnt."""
         self.codebooks.run()
-        found, outcome, levels = None, outcomes(self.val.data), list(LEVELS)
+        trained_on = outcomes(self.dataset.data)
+        found, outcome, levels, by = None, outcomes(self.val.data), list(LEVELS), "validation"
         if self.codebooks.recipe != "codebook":
             found = self.fitted(objective)
             pmf, log_likelihood = self.validated(found)
+            risk = -mean_months(pmf)
         network: nn.Module = self.network
         if self.codebooks.fitted and (found is None or not self.network_wins(log_likelihood)):
             network, readout = self.codebooks.network, self.codebooks.objective
             found = {"objective": {"name": readout.name, **readout.arguments}, "severity": None}
-            pmf, outcome = readout.pmf(as_maps(self.codebooks.location)), outcomes(self.dataset.data)
+            pmf, outcome, by = readout.pmf(as_maps(self.codebooks.location)), trained_on, "out of fold"
+            risk = -self.codebooks.location  # mean months may tie, locations don't
             levels = interval_levels(pmf, outcome)
-        trained_on, by = outcomes(self.dataset.data), "validation" if network is self.network else "out of fold"
         cohort = {"pmf": cohort_pmf(trained_on, found["objective"]["tmax"])}
-        risk = -mean_months(pmf) if network is self.network else -self.codebooks.location  # months may tie, locations don't
         learnt = verdict(risk, *outcome.unbind(1), by=by)
         learnt["ipa"] = prediction_accuracy(pmf, cohort["pmf"], *outcome.unbind(1))
         logger.log(logging.INFO if learnt["verdict"] == "yes" else logging.WARNING, f"verdict: {in_words(learnt)}.")

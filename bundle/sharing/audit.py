@@ -324,11 +324,11 @@ def download_faults(content: Any, names: list[str]) -> Iterator[tuple[str, str]]
     if not isinstance(files, list) or not all(isinstance(each, dict) for each in files):
         yield "large_files", "it is no list of files"
         return
+    there = {name.lower() for name in names}
     for number, each in enumerate(files):
         key = f"large_files#{number}"
         path, url, digest = (str(each.get(k) or "") for k in ("path", "url", "hash_val"))
         yield from ((f"{key}#path", f"{short(path)}: {what}") for what in name_faults(path))
-        there = {name.lower() for name in names}
         if PurePosixPath(path).as_posix().lower() in there or not path.lower().endswith((*WEIGHTS, *DATA)):
             yield f"{key}#path", f"{short(path)} would replace a file, or is neither weights nor data"
         if not url.startswith("https://"):

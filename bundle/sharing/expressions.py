@@ -29,6 +29,7 @@ from bundle.sharing.names import (
     downloads,
     known,
     parameters,
+    within,
 )
 
 MAX_EXPRESSION = 10_000  # characters
@@ -103,9 +104,8 @@ class Configs:
         elif name in RISKY_KEYS:
             expected, harmless = RISKY_KEYS[name]
             values = list(self.meant(value))
-            if name in OUTPUTS and any(map(leads_out, values)):
-                yield f"{name} is {short(value)} (expected {expected})"
-            elif not all(harmless(each) or (name in CLASSES and _is_class(self, each)) for each in values):
+            fine = all(harmless(each) or (name in CLASSES and _is_class(self, each)) for each in values)
+            if not fine or (name in OUTPUTS and any(map(leads_out, values))):
                 yield f"{name} is {short(value)} (expected {expected})"
         if not isinstance(value, str):
             return
@@ -360,8 +360,7 @@ def leads_out(value: Any) -> bool:
     joined = [arg for node in ast.walk(tree) if isinstance(node, ast.Call) for arg in node.args]
     while isinstance(tree, ast.BinOp):
         tree = tree.left
-    harmless = RISKY_KEYS[OUTPUTS[0]][1]
-    return any(isinstance(each, ast.Constant) and not harmless(each.value) for each in (tree, *joined))
+    return any(isinstance(each, ast.Constant) and not within(each.value) for each in (tree, *joined))
 
 
 def address(value: Any) -> bool:

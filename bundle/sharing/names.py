@@ -118,7 +118,14 @@ RISKY_KEYS = {
 OUTPUTS = ("output_dir", "ckpt_dir", "save_dir", "log_dir", "cache_dir", "dirname", "export_dir", "filename")
 OUTPUTS += ("final_filename", "file_prefix", "filename_prefix", "mapping_file_path", "output_postfix")
 STRICT_KEYS = set(RISKY_KEYS)  # whose values must be written out, and never be a reference that can't be followed
-RISKY_KEYS |= {name: ("a place within the bundle", lambda v: not re.match(r"[/\\~]|\w:|.*\.\.", str(v))) for name in OUTPUTS}
+
+
+def within(value: Any) -> bool:
+    """Whether a value, if it is a path, stays in the bundle."""
+    return not re.match(r"[/\\~]|\w:|.*\.\.", str(value))
+
+
+RISKY_KEYS |= {name: ("a place within the bundle", within) for name in OUTPUTS}
 READ_MODES = (None, "r", "rb", "rt")
 
 

@@ -20,7 +20,7 @@ learns from the months and events of the training scans alone, but for the last 
 measured by the same code on test scans of anatomies that no method has seen: {anatomies}.
 The oracle's C-index is that of the true share of diseased lung. Of a seed, the smaller cohort is the first scans of the
 larger, and the test scans are the same. Every method compares patients within their anatomy alone, as within a site. A
-cell is the mean over seeds, with the least and greatest.{versions}
+cell is the mean over seeds, with the least and greatest. Made by code and configs {versions}.
 
     {command}
 """
@@ -110,7 +110,6 @@ def cell(values: pd.Series, digits: int, sign: str = "") -> str:
 def page(rows: pd.DataFrame, titles: dict[str, str], command: str, anatomies: list[str]) -> str:
     """A table for each disease and number of training scans, a method a row."""
     versions = " and ".join(f"`{version}`" for version in sorted(rows.code.unique()))
-    versions = f" Made by code and configs {versions}."
     text = [HEAD.format(command=command, anatomies=", ".join(anatomies), versions=versions)]
     if (rows.method == "ours").any():
         healthy = cell(rows[rows.method == "ours"].healthy_deaths, 2)
