@@ -38,10 +38,12 @@ def last_death(outcome: Tensor) -> float | None:
 def interval_levels(pmf: Tensor, outcome: Tensor) -> list[float]:
     """Predicted probabilities of death between which the times of 95 in 100 patients lie, if patients are like these.
 
-    Where distributions are right they are :data:`LEVELS`. Where they are too wide or too narrow, an end is that of the
-    observed P(T <= t), as split conformal prediction has it: of n patients the k-th from the end, k = 0.025 (n + 1). Kaplan
-    and Meier's estimate takes the place of the count, as for a censored patient P(T <= t) is known to be more than at the
-    last contact. An end that so few patients or deaths don't reach stays, or is further out if a patient died there.
+    Where distributions are right, and no upper end lies beyond the last death, they are :data:`LEVELS`. Where they are too
+    wide or too narrow, an end is that of the observed P(T <= t), as split conformal prediction has it: of n patients the
+    k-th from the end, k = 0.025 (n + 1). Kaplan and Meier's estimate takes the place of the count, as for a censored patient
+    P(T <= t) is known to be more than at the last contact. An upper end beyond the last death is open, and nobody dies
+    after it; where a share of the patients has such an end, the lower end may come later for as many more: k = 0.025
+    (1 + share) (n + 1). An end that so few patients or deaths don't reach stays, or is further out if a patient died there.
 
     Args:
         pmf: P(T = 1..tmax months), (N, tmax), of patients whose outcomes the prediction has not seen.
@@ -55,10 +57,18 @@ def interval_levels(pmf: Tensor, outcome: Tensor) -> list[float]:
     if not died.any():
         return list(LEVELS)
     deaths, n = np.sort(level[died]), len(level)
-    observed, k = 1 - kaplan_meier(level, died).evaluate(deaths), int(LEVELS[0] * (n + 1))
-    early, late = deaths[observed > (k - 0.5) / n], deaths[observed > (n + 0.5 - k) / n]
-    low = early[0] if k > 0 else min(LEVELS[0], deaths[0])
+    observed = 1 - kaplan_meier(level, died).evaluate(deaths)
+
+    k = int(LEVELS[0] * (n + 1))
+    late = deaths[observed > (n + 0.5 - k) / n]
     high = late[0] if len(late) else max(LEVELS[1], deaths[-1])
+
+    last = outcome[:, 0].double()[outcome[:, 1] > 0].max().expand(n)
+    is_open = dead_at(pmf.double(), last).numpy() < high
+    missed = LEVELS[0] * (1 + is_open.mean())
+    k = int(missed * (n + 1))
+    early = deaths[observed > (k - 0.5) / n]
+    low = early[0] if k > 0 else min(missed, deaths[0])
     return [round(float(low), 6), round(float(high), 6)]
 
 
