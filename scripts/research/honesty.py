@@ -38,7 +38,7 @@ from bundle.run import outcomes as of_records
 from bundle.run.codebooks import as_maps
 from bundle.run.results import prediction_row
 from bundle.survival.calibration import interval_levels, last_death
-from scripts.jobs import markdown
+from scripts.jobs import markdown, spread
 
 HU_WINDOW = (-1000.0, 200.0)
 FILES = ("image", "lung_mask", "gt_mask", "confounder_mask")
@@ -46,8 +46,9 @@ HEAD = """\
 # Does it know what it knows?
 
 Made by `{command}`.
-Implants: {implants}; other options of `python -m scripts.make_implants` as by default. {train} scans to train on, {test}
-to measure on, of anatomies that no training has seen. Recipe: codebook.
+{implants}
+Other options of `python -m scripts.make_implants` as by default. Test scans are of anatomies that no training has seen:
+{anatomies}. Recipe: codebook.
 
 ## Verdicts
 
@@ -58,17 +59,19 @@ other times and another censoring; p is the test's.
 INTERVALS = """
 ## Intervals
 
-Share of true times, the censored ones' included, within the 95 % interval of scans of the test anatomies. Beyond the last
-death of the training an interval is open. `d_calibration_p` is of observed times. `c_index_test` stands beside that of
-the diseased share itself (`oracle`).
+Share of true times, the censored ones' included, within the 95 % interval of scans of the test anatomies. A cell is the
+mean over seeds of the drawn outcomes, with the least and greatest. Beyond the last death of the training an interval is
+open. D-calibration is of observed times: in how many seeds p is below 0.05. The C-index of the test scans stands beside
+that of the diseased share itself (oracle).
 
 """
 FAMILIAR = """
 ## Familiarity
 
-AUROC with which the distance from the training scans tells strange scans from the {test} of the test anatomies, and the
-median familiarity of the strange ones; that of the test scans themselves is {usual:.2f}. Strange scans are test scans that
-were changed, or chest phantoms. An abdomen has no familiarity: it is refused ([real scans](real_scans.md)).
+AUROC with which the distance from the training scans tells strange scans from the {test} of the test anatomies
+({disease}), and the median familiarity of the strange ones; that of the test scans themselves is {usual:.2f}. Strange
+scans are test scans that were changed, or chest phantoms. An abdomen has no familiarity: it is refused
+([real scans](real_scans.md)).
 
 """
 
@@ -104,6 +107,8 @@ class Trials:
 
     def __init__(self, cohort: Path, out: Path) -> None:
         self.table, self.params = table_of(cohort), params_of(cohort)
+        self.known = json.loads((cohort.parent / "implants.json").read_text())
+        self.test_anatomies = sorted(self.table.loc[self.table["split"] == "test", "anatomy"].unique())
         config = ConfigParser()
         config.read_config("configs/train.json")
         where = {"ckpt_dir": str(out), "output_dir": str(out), "cache_dir": str(out / "cache")}
@@ -218,26 +223,32 @@ def familiarity(trials: Trials, phantoms: Path | None) -> tuple[pd.DataFrame, fl
     return pd.DataFrame(rows), float(np.median([known.quantile(seen) for seen in usual]))
 
 
-def page(args: argparse.Namespace, trials: Trials, found: pd.DataFrame, command: str) -> str:
-    """The page of results."""
-    test = len(trials.test.data)
-    known = json.loads((args.cohort.parent / "implants.json").read_text())
-    implants = f"{known['disease']}, {known['num']} scans, seed {known['seed']}, "
-    implants += f"tested on {', '.join(known['test_anatomies'])}"
-    text = HEAD.format(command=command, implants=implants, train=len(trials.stage.train.data), test=test)
-    counts = []
-    for kind, rows in found.groupby("kind"):
+def page(trials: dict[str, Trials], found: pd.DataFrame, phantoms: Path | None, command: str) -> str:
+    """The page of results, from trials by disease."""
+    drawn = found[found["kind"] == "drawn"]
+    counts, intervals = [], []
+    for (disease, kind), rows in found.groupby(["disease", "kind"], sort=False):
         verdicts = rows["verdict"].value_counts()
         p = rows["p_value"].quantile([0, 0.5, 1]).map("{:.4f}".format)
-        counts.append({"outcomes": kind, "trainings": len(rows), **{v: verdicts.get(v, 0) for v in ("yes", "unsure", "no")}})
+        counts.append({"disease": disease.replace("_", " "), "outcomes": kind, "trainings": len(rows)})
+        counts[-1] |= {verdict: verdicts.get(verdict, 0) for verdict in ("yes", "unsure", "no")}
         counts[-1] |= {"p: least, median, greatest": ", ".join(p), "C-index": f"{rows['c_index'].mean():.2f}"}
-    names = ["scans", "covered", "below", "above", "open", "d_calibration_p", "c_index_test", "oracle"]
-    drawn = found[found["kind"] == "drawn"].sort_values("seed")
-    rows = [*drawn[["seed", *names]].to_dict("records"), {"seed": "mean", **drawn[names].mean().to_dict()}]
-    cells = [{k: v if k == "seed" else f"{v:.0f}" if k == "scans" else f"{v:.3f}" for k, v in r.items()} for r in rows]
-    strange, usual = familiarity(trials, args.phantoms)
-    text += markdown(pd.DataFrame(counts)) + INTERVALS + markdown(pd.DataFrame(cells))
-    return text + FAMILIAR.format(test=test, usual=usual) + markdown(strange)
+    for disease, rows in drawn.groupby("disease", sort=False):
+        cells = {name: spread(rows[name], 3) for name in ("covered", "below", "above")}
+        cells |= {"open": spread(rows["open"]), "not D-calibrated": f"{sum(rows['d_calibration_p'] < 0.05)} of {len(rows)}"}
+        cells |= {"C-index": spread(rows["c_index_test"]), "oracle": spread(rows["oracle"])}
+        intervals.append({"disease": disease.replace("_", " "), **cells})
+    implants = []
+    for disease, one in trials.items():
+        scans = f"{len(one.stage.train.data)} scans to train on, {len(one.test.data)} to measure on"
+        implants.append(f"- {disease.replace('_', ' ')}: `--num {one.known['num']} --seed {one.known['seed']}`, {scans}.")
+    first = next(iter(trials))
+    strange, usual = familiarity(trials[first], phantoms)
+    anatomies = ", ".join(trials[first].test_anatomies)
+    text = HEAD.format(command=command, implants="\n".join(implants) + "\n", anatomies=anatomies)
+    text += markdown(pd.DataFrame(counts)) + INTERVALS + markdown(pd.DataFrame(intervals))
+    shown = {"test": len(trials[first].test.data), "disease": first.replace("_", " "), "usual": usual}
+    return text + FAMILIAR.format(**shown) + markdown(strange)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -246,7 +257,10 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--cohort", type=Path, required=True, metavar="CSV", help="cohort.csv of scripts.make_implants")
+    p.add_argument(
+        "--cohort", type=Path, nargs="+", required=True, metavar="CSV",
+        help="cohort.csv of scripts.make_implants; several: of other diseases in the same test anatomies",
+    )  # fmt: skip
     p.add_argument("--phantoms", type=Path, metavar="CSV", help="cohort.csv of chest phantoms, which must look strange")
     p.add_argument("--shuffled", type=int, default=20, help="trainings on shuffled outcomes (default 20)")
     p.add_argument("--drawn", type=int, default=10, help="trainings on outcomes that follow the disease (default 10)")
@@ -255,15 +269,35 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def all_trials(cohorts: list[Path], out: Path) -> dict[str, Trials]:
+    """Trials by disease.
+
+    Raises:
+        InputError: two cohorts are of one disease, or their test anatomies differ.
+    """
+    trials: dict[str, Trials] = {}
+    for cohort in cohorts:
+        disease = json.loads((cohort.parent / "implants.json").read_text())["disease"]
+        if disease in trials:
+            raise InputError(f"{cohort} is the second cohort of {disease} (expected one of each disease).")
+        trials[disease] = Trials(cohort, out / disease)
+        if trials[disease].test_anatomies != next(iter(trials.values())).test_anatomies:
+            raise InputError(f"{cohort} has other test anatomies than {cohorts[0]} (expected the same).")
+    return trials
+
+
 def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(words)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        trials = Trials(args.cohort, args.out)
+        trials = all_trials(args.cohort, args.out)
         todo = [("drawn", seed) for seed in range(args.drawn)] + [("shuffled", seed) for seed in range(args.shuffled)]
-        found = pd.DataFrame([trials.train(*which) for which in tqdm(todo, desc="trainings", unit="training")])
-        write_text(args.page, page(args, trials, found, shlex.join(["python", "-m", "scripts.research.honesty", *words])))
+        todo = [(disease, *which) for disease in trials for which in todo]
+        bar = tqdm(todo, desc="trainings", unit="training")
+        found = pd.DataFrame([{"disease": disease, **trials[disease].train(*which)} for disease, *which in bar])
+        command = shlex.join(["python", "-m", "scripts.research.honesty", *words])
+        write_text(args.page, page(trials, found, args.phantoms, command))
     except InputError as e:
         sys.exit(f"error: {e}")
 
