@@ -254,7 +254,8 @@ class PredictionWriter:
         self.scans = {record["patient_id"]: record for record in stream.data}
         self.known = {key: value for key, value in settings.get("outcomes", {}).items() if key in ("last_death", "levels")}
         learnt = settings.get("learnt")  # older weights have no verdict
-        self.doubt = in_words(learnt) if learnt and learnt["verdict"] != "yes" else ""
+        said = in_words(learnt) if learnt else ""
+        self.doubt, self.learnt = ("", said) if learnt and learnt["verdict"] == "yes" else (said, "")
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)
@@ -278,7 +279,8 @@ class PredictionWriter:
             files = ScanFiles.of(self.output_dir, patient_id).write(scan, output, self.hu_window, self.horizon, self.doubt)
             explained = self.explanations.write(self.output_dir, scan, output) if self.explanations else []
             files += self.others(scan, output)
-            message = "; ".join(filter(None, [self.doubt, self.scans[patient_id].get("imputed"), scan.get("notes")]))
+            said = [self.doubt, self.scans[patient_id].get("imputed"), scan.get("notes"), self.learnt]
+            message = "; ".join(filter(None, said))
             familiarity = float(scan["familiarity"]) if "familiarity" in scan else None
             row = prediction_row(patient_id, pmf, familiarity, **self.known) | {"message": message}
             found = {"key": self.done.key(self.scans[patient_id]), "row": row, "pmf": pmf.tolist()}
