@@ -276,7 +276,7 @@ def test_targets_are_judged_cohort_by_cohort():
     assert found["AP less the best peer's"] == "1 of 2; -0.10 (-0.30 to 0.10)"
     assert found["AP less that of the peer best on average"] == "1 of 2; 0.00 (-0.10 to 0.10)"
     assert found["AP over the ceiling's"] == "1 of 2; 0.75 (0.60 to 0.90)"
-    assert found["AP over the same network's with masks"] == "1 of 2; 0.94 (0.75 to 1.12)"
+    assert found["AP over the same network's, told the masks"] == "1 of 2; 0.94 (0.75 to 1.12)"
     assert found["pointing"].startswith("2 of 2")
     rows["learnt"] = rows.seed.map({2: "yes", 3: "no"})
     assert page.verdicts(rows) == "Verdict of the training in these 2 cohorts: yes in 1 (AP 0.90), no in 1 (AP 0.60).\n"

@@ -1,6 +1,6 @@
 # Copyright 2026 Survival Map contributors
 # SPDX-License-Identifier: Apache-2.0
-"""What a model says of real scans without known disease: months, familiarity, and whether vessels light up.
+"""What a model says of real scans as they are: months, familiarity, and whether vessels light up.
 
 Predicts every scan by `configs/inference.json`, and writes a table and a sheet of pictures. A voxel of the lung is called
 central vessel if it is above -500 HU, smoothed over 3 mm, and deeper than 15 mm below the surface of the closed lung.
@@ -32,13 +32,15 @@ from scripts.jobs import markdown, overrides, run_module
 HEAD = """\
 # Real scans
 
-Made by `python -m scripts.research.real_scans`. No disease of known place is in these scans: the table shows what the
-weights say of them. Of the weights: {verdict}.
+Made by `python -m scripts.research.real_scans SCAN...`. Nothing was put into these scans, and what disease they have is not
+marked. Some have nodules or emphysema (`demo/anatomies/README.md`); A0001 and A0002 are patients with lung cancer. The
+weights know implanted fibrosis alone, so none of this heat is a finding. Of the weights: {verdict}.
 
 *Vessels*: share of the heat in central vessels over their share of the lung; 1 is an evenly lit lung, and 2 the most that
-is wanted. A tumour at the hilum counts as vessels. *Edge*: the same within 6 mm of the surface of the lung mask.
-*Familiarity*: share of the training scans that look as strange or stranger. The weights in `models/` were trained on
-implants in lidc-idri_0001, 0002, 0028, 0295 and chest_pyradiomics_lung1: these chests they have seen.
+is wanted. Central vessels are what is above -500 HU and deeper than 15 mm: tumours and scars there, too. *Edge*: the same
+within 6 mm of the surface of the lung mask. *Familiarity*: share of the training scans that look as strange or stranger.
+The weights in `models/` were trained on implants in lidc-idri_0001, 0002, 0028, 0295 and chest_pyradiomics_lung1: these
+chests they have seen.
 
 """
 FOOT = """

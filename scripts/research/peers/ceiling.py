@@ -11,7 +11,7 @@ from torch import Tensor
 from bundle.metrics.survival import c_index
 from scripts.research.peers.cohort import Cohort, Predict, Scan, scaler
 
-TITLE = "ceiling: the descriptors with masks as labels"
+TITLE = "ceiling: a finer classifier, told the masks"
 TOKENS, EPOCHS, BATCH = 2000, 12, 4096
 POWERS = (1, 2, 4, 8)
 

@@ -14,7 +14,7 @@ from bundle.metrics.verdict import martingale_residuals
 from bundle.networks.codebook_net import nearest
 from scripts.research.peers.cohort import Cohort, Predict, Scan, scaler
 
-TITLE = "codebooks, a marginal test a word"
+TITLE = "codebooks, each word tested alone"
 BOOKS, WORDS, FEW = 20, 100, 6  # codebooks, words of each, descriptors that each looks at
 SMOOTH, POWER = 1.8, 3  # voxels; of the evidence that is heat
 

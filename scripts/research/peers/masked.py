@@ -14,7 +14,7 @@ from bundle.run.trained import TrainedModel
 from scripts.research.peers import ours
 from scripts.research.peers.cohort import Cohort, Predict, Scan
 
-TITLE = "the same network with masks as labels"
+TITLE = "Survival Map, told the masks"
 TOKENS, EPOCHS = 2000, 12
 
 

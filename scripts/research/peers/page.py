@@ -20,7 +20,8 @@ learns from the months and events of the training scans alone, but for the last 
 measured by the same code on test scans of anatomies that no method has seen: {anatomies}.
 The oracle's C-index is that of the true share of diseased lung. Of a seed, the smaller cohort is the first scans of the
 larger, and the test scans are the same. Every method compares patients within their anatomy alone, as within a site. A
-cell is the mean over seeds, with the least and greatest. Made by code and configs {versions}.
+cell is the mean over seeds, with the least and greatest. Made by code and configs {versions} (`version_of` in
+`scripts/jobs.py`).
 
     {command}
 """
@@ -29,18 +30,18 @@ AP, pointing and heat in look-alikes are of diseased scans. Heat in look-alikes:
 the lung. What each peer is given, and how its settings are chosen, is at the top of its file in
 `scripts/research/peers/`. The picture scales each map by its own greatest heat in the scan.
 
-![CT, what kills (red) and what only looks like it (blue), and the heat of each method](peers.png)
+![CT, what kills (red), what only looks like it (blue, if the plane has any), and the heat of each method](peers.png)
 """
 
 
 AIMS = """
 A cell says in how many cohorts (disease and seed) the aim was met, then the mean over cohorts with the least and greatest.
-A peer is every other method that learns from outcomes. The best one differs by cohort, measure, and luck: the peer that is
-best on average, over the cohorts of as many scans, is the same in all of them. Heat adds up to the
-risk of death within 60 months, so that even a perfect map has heat in the healthy: of them {healthy} times as many die
-within 60 months as of the diseased.
+A peer is every other method that learns from outcomes. Which is the best differs by cohort, measure, and luck. So the peer
+that is best on average is set beside it: chosen once for each measure and number of scans. Heat adds up to the risk of
+death within 60 months, so that even a perfect map has heat in the healthy: they die within 60 months {healthy} times
+as often as the diseased.
 """
-TOLD = {"masked": "the same network's with masks", "ceiling": "the ceiling's"}  # learn from masks
+TOLD = {"masked": "the same network's, told the masks", "ceiling": "the ceiling's"}  # learn from masks
 
 
 def targets(rows: pd.DataFrame) -> pd.DataFrame:
