@@ -18,6 +18,7 @@ import torch
 from scipy import ndimage, optimize
 from sklearn.metrics import average_precision_score
 
+from bundle.data import read_cohort
 from bundle.errors import InputError
 from bundle.maps import Familiarityd
 from bundle.maps.familiarity import fit_familiarity, look
@@ -41,6 +42,7 @@ from bundle.run.codebooks import (
     words_of,
 )
 from bundle.run.results import prediction_row
+from bundle.run.trained import worst_of
 from bundle.run.training import Finish
 from bundle.survival import CenTime, Cox
 from bundle.survival.calibration import LEVELS, cohort_pmf, interval_levels, last_death, widened
@@ -589,6 +591,19 @@ def test_the_verdict_and_familiarity_are_on_the_face_of_what_inference_leaves(co
     table = infer(str(folder / "model.pt"), three, tmp_path / "yes")
     assert table.message.str.endswith("p = 0.4)").all() and table.message.str.contains("learnt something").all()
     assert drawn_with[3:] == ["", "", ""]
+
+
+def test_what_learnt_from_simulated_times_says_so(tiny_cohort, tmp_path):
+    table = pd.read_csv(tiny_cohort).drop(columns="confounder_mask")
+    for column in ("image", "gt_mask"):
+        table[column] = [str(tiny_cohort.parent / name) for name in table[column]]
+    table.assign(true_time=table["time"]).to_csv(tmp_path / "c.csv", index=False)
+    learnt = settings_of(train(tmp_path / "c.csv", tmp_path / "run", **BOOKS))["learnt"]
+    assert learnt["simulated"] and "training on simulated survival times learnt" in in_words(learnt)
+    real = {name: value for name, value in learnt.items() if name != "simulated"} | {"p_value": 1.0}
+    assert worst_of([learnt, real]) == real | {"simulated": True} and worst_of([real]) == real and worst_of([]) is None
+    with pytest.raises(InputError, match="true_time: not a clinical column"):
+        read_cohort(tmp_path / "c.csv", clinical={"true_time": "numeric"})
 
 
 @pytest.mark.parametrize("wins, name", [(True, "SurvivalMapNet"), (False, "CodebookNet")])

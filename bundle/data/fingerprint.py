@@ -21,7 +21,7 @@ from bundle.reading.slices import files_in
 
 # Keys of a record that no transform reads: they may change without the scan being preprocessed again.
 _NOT_READ = {"patient_id", "time", "event", "clinical", "patient", "gt_mask", "confounder_mask", "split", "fold"}
-_NOT_READ |= {"covariates", "imputed", "site"}
+_NOT_READ |= {"covariates", "imputed", "site", "simulated"}
 _STAMP = attrgetter("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino", "st_dev")
 _DATA_FILE = re.compile(rb"^(?:ElementDataFile\s*=|data ?file:)\s*(.+?)\s*$", re.MULTILINE | re.IGNORECASE)
 

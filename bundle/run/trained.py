@@ -138,13 +138,19 @@ def joint_settings(files: Sequence[str], members: Sequence[dict]) -> dict:
         "clinical": encodings,
         "trained_on": seen,
         "weights_sha256": weights,
-        "learnt": max(verdicts, key=lambda found: found["p_value"], default=None),
+        "learnt": worst_of(verdicts),
         "outcomes": {
             "last_death": None if None in last else max(last),
             "pmf": None if None in cohorts else torch.tensor(cohorts).mean(0).tolist(),
             "levels": [min(low), max(high)],
         },
     }
+
+
+def worst_of(verdicts: Sequence[dict]) -> dict | None:
+    """The verdict of an ensemble: that of the member with the highest p-value; simulated if a member is."""
+    worst = max(verdicts, key=lambda found: found["p_value"], default=None)
+    return {**worst, "simulated": True} if any(found.get("simulated") for found in verdicts) else worst
 
 
 class Member(nn.Module):
