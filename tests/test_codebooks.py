@@ -321,33 +321,49 @@ def test_residuals_and_the_cohorts_distribution_are_those_of_lifelines():
 
 @pytest.mark.parametrize("stretch", [0.4, 1.0, 2.0])
 @pytest.mark.parametrize("censored, follow_up", [(0.0, 100), (0.5, 100), (0.0, 50), (0.5, 50)])
-def test_intervals_cover_95_percent_whatever_the_width_of_the_distributions(stretch, censored, follow_up):
-    """Levels of 120 patients, counted on 500 others, 100 times; distributions are too narrow, right, or too wide.
+@pytest.mark.parametrize("n, trials", [(30, 400), (120, 100)])
+def test_intervals_cover_95_percent_whatever_the_width_of_the_distributions(stretch, censored, follow_up, n, trials):
+    """Levels of n patients, counted on 500 others; distributions are too narrow, right, or too wide.
 
-    With a follow-up of 50 months most upper ends are open; then the lower ends miss what the upper ones can't.
+    With a follow-up of 50 months most upper ends are open: their intervals cover as many as the closed ones.
     """
-    rng, covered = np.random.default_rng(0), []
-    for _ in range(100):
-        middle = rng.uniform(30, 60, 620)
+    rng, covered = np.random.default_rng(0), {True: [], False: []}
+    for _ in range(trials):
+        middle = rng.uniform(30, 60, n + 500)
         time = rng.normal(middle, 8).clip(1, 99)
-        end = np.minimum(np.where(rng.random(620) < censored, rng.uniform(10, 80, 620), np.inf), follow_up)
+        end = np.minimum(np.where(rng.random(n + 500) < censored, rng.uniform(10, 80, n + 500), np.inf), follow_up)
         event = time <= end
         pmf = normal_log_pmf(torch.tensor(middle), (8 * stretch) ** 2, 100).exp()
         outcome = torch.tensor(np.stack([np.minimum(time, end), event], 1))
-        low, high = interval_levels(pmf[:120], outcome[:120])
-        last = torch.tensor([last_death(outcome[:120])], dtype=torch.float64).expand(500)
-        level, is_open = dead_at(pmf[120:], torch.tensor(time[120:])), dead_at(pmf[120:], last) < high
-        covered.append(float(((low <= level) & ((level <= high) | is_open)).double().mean()))
-    assert 0.935 < np.mean(covered) < (0.975 if follow_up == 100 else 0.96)
+        low, high, low_if_open = interval_levels(pmf[:n], outcome[:n])
+        level, last = dead_at(pmf[n:], torch.tensor(time[n:])), last_death(outcome[:n])
+        is_open = dead_at(pmf[n:], torch.full((500,), last, dtype=torch.float64)) < high
+        inside = torch.where(is_open, low_if_open <= level, (low <= level) & (level <= high))
+        for kind in (True, False):
+            covered[kind] += inside[is_open == kind].tolist()
+    least, most = (0.92, 0.99) if n == 30 else (0.94, 0.975)
+    assert least < np.mean(covered[True] + covered[False]) < most
+    if follow_up == 50 and n == 120:
+        assert 0.935 < np.mean(covered[True]) < 0.965 and 0.9 < np.mean(covered[False]) < 0.98
+
+
+@pytest.mark.parametrize("n, deaths", [(40, 1), (120, 2), (300, 5)])
+def test_few_deaths_have_levels_too(n, deaths):
+    rng = np.random.default_rng(n)
+    pmf = normal_log_pmf(torch.tensor(rng.uniform(30, 60, n)), 64.0, 100).exp()
+    for _ in range(20):
+        event = np.isin(np.arange(n), rng.permutation(n)[:deaths])
+        low, high, low_if_open = interval_levels(pmf, torch.tensor(np.stack([rng.uniform(1, 90, n), event], 1)))
+        assert 0 <= low <= low_if_open <= high <= 1 and high >= LEVELS[1]
 
 
 def test_an_end_of_an_interval_that_few_patients_reach_is_not_drawn_in():
     pmf = normal_log_pmf(torch.full((12,), 50.0), 100.0, 100).exp()
     outcome = torch.tensor([[50.0, 1.0]] * 12)
     assert interval_levels(pmf, outcome * torch.tensor([1.0, 0.0])) == list(LEVELS)  # nobody died
-    assert interval_levels(pmf, outcome) == [0.05, 0.975]  # all upper ends are open
+    assert interval_levels(pmf, outcome) == list(LEVELS)  # all died at the same time
     outcome[0, 0], outcome[1, 0] = 10.0, 95.0
-    low, high = interval_levels(pmf, outcome)
+    low, high, _ = interval_levels(pmf, outcome)
     assert low < 1e-3 and high > 1 - 1e-3
     assert quantile_months(pmf[:1], float(dead_at(pmf[:1], torch.tensor([37.3])))).item() == pytest.approx(37.3, abs=1e-3)
 
@@ -405,7 +421,7 @@ def test_an_upper_bound_beyond_the_last_death_is_open():
     assert prediction_row("a", pmf, 0.5, last_death=75.0)["upper_months"] == pytest.approx(69.5, abs=1)
     assert prediction_row("a", pmf, 0.5, last_death=65.0)["upper_months"] == 100
     assert prediction_row("a", pmf)["familiarity"] is None
-    wide, narrow = prediction_row("a", pmf), prediction_row("a", pmf, levels=(0.5, 0.6))
+    wide, narrow = prediction_row("a", pmf), prediction_row("a", pmf, levels=(0.5, 0.6, 0.7))
     assert wide["lower_months"] < narrow["lower_months"] < narrow["upper_months"] < wide["upper_months"]
 
 

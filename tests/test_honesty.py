@@ -68,8 +68,9 @@ def test_the_page_counts_what_was_trained(implants, tmp_path, capsys):
     drawn, shuffled, intervals = ([word.strip() for word in line] for line in lines)
     for kind, line in {"drawn": drawn, "shuffled": shuffled}.items():
         assert line[1] == kind and int(line[2]) == sum(map(int, line[3:6])) == (2 if kind == "drawn" else 1)
-    assert intervals[5].endswith("of 2")
-    assert "10 scans to train on, 4 to measure on" in text and "phantoms instead of patients" in text
+    assert intervals[6].endswith("of 2")
+    assert "phantoms instead of patients" in text
+    assert "`--disease fibrosis --num 16 --spacing 6.0`: 10 scans to train on, 4 to test." in text
     with pytest.raises(SystemExit, match="second cohort of fibrosis"):
         honesty.main([*words[:1], str(implants), *words[1:]])
 

@@ -464,7 +464,11 @@ class CodebookStage:
             self.words = [words_of(self.network, scan) for scan in tqdm(self.scans, desc="codebooks", unit="scan")]
 
     def learn(self) -> None:
-        """Hazards, months and readout from the outcomes of the training scans."""
+        """All that outcomes of the training scans tell: hazards, months and readout, then the student that draws maps."""
+        teach(self.network, self.words, self.scans, self.fit_outcomes(), self.seed)
+
+    def fit_outcomes(self) -> Tensor:
+        """Hazards, months and readout from the outcomes of the training scans, whose risks out of fold it returns, (N,)."""
         clinical, outcome = clinical_of(self.train.data), outcomes(self.train.data)
         strata = strata_of(self.train.data)
         risk = out_of_fold(self.network, self.words, self.scans, outcome, self.folds, clinical, strata, self.given)
@@ -472,11 +476,11 @@ class CodebookStage:
         variance = fit_months(self.network, risk, outcome, self.objective, clinical)
         if variance is not None:
             self.objective.variance = variance
-        teach(self.network, self.words, self.scans, risk, self.seed)
         added = unseen_months(self.network, risk, outcome, self.objective, clinical, self.folds)
         self.location = self.network.months(risk).detach() + added
         if hasattr(self.objective, "fit_baseline"):
             self.objective.fit_baseline(self.location, outcome)
+        return risk
 
     def located(self, risk: Tensor, clinical: Tensor) -> Tensor:
         """Patients' locations in months, (N,), from their risks and covariates."""

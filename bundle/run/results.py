@@ -60,13 +60,15 @@ def prediction_row(
     """One row of `predictions.csv` from P(T = 1..tmax months), (tmax,); `risk` grows with danger.
 
     The 95 % interval lies between the `levels` of P(T <= t), from :func:`~bundle.survival.calibration.interval_levels`.
-    Beyond the `last_death` of the training (months) nothing is known: an upper bound that lies there becomes tmax.
+    Beyond the `last_death` of the training (months) nothing is known: an upper bound that lies there becomes tmax, and the
+    lower one is that of the third level.
     """
     pmf = pmf[None]
     numbers = {"median_months": quantile_months(pmf, 0.5), "mean_months": mean_months(pmf)}
-    numbers |= {name: quantile_months(pmf, p) for name, p in zip(("lower_months", "upper_months"), levels)}
-    if last_death is not None and numbers["upper_months"] > last_death:
-        numbers["upper_months"] = torch.tensor(float(pmf.shape[1]))
+    lower, upper, lower_if_open = (quantile_months(pmf, level) for level in levels)
+    if last_death is not None and upper > last_death:
+        lower, upper = lower_if_open, torch.tensor(float(pmf.shape[1]))
+    numbers |= {"lower_months": lower, "upper_months": upper}
     numbers |= {"risk": -numbers["mean_months"]} | {f"death_{months}m": death_by(pmf, months) for months in DEATH_BY}
     known = {"patient_id": patient_id, "status": "ok", "message": ""}
     return known | {name: number.item() for name, number in numbers.items()} | {"familiarity": familiarity}

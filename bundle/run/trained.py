@@ -132,7 +132,7 @@ def joint_settings(files: Sequence[str], members: Sequence[dict]) -> dict:
     verdicts = [settings["learnt"] for settings in members if settings.get("learnt")]
     known = [settings.get("outcomes", {}) for settings in members]
     last, cohorts = ([one.get(key) for one in known] for key in ("last_death", "pmf"))
-    low, high = zip(*(one.get("levels", LEVELS) for one in known))
+    low, high, low_if_open = zip(*(one.get("levels", LEVELS) for one in known))
     return {
         **members[0],
         "clinical": encodings,
@@ -142,15 +142,14 @@ def joint_settings(files: Sequence[str], members: Sequence[dict]) -> dict:
         "outcomes": {
             "last_death": None if None in last else max(last),
             "pmf": None if None in cohorts else torch.tensor(cohorts).mean(0).tolist(),
-            "levels": [min(low), max(high)],
+            "levels": [min(low), max(high), min(low_if_open)],
         },
     }
 
 
 def worst_of(verdicts: Sequence[dict]) -> dict | None:
-    """The verdict of an ensemble: that of the member with the highest p-value; simulated if a member is."""
-    worst = max(verdicts, key=lambda found: found["p_value"], default=None)
-    return {**worst, "simulated": True} if any(found.get("simulated") for found in verdicts) else worst
+    """The verdict of an ensemble: that of a member of simulated patients, if there is one; with the highest p-value."""
+    return max(verdicts, key=lambda found: (found.get("simulated", False), found["p_value"]), default=None)
 
 
 class Member(nn.Module):

@@ -8,7 +8,8 @@ from torch import Tensor
 from bundle.survival.kaplan_meier import kaplan_meier
 from bundle.survival.readout import dead_at
 
-LEVELS = (0.025, 0.975)  # probabilities between which 95 % of a right distribution lies
+# Probabilities between which 95 % of a right distribution lies; the third is the lower one if there is no upper end.
+LEVELS = (0.025, 0.975, 0.05)
 
 
 def cohort_pmf(outcome: Tensor, tmax: int) -> list[float]:
@@ -38,12 +39,12 @@ def last_death(outcome: Tensor) -> float | None:
 def interval_levels(pmf: Tensor, outcome: Tensor) -> list[float]:
     """Predicted probabilities of death between which the times of 95 in 100 patients lie, if patients are like these.
 
-    Where distributions are right, and no upper end lies beyond the last death, they are :data:`LEVELS`. Where they are too
-    wide or too narrow, an end is that of the observed P(T <= t), as split conformal prediction has it: of n patients the
-    k-th from the end, k = 0.025 (n + 1). Kaplan and Meier's estimate takes the place of the count, as for a censored patient
-    P(T <= t) is known to be more than at the last contact. An upper end beyond the last death is open, and nobody dies
-    after it; where a share of the patients has such an end, the lower end may come later for as many more: k = 0.025
-    (1 + share) (n + 1). An end that so few patients or deaths don't reach stays, or is further out if a patient died there.
+    Where distributions are right they are :data:`LEVELS`: of the lower end, of the upper one, and of the lower end where
+    the upper one is open, as it lies beyond the last death. Where distributions are too wide or too narrow, each is that of
+    the observed P(T <= t), as split conformal prediction has it: of n patients the k-th from the end, k = 0.025 (n + 1), or
+    0.05 (n + 1). Kaplan and Meier's estimate takes the place of the count, as for a censored patient P(T <= t) is known to
+    be more than at the last contact; late on, where few are left, n is the number of deaths. An end that so few patients or
+    deaths don't reach stays, or is further out if a patient died there.
 
     Args:
         pmf: P(T = 1..tmax months), (N, tmax), of patients whose outcomes the prediction has not seen.
@@ -56,20 +57,17 @@ def interval_levels(pmf: Tensor, outcome: Tensor) -> list[float]:
     level = dead_at(pmf.double(), outcome[:, 0].double()).numpy()
     if not died.any():
         return list(LEVELS)
-    deaths, n = np.sort(level[died]), len(level)
+    deaths = np.sort(level[died])
     observed = 1 - kaplan_meier(level, died).evaluate(deaths)
 
-    k = int(LEVELS[0] * (n + 1))
-    late = deaths[observed > (n + 0.5 - k) / n]
-    high = late[0] if len(late) else max(LEVELS[1], deaths[-1])
+    def low(missed: float) -> float:
+        within = int((observed * len(level) / (len(level) + 1) <= missed + 1e-9).sum())
+        return deaths[within - 1] if within else min(missed, deaths[0])
 
-    last = outcome[:, 0].double()[outcome[:, 1] > 0].max().expand(n)
-    is_open = dead_at(pmf.double(), last).numpy() < high
-    missed = LEVELS[0] * (1 + is_open.mean())
-    k = int(missed * (n + 1))
-    early = deaths[observed > (k - 0.5) / n]
-    low = early[0] if k > 0 else min(missed, deaths[0])
-    return [round(float(low), 6), round(float(high), 6)]
+    low_closed, high_closed, low_open = LEVELS
+    late = deaths[observed * len(deaths) / (len(deaths) + 1) >= high_closed - 1e-9]
+    high = late[0] if len(late) else max(high_closed, deaths[-1])
+    return [round(float(found), 6) for found in (low(low_closed), high, low(low_open))]
 
 
 def widened(pmf: Tensor, cohort: list[float], share: float) -> Tensor:

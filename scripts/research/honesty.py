@@ -6,8 +6,8 @@
 - intervals: how many true times of scans of anatomies never trained on lie in the 95 % intervals;
 - familiarity: how well its distance tells strange scans from scans of anatomies never trained on.
 
-Takes a cohort of scripts.make_implants. Trainings are those of configs/train.json by the recipe "codebook". Scans are
-described once, and kept in --out.
+Takes cohorts of scripts.make_implants. Trainings are those of configs/train.json by the recipe "codebook", without the
+student, which draws maps and is asked for none of this. Scans are described once, and kept in --out.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from bundle.run import outcomes as of_records
 from bundle.run.codebooks import as_maps
 from bundle.run.results import prediction_row
 from bundle.survival.calibration import interval_levels, last_death
+from scripts import make_implants
 from scripts.jobs import markdown, spread
 
 HU_WINDOW = (-1000.0, 200.0)
@@ -46,9 +47,10 @@ HEAD = """\
 # Does it know what it knows?
 
 Made by `{command}`.
+Test scans are of anatomies that no training has seen: {anatomies}. Recipe: codebook. Implants, by
+`python -m scripts.make_implants`:
+
 {implants}
-Other options of `python -m scripts.make_implants` as by default. Test scans are of anatomies that no training has seen:
-{anatomies}. Recipe: codebook.
 
 ## Verdicts
 
@@ -61,8 +63,8 @@ INTERVALS = """
 
 Share of true times, the censored ones' included, within the 95 % interval of scans of the test anatomies. A cell is the
 mean over seeds of the drawn outcomes, with the least and greatest. Beyond the last death of the training an interval is
-open. D-calibration is of observed times: in how many seeds p is below 0.05. The C-index of the test scans stands beside
-that of the diseased share itself (oracle).
+open; those that aren't are *closed*. D-calibration is of observed times: in how many seeds p is below 0.05. The C-index
+of the test scans stands beside that of the diseased share itself (oracle).
 
 """
 FAMILIAR = """
@@ -107,8 +109,6 @@ class Trials:
 
     def __init__(self, cohort: Path, out: Path) -> None:
         self.table, self.params = table_of(cohort), params_of(cohort)
-        self.known = json.loads((cohort.parent / "implants.json").read_text())
-        self.test_anatomies = sorted(self.table.loc[self.table["split"] == "test", "anatomy"].unique())
         config = ConfigParser()
         config.read_config("configs/train.json")
         where = {"ckpt_dir": str(out), "output_dir": str(out), "cache_dir": str(out / "cache")}
@@ -125,7 +125,7 @@ class Trials:
         for dataset in (self.stage.train, self.test):
             for record in dataset.data:
                 record |= table.loc[record["patient_id"], ["time", "event"]].to_dict()
-        self.stage.learn()
+        self.stage.fit_outcomes()
         outcome = of_records(self.stage.train.data)
         found = {"kind": kind, "seed": seed, **verdict(-self.stage.location, *outcome.unbind(1), by="out of fold")}
         if kind == "drawn":
@@ -143,12 +143,13 @@ class Trials:
         time, event, share, risk = (
             torch.tensor(np.asarray(x, float)) for x in (rows["time"], rows["event"], rows["share"], predicted["risk"])
         )
+        covered, is_open = (low <= true) & (true <= high), high >= tmax
         return {
-            "scans": len(rows),
-            "covered": float(((low <= true) & (true <= high)).mean()),
+            "covered": float(covered.mean()),
+            "covered_closed": float(covered[~is_open].mean()) if not is_open.all() else None,
             "below": float((true < low).mean()),
             "above": float((true > high).mean()),
-            "open": float((high >= tmax).mean()),
+            "open": float(is_open.mean()),
             "d_calibration_p": d_calibration(pmf, time, event),
             "c_index_test": c_index(risk, time, event),
             "oracle": c_index(share, time, event),
@@ -223,32 +224,22 @@ def familiarity(trials: Trials, phantoms: Path | None) -> tuple[pd.DataFrame, fl
     return pd.DataFrame(rows), float(np.median([known.quantile(seen) for seen in usual]))
 
 
-def page(trials: dict[str, Trials], found: pd.DataFrame, phantoms: Path | None, command: str) -> str:
-    """The page of results, from trials by disease."""
-    drawn = found[found["kind"] == "drawn"]
+def page(found: pd.DataFrame, about: list[str], anatomies: list[str], strange: str, command: str) -> str:
+    """The page of results: a row for each training, a line about each cohort, and what is said of strange scans."""
     counts, intervals = [], []
     for (disease, kind), rows in found.groupby(["disease", "kind"], sort=False):
         verdicts = rows["verdict"].value_counts()
         p = rows["p_value"].quantile([0, 0.5, 1]).map("{:.4f}".format)
-        counts.append({"disease": disease.replace("_", " "), "outcomes": kind, "trainings": len(rows)})
+        counts.append({"disease": disease, "outcomes": kind, "trainings": len(rows)})
         counts[-1] |= {verdict: verdicts.get(verdict, 0) for verdict in ("yes", "unsure", "no")}
         counts[-1] |= {"p: least, median, greatest": ", ".join(p), "C-index": f"{rows['c_index'].mean():.2f}"}
-    for disease, rows in drawn.groupby("disease", sort=False):
-        cells = {name: spread(rows[name], 3) for name in ("covered", "below", "above")}
+    for disease, rows in found[found["kind"] == "drawn"].groupby("disease", sort=False):
+        cells = {name.replace("_", ", "): spread(rows[name], 3) for name in ("covered", "covered_closed", "below", "above")}
         cells |= {"open": spread(rows["open"]), "not D-calibrated": f"{sum(rows['d_calibration_p'] < 0.05)} of {len(rows)}"}
         cells |= {"C-index": spread(rows["c_index_test"]), "oracle": spread(rows["oracle"])}
-        intervals.append({"disease": disease.replace("_", " "), **cells})
-    implants = []
-    for disease, one in trials.items():
-        scans = f"{len(one.stage.train.data)} scans to train on, {len(one.test.data)} to measure on"
-        implants.append(f"- {disease.replace('_', ' ')}: `--num {one.known['num']} --seed {one.known['seed']}`, {scans}.")
-    first = next(iter(trials))
-    strange, usual = familiarity(trials[first], phantoms)
-    anatomies = ", ".join(trials[first].test_anatomies)
-    text = HEAD.format(command=command, implants="\n".join(implants) + "\n", anatomies=anatomies)
-    text += markdown(pd.DataFrame(counts)) + INTERVALS + markdown(pd.DataFrame(intervals))
-    shown = {"test": len(trials[first].test.data), "disease": first.replace("_", " "), "usual": usual}
-    return text + FAMILIAR.format(**shown) + markdown(strange)
+        intervals.append({"disease": disease, **cells})
+    text = HEAD.format(command=command, implants="\n".join(about), anatomies=", ".join(anatomies))
+    return text + markdown(pd.DataFrame(counts)) + INTERVALS + markdown(pd.DataFrame(intervals)) + strange
 
 
 def parser() -> argparse.ArgumentParser:
@@ -269,35 +260,56 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def all_trials(cohorts: list[Path], out: Path) -> dict[str, Trials]:
-    """Trials by disease.
+def check(cohorts: list[Path]) -> tuple[list[dict], list[str]]:
+    """What the implants of each cohort were drawn by, and the test anatomies of all.
 
     Raises:
         InputError: two cohorts are of one disease, or their test anatomies differ.
     """
-    trials: dict[str, Trials] = {}
-    for cohort in cohorts:
-        disease = json.loads((cohort.parent / "implants.json").read_text())["disease"]
-        if disease in trials:
-            raise InputError(f"{cohort} is the second cohort of {disease} (expected one of each disease).")
-        trials[disease] = Trials(cohort, out / disease)
-        if trials[disease].test_anatomies != next(iter(trials.values())).test_anatomies:
+    known = [json.loads((cohort.parent / "implants.json").read_text()) for cohort in cohorts]
+    anatomies = []
+    for i, cohort in enumerate(cohorts):
+        if known[i]["disease"] in [one["disease"] for one in known[:i]]:
+            raise InputError(f"{cohort} is the second cohort of {known[i]['disease']} (expected one of each disease).")
+        table = pd.read_csv(cohort, dtype=str)
+        anatomies.append(sorted(table.loc[table["split"] == "test", "anatomy"].unique()))
+        if anatomies[i] != anatomies[0]:
             raise InputError(f"{cohort} has other test anatomies than {cohorts[0]} (expected the same).")
-    return trials
+    return known, anatomies[0]
+
+
+def chosen(known: dict) -> str:
+    """Options of `scripts.make_implants` that differ from its defaults, as words of a command line."""
+    usual, words = make_implants.parser().parse_args([]), []
+    for name, value in known.items():
+        default = getattr(usual, name, value)
+        default = list(default) if isinstance(default, tuple) else default
+        if value != default and name not in ("disease", "num", "backgrounds", "test_anatomies"):
+            words.append(f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}")
+    return " ".join(words)
 
 
 def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(words)
+    todo = [("drawn", seed) for seed in range(args.drawn)] + [("shuffled", seed) for seed in range(args.shuffled)]
+    found, about, strange = [], [], ""
     try:
+        known, anatomies = check(args.cohort)
         args.out.mkdir(parents=True, exist_ok=True)
-        trials = all_trials(args.cohort, args.out)
-        todo = [("drawn", seed) for seed in range(args.drawn)] + [("shuffled", seed) for seed in range(args.shuffled)]
-        todo = [(disease, *which) for disease in trials for which in todo]
-        bar = tqdm(todo, desc="trainings", unit="training")
-        found = pd.DataFrame([{"disease": disease, **trials[disease].train(*which)} for disease, *which in bar])
+        for cohort, implants in zip(args.cohort, known, strict=True):
+            disease = implants["disease"].replace("_", " ")
+            trials = Trials(cohort, args.out / implants["disease"])
+            bar = tqdm(todo, desc=f"trainings, {disease}", unit="training")
+            found += [{"disease": disease, **trials.train(*which)} for which in bar]
+            train, test = len(trials.stage.train.data), len(trials.test.data)
+            options = f"--disease {implants['disease']} --num {implants['num']} {chosen(implants)}"
+            about.append(f"- `{options}`: {train} scans to train on, {test} to test.")
+            if not strange:
+                rows, usual = familiarity(trials, args.phantoms)
+                strange = FAMILIAR.format(test=test, disease=disease, usual=usual) + markdown(rows)
         command = shlex.join(["python", "-m", "scripts.research.honesty", *words])
-        write_text(args.page, page(trials, found, args.phantoms, command))
+        write_text(args.page, page(pd.DataFrame(found), about, anatomies, strange, command))
     except InputError as e:
         sys.exit(f"error: {e}")
 
