@@ -26,7 +26,8 @@ from bundle.phantoms.implants import DISEASES, Anatomy, ImplantParams, make_impl
 from bundle.transforms import LoadCTd, LungMaskd, QualityGated
 
 MASKS = ("lung_mask", "gt_mask", "confounder_mask")
-COLUMNS = ("patient_id", "image", *MASKS, "time", "event", "share", "base", "true_time", "split", "anatomy", "site")
+COLUMNS = ("patient_id", "image", *MASKS, "time", "event", "simulated")
+COLUMNS += ("share", "base", "true_time", "split", "anatomy", "site")
 MARGIN_MM = 30.0  # around the lungs, of what is kept of a scan
 
 WHAT = """\
@@ -181,7 +182,8 @@ def write_cohort(out: Path, args: argparse.Namespace, params: ImplantParams) -> 
         made = DataLoader(order, batch_size=None, collate_fn=scan, num_workers=workers)
         rows = sorted(tqdm(made, desc="implants", unit="scan"), key=lambda row: row["patient_id"])
         for row, time, event, true in zip(rows, *outcomes([float(row["share"]) for row in rows], args.seed, params)):
-            row |= {"time": f"{time:.4g}", "event": str(event), "base": f"{params.base:g}", "true_time": f"{true:.4g}"}
+            row |= {"time": f"{time:.4g}", "event": str(event), "simulated": "1"}
+            row |= {"base": f"{params.base:g}", "true_time": f"{true:.4g}"}
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()

@@ -41,7 +41,7 @@ def write_scan(out: Path, cohort: PhantomCohort, affine: np.ndarray, clinical: b
     nib.openers.Opener.default_compresslevel = 1  # several times faster, hardly larger
     patient_id, phantom = cohort[index]
     row = {"patient_id": patient_id, "image": f"images/{patient_id}.nii.gz"}
-    row |= {"time": f"{phantom.time:.4g}", "event": phantom.event}
+    row |= {"time": f"{phantom.time:.4g}", "event": phantom.event, "simulated": 1}
     if phantom.true_risk is not None:
         row["true_risk"] = f"{phantom.true_risk:.4g}"
     volumes = {"image": phantom.image}

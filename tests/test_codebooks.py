@@ -24,7 +24,7 @@ from bundle.maps import Familiarityd
 from bundle.maps.familiarity import fit_familiarity, look
 from bundle.maps.scan_space import in_cells
 from bundle.metrics import verdict as verdicts
-from bundle.metrics.verdict import in_words, martingale_residuals, prediction_accuracy, verdict
+from bundle.metrics.verdict import doubtful, in_words, martingale_residuals, prediction_accuracy, verdict
 from bundle.networks import CodebookNet
 from bundle.networks.descriptors import describe, level_and_spread, tokens_at
 from bundle.report import pictures
@@ -613,13 +613,22 @@ def test_what_learnt_from_simulated_times_says_so(tiny_cohort, tmp_path):
     table = pd.read_csv(tiny_cohort).drop(columns="confounder_mask")
     for column in ("image", "gt_mask"):
         table[column] = [str(tiny_cohort.parent / name) for name in table[column]]
-    table.assign(true_time=table["time"]).to_csv(tmp_path / "c.csv", index=False)
-    learnt = settings_of(train(tmp_path / "c.csv", tmp_path / "run", **BOOKS))["learnt"]
-    assert learnt["simulated"] and "training on simulated survival times learnt" in in_words(learnt)
+    table.assign(simulated=1).to_csv(tmp_path / "c.csv", index=False)
+    model = train(tmp_path / "c.csv", tmp_path / "run", **BOOKS)
+    learnt = settings_of(model)["learnt"] | {"verdict": "yes"}
     real = {name: value for name, value in learnt.items() if name != "simulated"} | {"p_value": 1.0}
-    assert worst_of([learnt, real]) == real | {"simulated": True} and worst_of([real]) == real and worst_of([]) is None
-    with pytest.raises(InputError, match="true_time: not a clinical column"):
-        read_cohort(tmp_path / "c.csv", clinical={"true_time": "numeric"})
+    assert doubtful(learnt) and not doubtful(real) and doubtful(real | {"verdict": "unsure"})
+    assert in_words(learnt).startswith("survival times were simulated, so nothing is known of patients; the training learnt")
+    assert worst_of([learnt, real]) == learnt and worst_of([real]) == real and worst_of([]) is None
+    path = model.with_name("settings.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"learnt": learnt}))
+    table.drop(columns=["time", "event"])[:1].to_csv(tmp_path / "one.csv", index=False)
+    said = infer(str(model), tmp_path / "one.csv", tmp_path / "out").message
+    assert said.str.startswith("survival times were simulated").all()
+    assert 'class="believe doubt"' in (tmp_path / "out" / "reports" / "p0.html").read_text()
+    table.assign(simulated="maybe").to_csv(tmp_path / "c.csv", index=False)
+    with pytest.raises(InputError, match="row 2, column simulated: 'maybe' .expected 1 or 0"):
+        read_cohort(tmp_path / "c.csv")
 
 
 @pytest.mark.parametrize("wins, name", [(True, "SurvivalMapNet"), (False, "CodebookNet")])

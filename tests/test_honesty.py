@@ -98,13 +98,13 @@ def test_heat_in_vessels_and_along_the_edge_is_over_their_share(tmp_path, where,
     heat = lung.astype(np.float32) if where == "everywhere" else centre.astype(np.float32)
     for name, volume in {"a_heat": heat, "a_lung": lung, "a": hu}.items():
         nib.save(nib.Nifti1Image(volume.astype(np.float32), np.diag([3.0, 3, 3, 1])), tmp_path / f"{name}.nii.gz")
-    said = pd.Series({"status": "ok", "message": np.nan, "familiarity": 0.5})
+    said = pd.Series({"status": "ok", "message": "metal; thick slices; it learnt; something", "familiarity": 0.5})
     said = pd.concat([said, pd.Series({"median_months": 20.0, "lower_months": 3.0, "upper_months": 90.0})])
-    row = real_scans.row_of("a", tmp_path / "a.nii.gz", said, tmp_path)
+    row = real_scans.row_of("a", tmp_path / "a.nii.gz", said, tmp_path, "it learnt; something")
     assert float(row["vessels"]) == pytest.approx(lung.sum() / centre.sum() if vessels is None else vessels, rel=0.01)
-    assert float(row["edge"]) == edge and row["95 %"] == "3–90" and row["message"] == ""
+    assert float(row["edge"]) == edge and row["95 %"] == "3–90" and row["message"] == "metal; thick slices"
 
 
 def test_a_refused_scan_has_its_reason_alone(tmp_path):
-    row = real_scans.row_of("a", tmp_path, pd.Series({"status": "failed", "message": "no lung"}), tmp_path)
+    row = real_scans.row_of("a", tmp_path, pd.Series({"status": "failed", "message": "no lung"}), tmp_path, "")
     assert row["message"] == "no lung" and row["months"] == ""

@@ -203,7 +203,7 @@ def test_command_line_writes_a_cohort_once(tmp_path, capsys):
     main(args)
     args[:2] = ["--phantom", "spheres-honeycomb"]
     table = pd.read_csv(tmp_path / "c" / "cohort.csv")
-    assert list(table) == ["patient_id", "image", "time", "event", "gt_mask", "confounder_mask"]
+    assert list(table) == ["patient_id", "image", "time", "event", "simulated", "gt_mask", "confounder_mask"]
     assert table.event.sum() == 2
     image = nib.load(tmp_path / "c" / table.image[0])
     mask = nib.load(tmp_path / "c" / table.gt_mask[0])

@@ -31,7 +31,7 @@ from bundle.reading.tables import (
 from bundle.reading.zipped import is_archive
 
 SPLITS = ("train", "val", "test")
-_CONTRACT = ("patient_id", "image", "time", "event", *MASK_COLUMNS, "split", "fold", "site", "true_time")
+_CONTRACT = ("patient_id", "image", "time", "event", *MASK_COLUMNS, "split", "fold", "site", "simulated")
 _log = logging.getLogger(__name__)
 
 Scan = tuple[Row, dict]  # a row, and the record that is made of it
@@ -62,8 +62,8 @@ def read_cohort(
     Args:
         path: CSV in UTF-8, one row a scan. Columns `patient_id`, `image`, `time` (months) and `event` (1 died, 0
             censored); optional `lung_mask`, `gt_mask`, `confounder_mask`, `split` (train, val or test), `fold`
-            (integer), `site` (hospital or scanner) and `true_time`, the months to death of everybody, which only
-            simulated patients have. Any other column is clinical. Paths are absolute or relative to the CSV.
+            (integer), `site` (hospital or scanner) and `simulated` (1 where the survival time is made up). Any other
+            column is clinical. Paths are absolute or relative to the CSV.
         need_outcome: whether `time`, `event` and at least one death must be there; if not, a row has both only where
             they are valid.
         clinical: clinical columns to take and the kind of each, "numeric" or "categorical".
@@ -75,8 +75,7 @@ def read_cohort(
 
     Returns:
         For each scan a dict with the columns above (absolute paths) where the table has them, and `covariates` if
-        clinical columns are named: a float or a string each, None where missing. Instead of `true_time` it has
-        `simulated`. The second scan of patient P7 has the
+        clinical columns are named: a float or a string each, None where missing. The second scan of patient P7 has the
         `patient_id` P7_2, by which its outputs are named; see :func:`patient_of`.
 
     Raises:
@@ -175,7 +174,7 @@ def _record(row: Row, folder: Path, need_outcome: bool, clinical: Mapping[str, s
         record["fold"] = row.parse("fold", _integer, "an integer")
     if cells.get("site"):
         record["site"] = cells["site"]
-    if cells.get("true_time"):
+    if cells.get("simulated") and row.parse("simulated", ("0", "1").index, "1 or 0, or nothing"):
         record["simulated"] = True
     if clinical:
         convert = {

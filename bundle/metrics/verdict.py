@@ -87,10 +87,15 @@ def in_words(found: dict) -> str:
     c = "" if found["c_index"] is None else f"C-index {found['c_index']:.2f}, "
     if found.get("ipa") is not None:  # weights of earlier versions have none
         c += f"IPA {found['ipa']:+.2f}, "
-    training = "the training on simulated survival times" if found.get("simulated") else "the training"
     what = {
-        "yes": f"{training} learnt something",
-        "unsure": f"it is not sure that {training} learnt anything",
-        "no": f"{training} learnt nothing that could be shown",
+        "yes": "the training learnt something",
+        "unsure": "it is not sure that the training learnt anything",
+        "no": "the training learnt nothing that could be shown",
     }[found["verdict"]]
-    return f"{what} ({c}{tested})"
+    known = "survival times were simulated, so nothing is known of patients; " if found.get("simulated") else ""
+    return f"{known}{what} ({c}{tested})"
+
+
+def doubtful(found: dict) -> bool:
+    """Whether maps of patients by such a training are not to be relied on: unless the verdict is "yes", of real times."""
+    return found["verdict"] != "yes" or found.get("simulated", False)

@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from bundle.files import write_atomically
 from bundle.maps.familiarity import UNLIKE
-from bundle.metrics.verdict import in_words
+from bundle.metrics.verdict import doubtful, in_words
 from bundle.report import viewer
 from bundle.report.regions import HOT, fault_of, ranked_regions
 
@@ -212,7 +212,7 @@ def believed(settings: dict) -> dict:
     learnt = settings.get("learnt")
     if learnt is None:
         return {"verdict": "these weights have no record of what their training learnt", "doubtful": True}
-    return {"verdict": in_words(learnt), "doubtful": learnt["verdict"] != "yes"}
+    return {"verdict": in_words(learnt), "doubtful": doubtful(learnt)}
 
 
 def write_evaluation_report(

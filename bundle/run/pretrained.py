@@ -68,6 +68,10 @@ class Pretrained:
             same = f"{len(known)} of {len(own['trained_on'])} patients have ids that the given weights were trained on"
             logger.warning(f"{same}: if these are the same patients, the verdict will be too good.")
         origin = {"weights_sha256": self.settings["weights_sha256"], "network": type(self.network).__name__}
+        before = (self.settings.get(key) or {} for key in ("learnt", "fine_tuned_from"))
+        if any(one.get("simulated") for one in before):
+            origin["simulated"] = True
+            logger.warning("the given weights learnt from simulated survival times: what they know may not hold.")
         own["trained_on"] = sorted({*own["trained_on"], *seen})
         return {**own, "fine_tuned_from": {**origin, "trainable": trainable}}
 

@@ -29,7 +29,7 @@ from bundle.files import file_sha256, remove_leftovers, write_atomically, write_
 from bundle.grids import mask_on_grid
 from bundle.handlers import failed_scans
 from bundle.maps.scan_space import interpolated
-from bundle.metrics.verdict import in_words
+from bundle.metrics.verdict import doubtful, in_words
 from bundle.reading.zipped import is_archive
 from bundle.report import ScanViews, write_cohort_page, write_scan_report
 from bundle.report.dicom import About, write_dicom
@@ -257,7 +257,7 @@ class PredictionWriter:
         self.known = {key: value for key, value in settings.get("outcomes", {}).items() if key in ("last_death", "levels")}
         learnt = settings.get("learnt")  # older weights have no verdict
         said = in_words(learnt) if learnt else ""
-        self.doubt, self.learnt = ("", said) if learnt and learnt["verdict"] == "yes" else (said, "")
+        self.doubt, self.verdict = (said, "") if learnt and doubtful(learnt) else ("", said)
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)
@@ -281,7 +281,7 @@ class PredictionWriter:
             files = ScanFiles.of(self.output_dir, patient_id).write(scan, output, self.hu_window, self.horizon, self.doubt)
             explained = self.explanations.write(self.output_dir, scan, output) if self.explanations else []
             files += self.others(scan, output)
-            said = [self.doubt, self.scans[patient_id].get("imputed"), scan.get("notes"), self.learnt]
+            said = [self.doubt, self.scans[patient_id].get("imputed"), scan.get("notes"), self.verdict]
             message = "; ".join(filter(None, said))
             familiarity = float(scan["familiarity"]) if "familiarity" in scan else None
             row = prediction_row(patient_id, pmf, familiarity, **self.known) | {"message": message}

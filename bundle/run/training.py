@@ -130,8 +130,8 @@ class Finish:
         cohort = {"pmf": cohort_pmf(trained_on, found["objective"]["tmax"])}
         learnt = verdict(risk, *outcome.unbind(1), by=by)
         learnt["ipa"] = prediction_accuracy(pmf, cohort["pmf"], *outcome.unbind(1))
-        if any(record.get("simulated") for record in self.dataset.data):
-            learnt["simulated"] = True  # so that nobody takes it for knowledge of patients
+        if any(record.get("simulated") for record in [*self.dataset.data, *self.val.data]):
+            learnt["simulated"] = True
         logger.log(logging.INFO if learnt["verdict"] == "yes" else logging.WARNING, f"verdict: {in_words(learnt)}.")
         write_verdict(self.codebooks.path.with_name("history.csv"), learnt["verdict"])
         cohort |= {"last_death": last_death(trained_on), "levels": levels}

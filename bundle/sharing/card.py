@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from bundle.metrics.verdict import in_words
+from bundle.metrics.verdict import doubtful, in_words
 from bundle.report import metric_groups
 
 DOUBTS = """Do not believe a map if
@@ -67,7 +67,7 @@ def _training(settings: dict, history: pd.DataFrame | None) -> list[str]:
     if learnt := settings.get("learnt"):
         words = in_words(learnt)
         lines.append(f"- {words[0].upper()}{words[1:]}.")
-        if learnt["verdict"] != "yes":
+        if doubtful(learnt):
             lines.append("- **Do not use its predictions or maps for anything but tests of the software.**")
     else:
         lines.append("- Whether it learnt anything was not tested.")

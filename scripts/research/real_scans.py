@@ -72,8 +72,8 @@ def central_vessels(hu: np.ndarray, lung: np.ndarray) -> np.ndarray:
     return lung & (depth > 15) & (ndimage.gaussian_filter(hu, 0.5) > -500)
 
 
-def row_of(name: str, path: Path, row: pd.Series, maps: Path) -> dict:
-    """A row of the table about one scan."""
+def row_of(name: str, path: Path, row: pd.Series, maps: Path, verdict: str) -> dict:
+    """A row of the table about one scan; the verdict, which is the same for all, is taken out of its message."""
     if row["status"] != "ok":
         return {**dict.fromkeys(COLUMNS, ""), "scan": name, "message": row["message"]}
     scan = on_grid(path, maps / f"{name}_heat.nii.gz", maps / f"{name}_lung.nii.gz")
@@ -84,7 +84,8 @@ def row_of(name: str, path: Path, row: pd.Series, maps: Path) -> dict:
         return f"{heat[part].sum() / heat[lung].sum() / (part.sum() / lung.sum()):.2f}" if part.any() else ""
 
     months, interval = f"{row['median_months']:.1f}", f"{row['lower_months']:.0f}–{row['upper_months']:.0f}"
-    known, said = f"{row['familiarity']:.2f}", "" if pd.isna(row["message"]) else row["message"]
+    known = f"{row['familiarity']:.2f}"
+    said = "; ".join(part for part in row["message"].replace(verdict, "").split("; ") if part)
     vessels = central_vessels(scan["image"], lung)
     return dict(zip(COLUMNS, (name, months, interval, known, ratio(vessels), ratio(edge), said), strict=True))
 
@@ -128,12 +129,13 @@ def main(argv: list[str] | None = None) -> None:
         except RuntimeError:  # of scans that are refused, which the table says
             if not (args.out / "predictions.csv").is_file():
                 raise
-        table = pd.read_csv(args.out / "predictions.csv", dtype={"patient_id": str}).set_index("patient_id")
+        table = pd.read_csv(args.out / "predictions.csv", dtype={"patient_id": str}, index_col="patient_id")
+        table["message"] = table["message"].fillna("")
         maps = args.out / "maps"
         scans = tqdm(names.items(), desc="real scans", unit="scan")
-        rows = [row_of(name, path, table.loc[name], maps) for name, path in scans]
-        settings = json.loads(args.ckpt.with_name("settings.json").read_text(encoding="utf-8"))
-        head = HEAD.format(verdict=believed(settings)["verdict"])
+        verdict = believed(json.loads(args.ckpt.with_name("settings.json").read_text(encoding="utf-8")))["verdict"]
+        rows = [row_of(name, path, table.loc[name], maps, verdict) for name, path in scans]
+        head = HEAD.format(verdict=verdict)
         picture = args.picture or args.page.with_suffix(".png")
         foot = FOOT.format(picture=os.path.relpath(picture, args.page.parent))
         write_text(args.page, head + markdown(pd.DataFrame(rows)) + foot)
