@@ -421,7 +421,7 @@ def test_an_upper_bound_beyond_the_last_death_is_open():
     assert prediction_row("a", pmf, 0.5, last_death=75.0)["upper_months"] == pytest.approx(69.5, abs=1)
     assert prediction_row("a", pmf, 0.5, last_death=65.0)["upper_months"] == 100
     assert prediction_row("a", pmf)["familiarity"] is None
-    wide, narrow = prediction_row("a", pmf), prediction_row("a", pmf, levels=(0.5, 0.6, 0.7))
+    wide, narrow = prediction_row("a", pmf), prediction_row("a", pmf, interval_levels=(0.5, 0.6, 0.7))
     assert wide["lower_months"] < narrow["lower_months"] < narrow["upper_months"] < wide["upper_months"]
 
 
@@ -572,7 +572,7 @@ def test_a_codebook_run_leaves_all_that_a_run_leaves(codebook, tiny_cohort, tmp_
     assert found["network"]["name"] == "CodebookNet" and found["network"]["words"] == 20 and found["severity"] is None
     assert found["learnt"]["by"] == "out of fold" and found["learnt"]["deaths"] > 0
     assert sum(found["outcomes"]["pmf"]) == pytest.approx(1) and found["outcomes"]["last_death"] <= 24
-    assert 0 <= found["outcomes"]["levels"][0] <= 0.5 < found["outcomes"]["levels"][1] <= 1
+    assert 0 <= found["outcomes"]["interval_levels"][0] <= 0.5 < found["outcomes"]["interval_levels"][1] <= 1
     assert len(found["familiarity"]["distances"]) == found["learnt"]["patients"]
     assert {"model.pt", "codebooks.pt", "last.pt"} <= {path.name for path in codebook.parent.iterdir()}
     before = codebook.read_bytes()

@@ -55,17 +55,17 @@ def prediction_row(
     pmf: torch.Tensor,
     familiarity: float | None = None,
     last_death: float | None = None,
-    levels: Sequence[float] = LEVELS,
+    interval_levels: Sequence[float] = LEVELS,
 ) -> dict:
     """One row of `predictions.csv` from P(T = 1..tmax months), (tmax,); `risk` grows with danger.
 
-    The 95 % interval lies between the `levels` of P(T <= t), from :func:`~bundle.survival.calibration.interval_levels`.
+    The 95 % interval lies between `interval_levels` of P(T <= t), from :func:`~bundle.survival.calibration.interval_levels`.
     Beyond the `last_death` of the training (months) nothing is known: an upper bound that lies there becomes tmax, and the
     lower one is that of the third level.
     """
     pmf = pmf[None]
     numbers = {"median_months": quantile_months(pmf, 0.5), "mean_months": mean_months(pmf)}
-    lower, upper, lower_if_open = (quantile_months(pmf, level) for level in levels)
+    lower, upper, lower_if_open = (quantile_months(pmf, level) for level in interval_levels)
     if last_death is not None and upper > last_death:
         lower, upper = lower_if_open, torch.tensor(float(pmf.shape[1]))
     numbers |= {"lower_months": lower, "upper_months": upper}
@@ -254,7 +254,8 @@ class PredictionWriter:
         weights = settings.get("weights_sha256", "")
         self.weights = weights if isinstance(weights, str) else ", ".join(weights)
         self.scans = {record["patient_id"]: record for record in stream.data}
-        self.known = {key: value for key, value in settings.get("outcomes", {}).items() if key in ("last_death", "levels")}
+        outcomes = settings.get("outcomes", {})
+        self.known = {name: outcomes[name] for name in ("last_death", "interval_levels") if name in outcomes}
         learnt = settings.get("learnt")  # older weights have no verdict
         said = in_words(learnt) if learnt else ""
         self.doubt, self.verdict = (said, "") if learnt and doubtful(learnt) else ("", said)

@@ -132,7 +132,7 @@ def joint_settings(files: Sequence[str], members: Sequence[dict]) -> dict:
     verdicts = [settings["learnt"] for settings in members if settings.get("learnt")]
     known = [settings.get("outcomes", {}) for settings in members]
     last, cohorts = ([one.get(key) for one in known] for key in ("last_death", "pmf"))
-    low, high, low_if_open = zip(*(one.get("levels", LEVELS) for one in known))
+    low, high, low_if_open = zip(*(one.get("interval_levels", LEVELS) for one in known))
     return {
         **members[0],
         "clinical": encodings,
@@ -142,7 +142,7 @@ def joint_settings(files: Sequence[str], members: Sequence[dict]) -> dict:
         "outcomes": {
             "last_death": None if None in last else max(last),
             "pmf": None if None in cohorts else torch.tensor(cohorts).mean(0).tolist(),
-            "levels": [min(low), max(high), min(low_if_open)],
+            "interval_levels": [min(low), max(high), min(low_if_open)],
         },
     }
 

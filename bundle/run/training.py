@@ -134,7 +134,7 @@ class Finish:
             learnt["simulated"] = True
         logger.log(logging.INFO if learnt["verdict"] == "yes" else logging.WARNING, f"verdict: {in_words(learnt)}.")
         write_verdict(self.codebooks.path.with_name("history.csv"), learnt["verdict"])
-        cohort |= {"last_death": last_death(trained_on), "levels": levels}
+        cohort |= {"last_death": last_death(trained_on), "interval_levels": levels}
         familiarity = dataclasses.asdict(self.codebooks.familiarity)
         name = {"name": type(network).__name__, **network.arguments}
         return network, {**found, "network": name, "learnt": learnt, "outcomes": cohort, "familiarity": familiarity}

@@ -130,7 +130,7 @@ class Trials:
         found = {"kind": kind, "seed": seed, **verdict(-self.stage.location, *outcome.unbind(1), by="out of fold")}
         if kind == "drawn":
             unseen = self.stage.objective.pmf(as_maps(self.stage.location))
-            known = {"last_death": last_death(outcome), "levels": interval_levels(unseen, outcome)}
+            known = {"last_death": last_death(outcome), "interval_levels": interval_levels(unseen, outcome)}
             found |= self.intervals(table.loc[[r["patient_id"] for r in self.test.data]], known)
         return found
 
