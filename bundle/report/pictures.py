@@ -3,6 +3,7 @@
 """Pictures of one patient: the heat over the CT in three planes."""
 
 import io
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -83,7 +84,7 @@ def heat_figure(
     bar.set_label(f"share of the {horizon}-month risk of death per mL", color="white", fontsize=9)
     bar.ax.tick_params(colors="white", labelsize=8)
     if doubt:
-        figure.suptitle(f"Don't rely on this map: {doubt}.", color="#ffb000", fontsize=10)
+        figure.suptitle(textwrap.fill(f"Don't rely on this map: {doubt}.", 130), color="#ffb000", fontsize=10)
     return figure
 
 
