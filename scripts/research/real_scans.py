@@ -34,7 +34,9 @@ HEAD = """\
 
 Made by `python -m scripts.research.real_scans SCAN...`. Nothing was put into these scans, and what disease they have is not
 marked. Some have nodules or emphysema (`demo/anatomies/README.md`); A0001 and A0002 are patients with lung cancer. The
-weights know implanted fibrosis alone, so none of this heat is a finding. Of the weights: {verdict}.
+weights know implanted fibrosis alone, so none of this heat is a finding.
+
+Of the weights: {verdict}.
 
 *Vessels*: share of the heat in central vessels over their share of the lung; 1 is an evenly lit lung, and 2 the most that
 is wanted. Central vessels are what is above -500 HU and deeper than 15 mm: tumours and scars there, too. *Edge*: the same
