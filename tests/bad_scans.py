@@ -12,6 +12,7 @@ import argparse
 import csv
 import gzip
 import io
+import json
 import logging
 import os
 import pickle
@@ -36,6 +37,7 @@ from pydicom.uid import JPEGLSLossless
 from bundle.data import read_cohort
 from bundle.errors import InputError
 from bundle.metrics.survival import c_index_ipcw
+from bundle.metrics.verdict import in_words
 from bundle.transforms import LoadCTd, threshold_lung_mask
 
 from .dicom_files import ct_slices, enhanced, gdcm_frame, write_series, write_slices
@@ -814,10 +816,11 @@ def csv_message(content: str | bytes, folder: Path) -> str:
 
 
 def page(predictions: pd.DataFrame, corpus: Path) -> str:
-    """Each kind and its message, without what differs between machines."""
+    """Each kind and its message, without what differs between machines, and the weights' verdict, which all scans have."""
+    verdict = in_words(json.loads((ROOT / "models" / "settings.json").read_text(encoding="utf-8"))["learnt"])
 
     def cell(text: str, patient: str) -> str:
-        place = str(corpus.parent / patient)
+        place, text = str(corpus.parent / patient), text.replace(verdict, "").removeprefix("; ")
         short = text.replace(f"{place}{os.sep}", "").replace(place, "folder").replace(f"patient {patient}", "patient P")
         short = re.sub(r"end after \d+ of", "end after N of", short)  # as versions of zlib compress differently
         return " ".join(short.replace("|", "\\|").split())
