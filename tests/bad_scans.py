@@ -39,6 +39,7 @@ from bundle.errors import InputError
 from bundle.metrics.survival import c_index_ipcw
 from bundle.metrics.verdict import in_words
 from bundle.transforms import LoadCTd, threshold_lung_mask
+from scripts.research.real_scans import notes_of
 
 from .dicom_files import ct_slices, enhanced, gdcm_frame, write_series, write_slices
 
@@ -820,7 +821,7 @@ def page(predictions: pd.DataFrame, corpus: Path) -> str:
     verdict = in_words(json.loads((ROOT / "models" / "settings.json").read_text(encoding="utf-8"))["learnt"])
 
     def cell(text: str, patient: str) -> str:
-        place, text = str(corpus.parent / patient), text.replace(verdict, "").removeprefix("; ")
+        place, text = str(corpus.parent / patient), notes_of(text, verdict)
         short = text.replace(f"{place}{os.sep}", "").replace(place, "folder").replace(f"patient {patient}", "patient P")
         short = re.sub(r"end after \d+ of", "end after N of", short)  # as versions of zlib compress differently
         return " ".join(short.replace("|", "\\|").split())

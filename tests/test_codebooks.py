@@ -557,13 +557,18 @@ def infer(ckpt, cohort, folder, stack=(), **options) -> pd.DataFrame:
     return pd.read_csv(folder / "predictions.csv").set_index("patient_id")
 
 
+def table_of(cohort: Path) -> pd.DataFrame:
+    """Scans, outcomes and disease of a cohort, by absolute paths."""
+    table = pd.read_csv(cohort)[["patient_id", "image", "time", "event", "gt_mask"]]
+    for column in ("image", "gt_mask"):
+        table[column] = [str(cohort.parent / name) for name in table[column]]
+    return table
+
+
 @pytest.fixture
 def three(tiny_cohort, tmp_path) -> Path:
     """The first three scans of the tiny cohort."""
-    table = pd.read_csv(tiny_cohort)[["patient_id", "image", "time", "event", "gt_mask"]][:3]
-    for column in ("image", "gt_mask"):
-        table[column] = [str(tiny_cohort.parent / name) for name in table[column]]
-    table.to_csv(tmp_path / "three.csv", index=False)
+    table_of(tiny_cohort)[:3].to_csv(tmp_path / "three.csv", index=False)
     return tmp_path / "three.csv"
 
 
@@ -610,9 +615,7 @@ def test_the_verdict_and_familiarity_are_on_the_face_of_what_inference_leaves(co
 
 
 def test_what_learnt_from_simulated_times_says_so(tiny_cohort, tmp_path):
-    table = pd.read_csv(tiny_cohort).drop(columns="confounder_mask")
-    for column in ("image", "gt_mask"):
-        table[column] = [str(tiny_cohort.parent / name) for name in table[column]]
+    table = table_of(tiny_cohort)
     table.assign(simulated=1).to_csv(tmp_path / "c.csv", index=False)
     model = train(tmp_path / "c.csv", tmp_path / "run", **BOOKS)
     learnt = settings_of(model)["learnt"] | {"verdict": "yes"}

@@ -86,9 +86,8 @@ def table_of(cohort: Path) -> pd.DataFrame:
     return table
 
 
-def params_of(cohort: Path) -> ImplantParams:
-    """What the implants were drawn by."""
-    known = json.loads((cohort.parent / "implants.json").read_text())
+def params_of(known: dict) -> ImplantParams:
+    """What implants were drawn by, from their `implants.json`."""
     fields = {name: known[name] for name in vars(ImplantParams())}
     return ImplantParams(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
 
@@ -107,8 +106,8 @@ def cohort_of(table: pd.DataFrame, params: ImplantParams, kind: str, seed: int) 
 class Trials:
     """Trainings by the recipe "codebook" on the same scans with other outcomes: what no outcome shapes is made once."""
 
-    def __init__(self, cohort: Path, out: Path) -> None:
-        self.table, self.params = table_of(cohort), params_of(cohort)
+    def __init__(self, cohort: Path, known: dict, out: Path) -> None:
+        self.table, self.params = table_of(cohort), params_of(known)
         config = ConfigParser()
         config.read_config("configs/train.json")
         where = {"ckpt_dir": str(out), "output_dir": str(out), "cache_dir": str(out / "cache")}
@@ -279,8 +278,8 @@ def check(cohorts: list[Path]) -> tuple[list[dict], list[str]]:
 
 
 def chosen(known: dict) -> str:
-    """Options of `scripts.make_implants` that differ from its defaults, as words of a command line."""
-    usual, words = make_implants.parser().parse_args([]), []
+    """Options of `scripts.make_implants`, as words of a command line: disease, number, what differs from the defaults."""
+    usual, words = make_implants.parser().parse_args([]), [f"--disease {known['disease']} --num {known['num']}"]
     for name, value in known.items():
         default = getattr(usual, name, value)
         default = list(default) if isinstance(default, tuple) else default
@@ -299,12 +298,11 @@ def main(argv: list[str] | None = None) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         for cohort, implants in zip(args.cohort, known, strict=True):
             disease = implants["disease"].replace("_", " ")
-            trials = Trials(cohort, args.out / implants["disease"])
+            trials = Trials(cohort, implants, args.out / implants["disease"])
             bar = tqdm(todo, desc=f"trainings, {disease}", unit="training")
             found += [{"disease": disease, **trials.train(*which)} for which in bar]
             train, test = len(trials.stage.train.data), len(trials.test.data)
-            options = f"--disease {implants['disease']} --num {implants['num']} {chosen(implants)}"
-            about.append(f"- `{options}`: {train} scans to train on, {test} to test.")
+            about.append(f"- `{chosen(implants)}`: {train} scans to train on, {test} to test.")
             if not strange:
                 rows, usual = familiarity(trials, args.phantoms)
                 strange = FAMILIAR.format(test=test, disease=disease, usual=usual) + markdown(rows)

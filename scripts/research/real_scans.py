@@ -74,8 +74,13 @@ def central_vessels(hu: np.ndarray, lung: np.ndarray) -> np.ndarray:
     return lung & (depth > 15) & (ndimage.gaussian_filter(hu, 0.5) > -500)
 
 
+def notes_of(message: str, verdict: str) -> str:
+    """What a message says of its scan: all but the weights' verdict, which every scan has."""
+    return "; ".join(part for part in message.replace(verdict, "").split("; ") if part)
+
+
 def row_of(name: str, path: Path, row: pd.Series, maps: Path, verdict: str) -> dict:
-    """A row of the table about one scan; the verdict, which is the same for all, is taken out of its message."""
+    """A row of the table about one scan."""
     if row["status"] != "ok":
         return {**dict.fromkeys(COLUMNS, ""), "scan": name, "message": row["message"]}
     scan = on_grid(path, maps / f"{name}_heat.nii.gz", maps / f"{name}_lung.nii.gz")
@@ -86,8 +91,7 @@ def row_of(name: str, path: Path, row: pd.Series, maps: Path, verdict: str) -> d
         return f"{heat[part].sum() / heat[lung].sum() / (part.sum() / lung.sum()):.2f}" if part.any() else ""
 
     months, interval = f"{row['median_months']:.1f}", f"{row['lower_months']:.0f}–{row['upper_months']:.0f}"
-    known = f"{row['familiarity']:.2f}"
-    said = "; ".join(part for part in row["message"].replace(verdict, "").split("; ") if part)
+    known, said = f"{row['familiarity']:.2f}", notes_of(row["message"], verdict)
     vessels = central_vessels(scan["image"], lung)
     return dict(zip(COLUMNS, (name, months, interval, known, ratio(vessels), ratio(edge), said), strict=True))
 
